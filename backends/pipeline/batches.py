@@ -1,0 +1,99 @@
+"""Which images does a training step see? A pure function of the seed and of how many images were seen before.
+
+Position p of the endless sequence of samples is place ``p % size`` of a permutation that belongs to epoch
+``p // size``. So neither batch size, prefetching nor the number of processes changes the order, and a position is all
+that a run needs in order to go on.
+"""
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Self
+
+import numpy as np
+
+from .datasets import Dataset, to_model
+from .seeds import bits, one_hot
+
+Batch = tuple[np.ndarray, np.ndarray | None]
+
+
+def sample_indices(*, start: int, count: int, size: int, seed: int) -> np.ndarray:
+    """Which of ``size`` samples stand at the ``count`` (at least 1) positions from ``start`` on: int64 [count]."""
+    epochs = range(start // size, -(-(start + count) // size))
+    order = [_permutation(size, seed, epoch) for epoch in epochs]
+    skipped = start - epochs.start * size
+    return np.concatenate(order)[skipped : skipped + count]
+
+
+@lru_cache(maxsize=2)  # a batch usually lies within one epoch, or within two
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Sorts raw Philox words, because NumPy may change ``Generator.permutation`` between versions but not these."""
+    return np.argsort(bits(seed, "order", epoch).random_raw(size), kind="stable")
+
+
+class Batches:
+    """An endless iterator over batches, which one thread reads ahead of time.
+
+    Yields images, float32 [n, channels, resolution, resolution] from -1 to 1, and one-hot labels, float32 [n,
+    label_dim], or None where the dataset has none. ``start`` counts the images seen before. n is ``batch``, unless
+    this process trains on a part of each batch only: the ``count`` samples from ``offset`` on. What goes wrong while
+    reading ahead is raised where that batch is taken, and ends the iteration.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        /,
+        *,
+        start: int,
+        batch: int,
+        seed: int,
+        offset: int = 0,
+        count: int | None = None,
+        prefetch: int = 2,
+    ) -> None:
+        self._dataset = dataset
+        self._seed = seed
+        self._batch = batch
+        self._count = batch - offset if count is None else count
+        self._next = start + offset
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._ahead: deque[Future[Batch]] = deque()
+        for _ in range(max(prefetch, 1)):
+            self._read_ahead()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._ahead:
+            raise StopIteration
+        try:
+            batch = self._ahead.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        self._read_ahead()
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread, and with it the iteration."""
+        self._ahead.clear()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _read_ahead(self) -> None:
+        self._ahead.append(self._thread.submit(self._read, self._next))
+        self._next += self._batch
+
+    def _read(self, start: int) -> Batch:
+        data = self._dataset
+        indices = sample_indices(start=start, count=self._count, size=len(data), seed=self._seed)
+        labels = one_hot(data.labels(indices), data.label_dim) if data.label_dim else None
+        return to_model(data.images(indices)), labels

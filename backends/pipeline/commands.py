@@ -1,0 +1,76 @@
+"""How does a command end? With 0, with one line and 2 for bad input, or with 128 + the signal that stopped it."""
+
+import errno
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import wraps
+from types import FrameType, TracebackType
+from typing import Any, ParamSpec, Self
+
+from edm2_core.errors import InputError
+
+P = ParamSpec("P")
+_FRAMEWORKS = ("torch", "jax", "mlx")
+
+
+def command(main: Callable[P, int | None], /) -> Callable[P, int]:
+    """Make ``main`` return an exit status, for ``sys.exit(main())``. What is our fault keeps its traceback."""
+
+    @wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except InputError as error:
+            return _fail(str(error))
+        except ModuleNotFoundError as error:
+            if error.name not in _FRAMEWORKS:
+                raise
+            return _fail(f"this command needs {error.name}, which is not installed: pip install 'edm2[{error.name}]'")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return _fail(f"there must be room to write, got '{error}': free some space or choose another --outdir")
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
+
+    return run
+
+
+def _fail(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+class Interrupts:
+    """While entered, SIGINT and SIGTERM are noted in ``signum`` for the loop to see, and the step is not torn.
+
+    A second SIGINT raises KeyboardInterrupt, for who cannot wait. Outside the main thread nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def status(self) -> int:
+        """What to exit with: 130 after SIGINT, 143 after SIGTERM, 0 after neither."""
+        return 0 if self.signum is None else 128 + self.signum
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum

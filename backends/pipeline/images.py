@@ -1,0 +1,95 @@
+"""How does a person see the samples? As one PNG each, as a grid, or as labelled rows.
+
+Images are uint8 [n, channels, height, width], grey or RGB. Small ones are enlarged by whole pixels, never blurred.
+"""
+
+import os
+from collections.abc import Sequence
+from math import ceil, sqrt
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from edm2_core.errors import InputError
+
+from .files import write_atomically
+
+_VISIBLE = 48  # pixels that an image in a grid should have at least
+_GAP = 4
+_MARGIN = 12
+_PAPER, _INK = "white", "#24292f"
+
+
+def save_images(folder: str | os.PathLike[str], images: np.ndarray, names: Sequence[str]) -> list[Path]:
+    """One PNG per image at its own size, under these file names. Returns their paths.
+
+    Raises:
+        InputError: the images are neither grey nor RGB, or cannot be written.
+    """
+    paths = [Path(folder, name) for name in names]
+    for path, image in zip(paths, images, strict=True):
+        _save(path, _picture(image))
+    return paths
+
+
+def save_grid(
+    path: str | os.PathLike[str], images: np.ndarray, *, columns: int | None = None, scale: int | None = None
+) -> None:
+    """All images in one PNG, row by row, as square a grid as they make unless ``columns`` says otherwise.
+
+    ``scale`` is how many pixels wide and high a pixel becomes; by default enough for an image to be seen.
+
+    Raises:
+        InputError: the images are neither grey nor RGB, or cannot be written.
+    """
+    columns = columns or max(ceil(sqrt(len(images))), 1)
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    _save(path, _table([("", row) for row in rows], scale))
+
+
+def save_rows(
+    path: str | os.PathLike[str], rows: Sequence[tuple[str, np.ndarray]], *, scale: int | None = None
+) -> None:
+    """One PNG with a row for each (label, images), the label at its left; ``scale`` as in :func:`save_grid`.
+
+    Raises:
+        InputError: the images are neither grey nor RGB, or cannot be written.
+    """
+    _save(path, _table(rows, scale))
+
+
+def _table(rows: Sequence[tuple[str, np.ndarray]], scale: int | None) -> Image.Image:
+    height, width = rows[0][1].shape[2:]
+    scale = scale or ceil(_VISIBLE / max(height, width))
+    cell_width, cell_height = width * scale, height * scale
+    font = ImageFont.load_default(size=min(max(cell_height * 3 // 8, 14), 40))
+    text_width = ceil(max(font.getlength(label) for label, _ in rows))
+    left = _MARGIN + (text_width + _MARGIN if text_width else 0)
+    pitch = max(cell_height, ceil(sum(font.getmetrics()))) if text_width else cell_height  # type: ignore[union-attr]
+    columns = max(len(images) for _, images in rows)
+    row_gap = 2 * _GAP if text_width else _GAP  # rows that mean something stand apart
+    size = (
+        left + columns * (cell_width + _GAP) - _GAP + _MARGIN,
+        _MARGIN + len(rows) * (pitch + row_gap) - row_gap + _MARGIN,
+    )
+    table = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(table)
+    for i, (label, images) in enumerate(rows):
+        top = _MARGIN + i * (pitch + row_gap)
+        draw.text((left - _MARGIN, top + pitch / 2), label, fill=_INK, font=font, anchor="rm")
+        for j, image in enumerate(images):
+            cell = _picture(image).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+            table.paste(cell, (left + j * (cell_width + _GAP), top + (pitch - cell_height) // 2))
+    return table
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+    channels = len(image)
+    if channels not in (1, 3):
+        raise InputError(f"a PNG must have 1 or 3 channels, got {channels}: use --format npz")
+    return Image.fromarray(image[0] if channels == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+
+
+def _save(path: str | os.PathLike[str], picture: Image.Image) -> None:
+    write_atomically(path, lambda file: picture.save(file, format="PNG"))

@@ -1,0 +1,61 @@
+"""How far is it, how fast, and how much longer? A bar on a terminal, plain lines in a log file."""
+
+import sys
+import time
+from functools import partial
+from shutil import get_terminal_size
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts images up to ``total``, from ``start`` on, on stderr; silent unless ``shown``.
+
+    On a terminal a bar moves with every :meth:`advance` and :meth:`report` puts a note beside it. Elsewhere each
+    report is a line, so that a log stays as long as there are reports.
+    """
+
+    def __init__(self, *, total: int, start: int = 0, shown: bool = True) -> None:
+        self._lines = shown and not sys.stderr.isatty()
+        self._start, self._done, self._total, self._since = start, start, total, time.monotonic()
+        columns, rows = get_terminal_size()  # never 0, unlike the size that tqdm finds, at which it draws nothing
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            unit="img",
+            unit_scale=True,
+            unit_divisor=1024,
+            ncols=columns,
+            nrows=rows,
+            file=sys.stderr,
+            disable=not shown or self._lines,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def advance(self, count: int, /) -> None:
+        self._done += count
+        self._bar.update(count)
+
+    def report(self, note: str = "", /) -> None:
+        """Show how far it is, with ``note``, 'loss 0.51' say."""
+        if self._lines:
+            print(f"{self._line()}  {note}".rstrip(), file=sys.stderr, flush=True)
+        else:
+            self._bar.set_postfix_str(note)
+
+    def _line(self) -> str:
+        elapsed = max(time.monotonic() - self._since, 1e-9)
+        rate = (self._done - self._start) / elapsed
+        left = tqdm.format_interval((self._total - self._done) / rate) if rate > 0 else "?"
+        size, passed = partial(tqdm.format_sizeof, divisor=1024), tqdm.format_interval(elapsed)
+        speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+        return f"{size(self._done)}/{size(self._total)} img  {speed} img/s  {passed} passed  {left} left"

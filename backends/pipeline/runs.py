@@ -1,0 +1,154 @@
+"""Where does a run keep what, and which run is meant?
+
+config.json   the settings            snapshots/   the averages over time    samples/   pictures
+log.jsonl     a line per status       state/       what resuming needs
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from edm2_core.errors import InputError
+
+from .files import write_atomically, write_error
+from .settings import Settings
+from .snapshots import read_metadata
+from .state import read_counters
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, order=True)
+class Stored:
+    """A snapshot in a run folder; they sort by time, then by length."""
+
+    nimg: int
+    sigma_rel: float
+    path: Path
+
+
+def create(outdir: Path | None, data_name: str) -> Path:
+    """Make ``outdir``, or a fresh numbered folder such as ``runs/00003-digits``, and return it.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+    try:
+        if outdir is not None:
+            outdir.mkdir(parents=True, exist_ok=True)
+            return outdir
+        while True:
+            numbers = [int(path.name[:5]) for path in RUNS.glob("*") if re.match(r"\d{5}-", path.name)]
+            path = RUNS / f"{max(numbers, default=-1) + 1:05d}-{data_name}"
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError:  # another run was quicker
+                continue
+    except OSError as error:
+        raise write_error(outdir or RUNS, error) from error
+
+
+def newest(*, train: str) -> Path:
+    """The run under ``runs/`` that was last started or resumed; ``train`` is the command to suggest.
+
+    Raises:
+        InputError: there is none.
+    """
+    configs = sorted(RUNS.glob("*/config.json"), key=lambda path: (path.stat().st_mtime_ns, path))
+    if not configs:
+        raise InputError(
+            f"a run must exist under {RUNS}/, got none in {Path.cwd()}: train one with {train}, or say which with --run"
+        )
+    return configs[-1].parent
+
+
+class Run:
+    """The files of one run folder. Making a ``Run`` touches nothing."""
+
+    def __init__(self, path: str | Path, /) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.json"
+        self.log_path = self.path / "log.jsonl"
+        self.state_path = self.path / "state" / "state.safetensors"
+        self.snapshots_path = self.path / "snapshots"
+        self.samples_path = self.path / "samples"
+
+    def exists(self) -> bool:
+        """Whether the folder holds a run. Raises InputError where it holds only parts of one, or is no folder."""
+        if self.config_path.is_file():
+            return True
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"a run must be a folder, got the file {self.path}: choose another --outdir")
+        if self.snapshots_path.exists() or self.state_path.exists():
+            raise InputError(
+                f"a run must have its config.json, got none in {self.path}: restore it, or choose another --outdir"
+            )
+        return False
+
+    def settings(self) -> Settings:
+        """Raises InputError: the folder is not a run's, or its config.json is damaged."""
+        try:
+            text = self.config_path.read_text()
+        except OSError as error:
+            raise InputError(
+                f"a run must be a folder with a config.json, got {self.path}: choose one under runs/"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.config_path} must be text, got other bytes: restore the file") from error
+        return Settings.from_json(text, name=str(self.config_path))
+
+    def save_settings(self, settings: Settings, /) -> None:
+        write_atomically(self.config_path, lambda file: _put(file, settings.to_json()))
+
+    def state_nimg(self) -> int:
+        """Images seen by the stored state; 0 where none is stored yet. Raises InputError where it is damaged."""
+        return read_counters(self.state_path)[0] if self.state_path.exists() else 0
+
+    def snapshots(self) -> list[Stored]:
+        """The stored averages, sorted. Raises InputError where one is damaged or not of this run."""
+        config, found = self.settings().network, []
+        for path in self.snapshots_path.glob("*.safetensors"):
+            metadata = read_metadata(path)
+            if metadata.sigma_rel is None or metadata.config != config:
+                raise InputError(f"snapshots of a run must be averages of its network, got {path}: move it elsewhere")
+            found.append(Stored(metadata.nimg, metadata.sigma_rel, path))
+        return sorted(found)
+
+    def append_log(self, record: dict[str, Any], /) -> None:
+        """Add a line to log.jsonl; what is not finite becomes null."""
+        clean = {
+            key: None if isinstance(value, float) and not isfinite(value) else value for key, value in record.items()
+        }
+        try:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            raise write_error(self.log_path, error) from error
+
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl, but for one that a killed run left unfinished."""
+        records = []
+        if self.log_path.exists():
+            for line in self.log_path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(record, dict) and isinstance(record.get("nimg"), int):
+                    records.append(record)
+        return records
+
+    def truncate_log(self, nimg: int, /) -> list[dict[str, Any]]:
+        """Drop the lines after ``nimg`` images, which a resumed run writes again. Returns the lines that stay."""
+        kept = [record for record in self.log() if record["nimg"] <= nimg]
+        if self.log_path.exists():
+            write_atomically(self.log_path, lambda file: _put(file, "".join(json.dumps(r) + "\n" for r in kept)))
+        return kept
+
+
+def _put(file: Any, text: str) -> None:
+    file.write(text.encode())

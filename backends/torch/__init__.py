@@ -1,0 +1,1 @@
+"""The PyTorch port: train, sample and average on CUDA, CPU and MPS."""

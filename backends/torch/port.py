@@ -1,0 +1,155 @@
+"""The adapter through which the conformance suite, and anything else that speaks NumPy, drives this port."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edm2_core import sampler
+from edm2_core.errors import InputError
+from edm2_core.network import NetworkConfig
+
+from .network import Network
+from .step import Batch, Training, batch_loss
+from .weights import build, dump
+
+Params = Mapping[str, np.ndarray]
+Guide = Params | tuple[NetworkConfig, Params]
+
+
+@dataclass(frozen=True)
+class Port:
+    """NumPy in, NumPy out: images NCHW, labels one-hot [N, label_dim] or None, sigma [N, 1, 1, 1], params canonical.
+
+    All computations run on ``device`` with activations in ``precision``.
+    """
+
+    device: str = "cpu"
+    precision: str = "float32"
+    name: str = "torch"
+
+    def denoise(
+        self, config: NetworkConfig, params: Params, x: np.ndarray, sigma: np.ndarray, labels: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """denoised [N, C, H, W] and logvar [N, 1, 1, 1]. See :func:`edm2_core.reference.denoise`."""
+        with torch.inference_mode():
+            denoised, logvar = self.network(config, params)(self.tensor(x), self.tensor(sigma), self.tensor(labels))
+        return denoised.cpu().numpy(), logvar.cpu().numpy()
+
+    def loss_and_gradients(
+        self,
+        config: NetworkConfig,
+        params: Params,
+        images: np.ndarray,
+        unit_noise: np.ndarray,
+        sigma: np.ndarray,
+        labels: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The loss of each element, and the gradients of loss.sum() / N with the stored weights as they are."""
+        network = self.network(config, params)
+        loss = batch_loss(network, self.batch(images, unit_noise, sigma, labels))
+        (loss.sum() / len(images)).backward()
+        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        return loss.detach().cpu().numpy(), dump(gradients)
+
+    def train(
+        self,
+        config: NetworkConfig,
+        params: Params,
+        batches: Iterable[Sequence[np.ndarray | None]],
+        *,
+        learning_rates: Sequence[float],
+        betas: tuple[float, float] = (0.9, 0.99),
+        sigma_rels: Sequence[float] = (0.05, 0.10),
+    ) -> tuple[list[float], Params, Mapping[float, Params]]:
+        """One step per batch (images, unit_noise, sigma, labels): mean losses, last parameters and averages."""
+        training = Training(self.network(config, params), betas=betas, sigma_rels=sigma_rels)
+        losses = [
+            float(training.step(self.batch(*batch), lr=lr)[0])
+            for batch, lr in zip(batches, learning_rates, strict=True)
+        ]
+        state = training.state()
+        return losses, state.params, state.averages
+
+    def sample(
+        self,
+        config: NetworkConfig,
+        params: Params,
+        noise: np.ndarray,
+        labels: np.ndarray | None = None,
+        *,
+        guide: Guide | None = None,
+        guidance: float = 1.0,
+        guide_interval: tuple[float, float] = (0.0, inf),
+        churn_noise: Iterable[np.ndarray] | None = None,
+        **steps: Any,
+    ) -> np.ndarray:
+        """Images from ``noise``. ``steps`` are :func:`edm2_core.sampler.sample`'s num_steps, sigma_min and so on.
+
+        ``guide`` is the parameters of a network of the same config, or (config, parameters) of another; None with
+        guidance other than 1 is the network itself without its label.
+        """
+        return self.sampler(config, params, guide=guide)(
+            noise, labels, guidance=guidance, guide_interval=guide_interval, churn_noise=churn_noise, **steps
+        )
+
+    def sampler(self, config: NetworkConfig, params: Params, *, guide: Guide | None = None) -> "Sampler":
+        """A sampler that keeps its networks: call it for batch after batch."""
+        net = self.network(config, params)
+        if guide is None:
+            return Sampler(self, net, None)
+        guide_config, guide_params = (config, guide) if isinstance(guide, Mapping) else guide
+        return Sampler(self, net, self.network(guide_config, guide_params))
+
+    def network(self, config: NetworkConfig, params: Params) -> Network:
+        return build(config, params, device=self.device, dtype=getattr(torch, self.precision))
+
+    def tensor(self, array: np.ndarray | None) -> Any:
+        return None if array is None else torch.tensor(np.asarray(array), dtype=torch.float32, device=self.device)
+
+    def batch(self, *arrays: np.ndarray | None) -> Batch:
+        return Batch(*map(self.tensor, arrays))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A network and its guide on their device, ready to make images."""
+
+    port: Port
+    net: Network
+    guide: Network | None
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        noise: np.ndarray,
+        labels: np.ndarray | None = None,
+        *,
+        guidance: float = 1.0,
+        guide_interval: tuple[float, float] = (0.0, inf),
+        churn_noise: Iterable[np.ndarray] | None = None,
+        **steps: Any,
+    ) -> np.ndarray:
+        """See :meth:`Port.sample`."""
+        given = self.port.tensor(labels)
+        denoise = denoiser(self.net, given)
+        if guidance != 1:
+            if self.guide is None and given is None:
+                raise InputError("guidance without a guide drops the label, but there is none: give a guide or labels")
+            guide = denoiser(self.guide, given) if self.guide is not None else denoiser(self.net, None)
+            denoise = sampler.guided(denoise, guide, guidance=guidance, interval=guide_interval)
+        churn = None if churn_noise is None else map(self.port.tensor, churn_noise)
+        return sampler.sample(denoise, self.port.tensor(noise), churn_noise=churn, **steps).cpu().numpy()
+
+
+def denoiser(network: Network, labels: Tensor | None) -> sampler.Denoiser:
+    """``network`` as the sampler wants it; an unconditional one does without the labels."""
+    labels = labels if network.config.label_dim else None
+    return lambda x, sigma: network(x, x.new_full((len(x), 1, 1, 1), sigma), labels)[0]
+
+
+PORT = Port()

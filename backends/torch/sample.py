@@ -1,0 +1,24 @@
+"""python -m backends.torch.sample: images from a trained network, of any averaging length, with any guide."""
+
+import sys
+from collections.abc import Sequence
+
+from backends.pipeline.commands import command
+from backends.pipeline.options import SampleOptions, parse
+from backends.pipeline.sampling import run_sampling
+
+PROG = "python -m backends.torch.sample"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(SampleOptions, argv, prog=PROG, description="Sample with PyTorch; by default, the newest run.")
+    from . import device  # PyTorch takes seconds to import: help and wrong flags do without it
+    from .port import Port
+
+    port = Port(device=str(device.choose(options.device)), precision=options.precision or "float32")
+    run_sampling(options, port.sampler, prog=PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""One training step, and the state that it moves.
+
+The order matters (SPEC STEP): force the stored weights onto their spheres; loss and gradients through the
+normalization; gradients made finite; Adam; averages of the stored weights, after Adam and before the next forcing.
+"""
+
+from collections.abc import Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from backends.pipeline.state import State
+from edm2_core import loss as objective
+
+from .ema import PowerEMA
+from .network import Layer, normalize
+from .weights import dump, load, tensors, unwrapped
+
+
+class Batch(NamedTuple):
+    """images and unit_noise [N, C, H, W], sigma [N, 1, 1, 1], labels [N, label_dim] or None; all float32."""
+
+    images: Tensor
+    unit_noise: Tensor
+    sigma: Tensor
+    labels: Tensor | None = None
+
+    def split(self, size: int | None) -> "list[Batch]":
+        """This batch in parts of ``size`` images, the last maybe smaller; None: in one."""
+        size = size or len(self.images)
+        labels = self.labels.split(size) if self.labels is not None else repeat(None)
+        images, unit_noise, sigma = (x.split(size) for x in self[:3])
+        return [Batch(*part) for part in zip(images, unit_noise, sigma, labels, strict=False)]
+
+
+def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
+    """The loss of each element, [N, C, H, W], float32. Source: Eq. 21."""
+    denoised, logvar = network(batch.images + batch.unit_noise * batch.sigma, batch.sigma, batch.labels)
+    sigma_data = unwrapped(network).config.sigma_data
+    return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=sigma_data)
+
+
+@torch.no_grad()
+def force_weight_norm(network: nn.Module) -> None:
+    """Put every stored weight back on its sphere, in place. Source: Eq. 66."""
+    for layer in network.modules():
+        if isinstance(layer, Layer):
+            layer.weight.copy_(normalize(layer.weight, tuple(range(1, layer.weight.ndim))))
+
+
+@torch.no_grad()
+def zero_nonfinite(gradients: Sequence[Tensor]) -> Tensor:
+    """Replace infinities and NaN by 0, in place; returns how many there were, without waiting for the device."""
+    finite = torch.stack([gradient.isfinite().sum() for gradient in gradients]).sum()
+    for gradient in gradients:
+        gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return sum(gradient.numel() for gradient in gradients) - finite
+
+
+class Training:
+    """A network in training: Adam, averages, and the clock in images.
+
+    Args:
+        network: on its device; wrapped by torch.compile if you like.
+        betas: of Adam, eps 1e-8.
+        sigma_rels: lengths of the averages.
+        loss_scaling: the loss is multiplied, its gradients divided by it: lifts float16 gradients above underflow.
+        microbatch: images per forward pass; larger batches accumulate gradients.
+        world: processes that share each batch (torch.distributed), each with an equal part.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        betas: tuple[float, float] = (0.9, 0.99),
+        sigma_rels: Sequence[float] = (0.05, 0.10),
+        loss_scaling: float = 1.0,
+        microbatch: int | None = None,
+        world: int = 1,
+    ):
+        self.network, self.loss_scaling, self.microbatch, self.world = network.train(), loss_scaling, microbatch, world
+        self.weights = {name: p for name, p in tensors(network).items() if p.requires_grad}
+        fused = next(iter(self.weights.values())).device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(list(self.weights.values()), betas=betas, eps=1e-8, fused=fused or None)
+        self.ema = PowerEMA(network, sigma_rels=sigma_rels)
+        self.steps = 0
+        self.nimg = 0
+
+    def step(self, batch: Batch, *, lr: float) -> tuple[Tensor, Tensor]:
+        """Train on this process's share of a batch. Returns its mean loss per element and the number of non-finite
+        gradient elements that were zeroed, both 0-d on the device."""
+        force_weight_norm(self.network)
+        total = len(batch.images) * self.world
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for part in batch.split(self.microbatch):
+            loss = batch_loss(self.network, part)
+            (loss.sum() * (self.loss_scaling / total)).backward()
+            losses.append(loss.detach().sum())
+        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        if self.world > 1:
+            sum_over_processes(gradients)
+        if self.loss_scaling != 1:
+            torch._foreach_mul_(gradients, 1 / self.loss_scaling)
+        nonfinite = zero_nonfinite(gradients)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.steps += 1
+        self.nimg += total
+        self.ema.update(time=self.nimg, delta=total)
+        return torch.stack(losses).sum() / batch.images.numel(), nonfinite
+
+    def state(self) -> State:
+        """Everything that training goes on from, in the canonical form that all ports share."""
+        moments = [self.optimizer.state.get(p, {}) for p in self.weights.values()]
+        zeros = {name: torch.zeros_like(p) for name, p in self.weights.items()}
+        first, second = (
+            dump({name: m.get(key, zeros[name]) for name, m in zip(self.weights, moments, strict=True)})
+            for key in ("exp_avg", "exp_avg_sq")
+        )
+        return State(
+            params=dump(tensors(self.network)),
+            moments1=first,
+            moments2=second,
+            averages={s: dump(self.ema.arrays(s)) for s in self.ema.averages},
+            nimg=self.nimg,
+            steps=self.steps,
+        )
+
+    def load_state(self, state: State) -> None:
+        """Go on from ``state``, whichever port wrote it."""
+        load(self.network, state.params)
+        for name, weight in self.weights.items():
+            self.optimizer.state[weight] = {
+                "step": torch.tensor(float(state.steps)),
+                "exp_avg": torch.from_numpy(state.moments1[name]).to(weight.device),
+                "exp_avg_sq": torch.from_numpy(state.moments2[name]).to(weight.device),
+            }
+        arrays = {s: {n: torch.from_numpy(a[n]) for n in self.weights} for s, a in state.averages.items()}
+        self.ema.load_state_dict({"time": state.nimg, "averages": arrays})
+        self.steps, self.nimg = state.steps, state.nimg
+
+
+def sum_over_processes(gradients: Sequence[Tensor]) -> None:
+    """Add the gradients of all processes, in place, as one message."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,28 @@
+"""python -m backends.torch.train: train EDM2 with PyTorch on CUDA, MPS or CPU; digits in two minutes by default.
+
+Several GPUs: torchrun --nproc-per-node=8 -m backends.torch.train ... Each batch is divided among the processes.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from backends.pipeline.commands import command
+from backends.pipeline.options import TrainOptions, parse
+from backends.pipeline.training import run_training
+
+PROG = "python -m backends.torch.train"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(TrainOptions, argv, prog=PROG, description="Train EDM2 with PyTorch; with no argument, on digits.")
+    from . import device  # PyTorch takes seconds to import: help and wrong flags do without it
+    from .port import Port
+    from .trainer import TorchTrainer
+
+    sampler = Port(device=str(device.choose(options.device))).sampler
+    return run_training(options, TorchTrainer, sampler, prog=PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The array libraries that edm2_core serves, as test parameters with readable ids."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edm2_core.arrays import Array, is_array
+
+
+@dataclass(frozen=True)
+class Library:
+    """An array library: how NumPy's arrays get in, and how to see what comes out."""
+
+    name: str
+    module: str
+    halves: tuple[str, ...] = ()
+
+    @property
+    def xp(self) -> Any:
+        return import_module(self.module)
+
+    def array(self, values: Any, dtype: str | None = None) -> Array:
+        """``values`` as an array that shares no memory with them."""
+        values = np.array(values, copy=True)
+        return self.xp.asarray(values, dtype=getattr(self.xp, dtype or str(values.dtype)))
+
+    def arrays(self, values: Any) -> Any:
+        """The same for the values of a dict."""
+        return {name: self.array(value) for name, value in values.items()}
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` of arrays, compiled where running it step by step would compile each step by itself."""
+        return import_module("jax").jit(function) if self.name == "jax" else function
+
+
+LIBRARIES = (
+    Library("numpy", "numpy", ("float16",)),
+    Library("strict", "array_api_strict"),
+    Library("torch", "torch", ("float16", "bfloat16")),
+    Library("jax", "jax.numpy", ("float16", "bfloat16")),
+    Library("mlx", "mlx.core", ("float16", "bfloat16")),
+)
+
+
+def _absent(library: Library) -> pytest.MarkDecorator:
+    root = library.module.partition(".")[0]
+    return pytest.mark.skipif(find_spec(root) is None, reason=f"{root} is not installed")
+
+
+# those not installed skip and say so
+each_library = pytest.mark.parametrize("library", [pytest.param(x, id=x.name, marks=_absent(x)) for x in LIBRARIES])
+each_half = pytest.mark.parametrize(
+    ("library", "dtype"),
+    [pytest.param(x, half, id=f"{x.name}-{half}", marks=_absent(x)) for x in LIBRARIES for half in x.halves],
+)
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """Any library's array, or a number, as NumPy float64: for comparisons only, never what is under test."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu().double()
+    return np.asarray(x, dtype=np.float64)
+
+
+def flat(result: Any) -> list[Any]:
+    """The arrays of a result that is one array or a tuple of them."""
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def check_same_kind(result: Any, like: Array) -> None:
+    """SPEC API-1: library, dtype and device are those of the input, looked at before any value."""
+    for out in flat(result):
+        assert is_array(out), f"wanted an array like {type(like)}, got {type(out)}"
+        assert isinstance(out, np.ndarray | np.generic) if isinstance(like, np.ndarray) else type(out) is type(like)
+        assert out.dtype == like.dtype, f"wanted {like.dtype}, got {out.dtype}"
+        if hasattr(like, "device"):
+            assert out.device == like.device

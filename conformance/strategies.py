@@ -1,0 +1,134 @@
+"""What Hypothesis draws: arrays without subnormals, small configs, parameters and batches.
+
+Large arrays come from a drawn seed: their values are Gaussian, as in a network, and their shapes are few, since some
+libraries compile for each.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from edm2_core.network import NetworkConfig, plan
+
+seeds = st.integers(0, 2**32 - 1)
+balances = st.floats(0.1, 0.9)
+IMAGES = (2, 3, 4, 6)  # the shape of NCHW arrays
+WEIGHTS = ((5, 7), (4, 3, 3, 3), (3, 1, 1, 1))
+
+
+def fewer(divisor: int) -> settings:
+    """Settings for tests that cost as much as ``divisor`` others: that many times fewer examples, and at least 4."""
+    return settings(max_examples=max(4, settings().max_examples // divisor))
+
+
+def floats(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, width=32, allow_subnormal=False)
+
+
+def numbers(*shape: int, low: float = -1e4, high: float = 1e4) -> st.SearchStrategy[np.ndarray]:
+    """float32 arrays with elements in [low, high], none of them subnormal (libraries may flush those to zero)."""
+    bounds = float(np.float32(low)), float(np.float32(high))
+    return arrays(np.float32, shape, elements=floats(*bounds))
+
+
+def weights() -> st.SearchStrategy[np.ndarray]:
+    return st.sampled_from(WEIGHTS).flatmap(lambda shape: numbers(*shape))
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+FORWARD, BACKWARD = 3, 5  # channels of the narrowest head whose rounding is bounded, see :func:`configs`
+
+
+@st.composite
+def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD) -> NetworkConfig:
+    """Small networks: odd widths, up to three levels, attention on and off, labels or not, odd filters and balances.
+
+    Pixel norm over d computed channels amplifies their rounding by 1 / r, where r is their rms, and r < delta has a
+    chance of about delta^d. The mean square of the error, the integral of r^-2 r^(d - 1), is finite from d = 3; that of
+    its derivative's, of r^-4 r^(d - 1), from d = 5. ``narrowest`` is the least d of a head; widths are 5 and more.
+    """
+    levels = draw(st.integers(1, 3))
+    resolution = draw(st.integers(1, 3)) << levels - 1
+    channels = draw(st.integers(5, 10))
+    mult = tuple(draw(st.permutations((1, 2, 1.5)))[:levels])
+    widths = [int(channels * m) for m in mult]
+    common = [d for d in range(narrowest, 11) if not any(width % d for width in widths)]
+    deepest = [d for d in range(narrowest, 21) if widths[-1] % d == 0]
+    resolutions = {resolution >> level for level in range(levels)} if common else {resolution >> levels - 1}
+    return NetworkConfig(
+        img_resolution=resolution,
+        img_channels=draw(st.integers(1, 3)),
+        label_dim=draw(st.sampled_from((2, 3, 4) if labels else (0, 2, 3, 4))),
+        model_channels=channels,
+        channel_mult=mult,
+        channel_mult_noise=draw(st.sampled_from((None, 1, 0.5))),
+        channel_mult_emb=draw(st.sampled_from((None, 1))),
+        num_blocks=draw(st.integers(1, 2)) if levels < 3 else 1,
+        attn_resolutions=tuple(draw(st.sets(st.sampled_from(sorted(resolutions))))),
+        channels_per_head=draw(st.sampled_from(common or deepest)),
+        resample_filter=draw(st.sampled_from(((1, 1), (1, 3, 3, 1), (1, 2)))),
+        label_balance=draw(balances),
+        concat_balance=draw(balances),
+        res_balance=draw(balances),
+        attn_balance=draw(balances),
+        clip_act=draw(st.sampled_from((256.0, None, 2.0))),
+        sigma_data=draw(st.sampled_from((0.5, 1.0, 0.25))),
+        logvar_channels=draw(st.integers(3, 8)),
+    )
+
+
+def random_parameters(config: NetworkConfig, seed: int, *, max_gain: float = 2.0) -> dict[str, np.ndarray]:
+    """Parameters as training might leave them: weights off their spheres, gains away from zero, float32."""
+    rng, params = np.random.default_rng(seed), {}
+    for name, parameter in plan(config).parameters.items():
+        value = {
+            "normal": lambda shape: rng.uniform(0.5, 2) * rng.standard_normal(shape),
+            "zeros": lambda shape: rng.choice((-1, 1)) * rng.uniform(0.25, 1) * max_gain,
+            "frequencies": lambda shape: 2 * np.pi * rng.standard_normal(shape),
+            "phases": lambda shape: 2 * np.pi * rng.uniform(size=shape),
+        }[parameter.init](parameter.shape)
+        params[name] = np.asarray(value, dtype=np.float32)
+    return params
+
+
+class Batch(NamedTuple):
+    """What a training step sees; float32."""
+
+    images: np.ndarray
+    unit_noise: np.ndarray
+    sigma: np.ndarray
+    labels: np.ndarray | None
+
+    @property
+    def noisy(self) -> np.ndarray:
+        return self.images + self.unit_noise * self.sigma
+
+
+def random_batch(config: NetworkConfig, seed: int, *, size: int = 2, P_mean: float = -0.4, P_std: float = 1.0) -> Batch:
+    """Images of the config's standard deviation, noise levels from Eq. 16 within [0.02, 80], one-hot labels."""
+    rng, shape = np.random.default_rng(seed), (size, config.img_channels, *[config.img_resolution] * 2)
+    sigma = np.clip(np.exp(P_mean + P_std * rng.standard_normal((size, 1, 1, 1))), 0.02, 80.0)
+    labels = (
+        np.eye(config.label_dim, dtype=np.float32)[rng.integers(config.label_dim, size=size)]
+        if config.label_dim
+        else None
+    )
+    images = config.sigma_data * rng.standard_normal(shape)
+    return Batch(images.astype(np.float32), normal(seed + 1, *shape), sigma.astype(np.float32), labels)
+
+
+def wide(params: Any) -> Any:
+    """Arrays, or a dict or tuple of them, in float64: what the oracle is fed."""
+    if params is None:
+        return None
+    if isinstance(params, dict):
+        return {name: wide(value) for name, value in params.items()}
+    if isinstance(params, tuple):
+        return tuple(wide(value) for value in params)
+    return np.asarray(params, dtype=np.float64)

@@ -1,0 +1,146 @@
+"""Every function of edm2_core, in every array library, against the same call on NumPy float64 arrays (SPEC API)."""
+
+import inspect
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conformance import tolerance
+from conformance.cases import CASES, Case
+from conformance.libraries import Library, check_same_kind, each_half, each_library, flat, to_numpy
+from edm2_core import ema, errors, loss, mp, precond, sampler, schedule
+
+each_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+FLOATS_ONLY = {schedule.learning_rate, sampler.noise_levels}  # no arrays in or out
+
+
+@each_library
+@each_case
+def test_case_in_library(library: Library, case: Case) -> None:
+    """API-1: same library, dtype and device; the value is float64's."""
+
+    @given(case.arguments)
+    def check(arguments: tuple[np.ndarray, ...]) -> None:
+        given_arrays = [library.array(argument) for argument in arguments]
+        result = case.call(*given_arrays)
+        check_same_kind(result, given_arrays[0])
+        exact = [argument.astype(np.float64) for argument in arguments]
+        wanted = flat(case.call(*exact))
+        scales = flat(case.scale(*exact)) if case.scale else [np.abs(array) for array in wanted]
+        for out, want, scale in zip(flat(result), wanted, scales, strict=True):
+            check_close(out, want, case.growth * tolerance.eps("float32") * scale + case.floor)
+
+    check()
+
+
+def check_close(got: Any, wanted: np.ndarray, allowed: Any) -> None:
+    got = to_numpy(got)
+    assert got.shape == wanted.shape
+    off = np.abs(got - wanted) / allowed
+    worst = np.unravel_index(np.argmax(off), off.shape) if off.ndim else ()
+    assert (off <= 1).all(), f"wanted {wanted[worst]!r}, got {got[worst]!r}: {off[worst]:.3g} times the tolerance"
+
+
+@each_case
+def test_inputs_are_only_read(case: Case) -> None:
+    """API-3: read-only arrays are enough."""
+
+    @given(case.arguments)
+    def check(arguments: tuple[np.ndarray, ...]) -> None:
+        for argument in arguments:
+            argument.setflags(write=False)
+        case.call(*arguments)
+
+    check()
+
+
+HALF = {
+    "normalize": mp.normalize,
+    "mp_silu": mp.mp_silu,
+    "mp_sum": lambda x: mp.mp_sum(x, x, t=0.3),
+    "mp_cat": lambda x: mp.mp_cat(x, x, axis=1),
+    "mp_fourier": lambda x: mp.mp_fourier(x[:, 0, 0, 0], x[0, 0, 0, :], x[0, 0, 1, :]),
+    "mp_weight": lambda x: mp.mp_weight(x, gain=0.5),
+    "resample": lambda x: mp.resample(x, mode="down"),
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+@each_half
+def test_half_precision(library: Library, dtype: str, name: str) -> None:
+    """API-1: half precision stays half, rounded a few times and never summed in half."""
+    x = library.array(np.random.default_rng(0).standard_normal((2, 4, 16, 16)).astype(np.float32), dtype)
+    wide = library.xp.asarray(x, dtype=library.xp.float32)
+    result = HALF[name](x)
+    check_same_kind(result, x)
+    allowed = 4 * tolerance.eps(dtype) * (np.abs(to_numpy(HALF[name](wide))) + 0.25)
+    check_close(library.xp.asarray(result, dtype=library.xp.float32), to_numpy(HALF[name](wide)), allowed)
+
+
+NUMBERS = {
+    "mp_silu": (lambda: mp.mp_silu(1.0), 1 / (1 + np.exp(-1)) / 0.596),
+    "mp_sum": (lambda: mp.mp_sum(1.0, 2.0, t=0.3), 1.3 / np.sqrt(0.58)),
+    "sigma_rel_to_gamma": (lambda: ema.sigma_rel_to_gamma(12**-0.5), 0.0),
+    "gamma_to_sigma_rel": (lambda: ema.gamma_to_sigma_rel(0), 12**-0.5),
+    "beta": (lambda: ema.beta(12**-0.5, t_next=4, t_delta=1), 0.75),
+    "profile": (lambda: ema.profile(0.5, end_time=2, sigma_rel=12**-0.5), 0.5),
+    "inner_product": (lambda: ema.inner_product(time_a=2, sigma_rel_a=0.1, time_b=2, sigma_rel_b=12**-0.5), 0.5),
+    "noise_level": (lambda: loss.noise_level(0, P_mean=1.0), np.e),
+    "weight": (lambda: loss.weight(1, sigma_data=2.0), 1.25),
+    "precondition": (lambda: precond.precondition(1.0).c_skip, 0.2),
+    "learning_rate": (lambda: schedule.learning_rate(0, batch=1, ref_lr=1.0, ref_batches=1, rampup_nimg=0), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_give_floats(name: str) -> None:
+    """API-2: a Python float, of float64's precision."""
+    call, wanted = NUMBERS[name]
+    result = call()
+    assert type(result) is float
+    assert result == pytest.approx(wanted, rel=8 * tolerance.eps("float64"), abs=1e-14)
+
+
+def test_coefficients_of_lists_are_float64() -> None:
+    """API-2: lists and numbers give NumPy float64."""
+    result = ema.coefficients(in_time=[1, 2], in_sigma_rel=[0.1, 0.1], out_time=2, out_sigma_rel=0.2)
+    assert isinstance(result, np.ndarray)
+    assert result.dtype == np.float64
+    assert result.shape == (2, 1)
+
+
+def test_every_public_function_has_a_case() -> None:
+    """API-1: a function that nobody runs in every library cannot be published."""
+    public = {
+        function
+        for module in (mp, ema, precond, loss, schedule, sampler)
+        for name, function in vars(module).items()
+        if inspect.isfunction(function) and not name.startswith("_") and function.__module__ == module.__name__
+    }
+    assert public == {case.function for case in CASES} | FLOATS_ONLY
+
+
+def test_core_imports_no_framework() -> None:
+    """API-3: whoever imports edm2_core has loaded NumPy and array-api-compat, and nothing that trains."""
+    modules = "ema, errors, loss, mp, network, precond, presets, reference, sampler, schedule"
+    code = (
+        f"import sys; from edm2_core import {modules}; print({{'torch', 'jax', 'mlx', 'backends'}} & set(sys.modules))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"
+
+
+@given(st.floats(allow_nan=False))
+def test_errors_are_one_line(value: float) -> None:
+    """API-4: a sigma_rel that no average can have is refused in one line that shows it."""
+    if 0 < value <= 12**-0.5 * (1 + 1e-6):
+        return
+    with pytest.raises(errors.InputError, match=r"sigma_rel must be within .*, got") as caught:
+        ema.sigma_rel_to_gamma(value)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, ValueError)

@@ -1,0 +1,236 @@
+"""The network as data: which configs are refused, what a plan holds, and what it counts (SPEC NET)."""
+
+from dataclasses import replace
+from math import inf, nan, pi
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conformance import strategies as draw
+from conformance import tolerance
+from edm2_core import reference
+from edm2_core.errors import InputError
+from edm2_core.network import (
+    Block,
+    NetworkConfig,
+    check_parameters,
+    initialize,
+    multiply_adds,
+    parameter_count,
+    plan,
+)
+from edm2_core.presets import PRESETS, preset
+
+BASE = NetworkConfig(img_resolution=8, img_channels=1, model_channels=16, channel_mult=(1, 2), channels_per_head=16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"img_resolution": 6, "channel_mult": (1, 2, 2)}, r"divisible by 4 \(3 levels halve it 2 times\), got 6"),
+        ({"img_resolution": 0}, r"img_resolution must be a whole number of at least 1, got 0"),
+        ({"img_channels": 1.5}, r"img_channels must be a whole number .* got 1.5"),
+        ({"label_dim": -1}, r"label_dim must be a whole number >= 0, got -1"),
+        ({"channel_mult": ()}, r"channel_mult must be one or more positive numbers, got \(\)"),
+        ({"channels_per_head": 10}, r"divisible by channels_per_head, got 16 at 8x8 with 10 per head"),
+        ({"channels_per_head": 32, "attn_resolutions": (8,)}, r"got 16 at 8x8 with 32 per head"),
+        ({"resample_filter": (1, 2, 1)}, r"resample_filter must be an even number of finite taps"),
+        ({"resample_filter": (1, inf)}, r"resample_filter must be an even number of finite taps"),
+        ({"res_balance": 1.5}, r"res_balance must be within \[0, 1\], got 1.5"),
+        ({"label_balance": nan}, r"label_balance must be within \[0, 1\], got nan"),
+        ({"dropout": 1.0}, r"dropout must be within \[0, 1\), got 1.0"),
+        ({"sigma_data": 0.0}, r"sigma_data must be positive, got 0.0"),
+        ({"clip_act": 0.0}, r"clip_act must be positive or None, got 0.0"),
+        ({"channel_mult_noise": 0.0}, r"channel_mult_noise must be positive, got 0.0"),
+        ({"channel_mult_emb": 0.0}, r"channel_mult_emb must be positive, got 0.0"),
+    ],
+)
+def test_config_refuses(change: dict[str, Any], message: str) -> None:
+    """NET-1 API-4"""
+    with pytest.raises(InputError, match=message) as caught:
+        replace(BASE, **change)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_takes_what_json_brings() -> None:
+    """NET-1: lists become tuples, so that equal configs are equal and a plan is made once."""
+    assert replace(BASE, channel_mult=[1, 2]) == BASE  # type: ignore[arg-type]
+    assert plan(replace(BASE, channel_mult=[1, 2])) is plan(BASE)  # type: ignore[arg-type]
+
+
+@given(draw.configs())
+def test_plan_is_a_walk(config: NetworkConfig) -> None:
+    """NET-2: widths and resolutions fit together from block to block, and every skip is used once, newest first."""
+    walk = plan(config)
+    first = walk.encoder[0]
+    assert (first.role, first.in_channels, first.resolution) == ("conv", config.img_channels + 1, config.img_resolution)
+    width, resolution, skips = first.out_channels, first.resolution, [first]
+    for block in walk.encoder[1:]:
+        check_step(block, "enc", width, resolution)
+        width, resolution = block.out_channels, block.resolution
+        skips.append(block)
+    assert resolution == config.img_resolution >> len(config.channel_mult) - 1
+    for block in walk.decoder:
+        if block.takes_skip:
+            skip = skips.pop()
+            assert skip.resolution == block.resolution
+            width += skip.out_channels
+        check_step(block, "dec", width, resolution)
+        width, resolution = block.out_channels, block.resolution
+    assert not skips
+    assert (resolution, width) == (config.img_resolution, config.level_channels[0])
+    names = [block.name for block in (*walk.encoder, *walk.decoder)]
+    assert len(set(names)) == len(names)
+
+
+def check_step(block: Block, role: str, width: int, resolution: int) -> None:
+    assert (block.role, block.in_channels) == (role, width)
+    after = {"keep": resolution, "down": resolution // 2, "up": resolution * 2}[block.resample]
+    assert block.resolution == after
+
+
+@given(draw.configs())
+def test_attention_is_where_the_config_says(config: NetworkConfig) -> None:
+    """NET-2: blocks of the chosen resolutions, and the first of the decoder always; not where resolution changes."""
+    for block in (*plan(config).encoder, *plan(config).decoder):
+        chosen = block.resolution in config.attn_resolutions and "_block" in block.name
+        assert bool(block.heads) == (chosen or block.name.endswith("_in0"))
+        assert not block.heads or block.heads * config.channels_per_head == block.out_channels
+
+
+class Read(dict[str, Any]):
+    """Parameters that remember which of them were asked for."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        super().__init__(params)
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+@draw.fewer(2)
+@given(draw.configs(), draw.seeds)
+def test_table_is_what_the_network_reads(config: NetworkConfig, seed: int) -> None:
+    """NET-2: neither a parameter that nothing reads nor one that the table lacks."""
+    params, batch = Read(draw.random_parameters(config, seed)), draw.random_batch(config, seed)
+    reference.denoise(config, params, batch.images, batch.sigma, batch.labels)
+    assert params.names == set(plan(config).parameters)
+
+
+@given(draw.configs())
+def test_parameter_count_is_the_tables(config: NetworkConfig) -> None:
+    """NET-3: trained scalars outside u(sigma)."""
+    params = initialize(config, seed=0)
+    counted = sum(
+        value.size for name, value in params.items() if not name.startswith("logvar") and "fourier" not in name
+    )
+    assert parameter_count(config) == counted
+
+
+# Table 6, 512 latents: Mparams as printed; Table 1 has CONFIG G (the size S) to a further digit
+@pytest.mark.parametrize(
+    ("size", "millions", "digits"),
+    [("xs", 125, 0), ("s", 280.2, 1), ("m", 498, 0), ("l", 777, 0), ("xl", 1119, 0), ("xxl", 1523, 0)],
+)
+def test_published_parameter_counts(size: str, millions: float, digits: int) -> None:
+    """NET-3"""
+    assert round(parameter_count(preset(f"img512-{size}").network) / 1e6, digits) == millions
+
+
+@pytest.mark.parametrize(
+    ("size", "counted", "printed"),
+    [("xs", 45.0, 46), ("s", 100.8, 102), ("m", None, 181), ("l", None, 282), ("xl", None, 406), ("xxl", None, 552)],
+)
+def test_published_multiply_adds(size: str, counted: float | None, printed: int) -> None:
+    """NET-3: products alone to their digits; the paper's Gflops count elementwise work too: up to 3 % more."""
+    got = multiply_adds(preset(f"img512-{size}").network) / 1e9
+    assert counted is None or round(got, 1) == counted
+    assert got < printed + 0.5
+    assert got > 0.97 * (printed - 0.5)
+
+
+# alpha_ref, dropout and duration (Mi images) at 512; duration at 64
+TABLE_6 = {
+    "xs": (128, 0.0120, 0.0, 2048, None),
+    "s": (192, 0.0100, 0.0, 2048, 1024),
+    "m": (256, 0.0090, 0.1, 2048, 2048),
+    "l": (320, 0.0080, 0.1, 1792, 1024),
+    "xl": (384, 0.0070, 0.1, 1280, 640),
+    "xxl": (448, 0.0065, 0.1, 896, None),
+}
+
+
+@pytest.mark.parametrize("size", TABLE_6)
+def test_presets_are_table_6(size: str) -> None:
+    """NET-3: the hyperparameters that belong to each published network."""
+    channels, lr, dropout, at_512, at_64 = TABLE_6[size]
+    latents, pixels = preset(f"img512-{size}"), preset(f"img64-{size}")
+    for one, network_channels, decay, noise in ((latents, 4, 70000, (-0.4, 1.0)), (pixels, 3, 35000, (-0.8, 1.6))):
+        net = one.network
+        assert (net.img_resolution, net.img_channels, net.label_dim) == (64, network_channels, 1000)
+        assert (net.model_channels, net.channel_mult, net.num_blocks) == (channels, (1, 2, 3, 4), 3)
+        assert (net.attn_resolutions, net.channels_per_head, net.dropout) == ((16, 8), 64, dropout)
+        assert (one.lr, one.batch, one.decay, (one.P_mean, one.P_std)) == (lr, 2048, decay, noise)
+    assert latents.duration == at_512 << 20
+    assert at_64 is None or pixels.duration == at_64 << 20
+
+
+def test_unknown_preset() -> None:
+    """API-4 NET-1"""
+    with pytest.raises(InputError, match=r"preset must be one of digits, .*img512-xs.*, got 'img512-s9'"):
+        preset("img512-s9")
+    assert preset("digits") is PRESETS["digits"]
+
+
+@draw.fewer(2)
+@given(draw.configs(), st.integers(0, 2**63))
+def test_initialization_depends_on_seed_and_name_alone(config: NetworkConfig, seed: int) -> None:
+    """NET-4: the same again from the same seed, other values from another, and no order among the arrays."""
+    params, again, other = (initialize(config, seed=s) for s in (seed, seed, seed + 1))
+    assert {name: value.shape for name, value in params.items()} == {
+        name: p.shape for name, p in plan(config).parameters.items()
+    }
+    grown = initialize(replace(config, num_blocks=config.num_blocks + 1), seed=seed)
+    for name, value in params.items():
+        assert value.dtype == np.float32
+        assert np.array_equal(value, again[name])
+        assert value.shape == () or not np.array_equal(value, other[name])
+        assert grown[name].shape != value.shape or np.array_equal(value, grown[name])
+    check_parameters(config, params)
+
+
+def test_initial_distributions() -> None:
+    """NET-4: means and mean squares to 6 standard errors; gains exactly 0."""
+    config = preset("img512-xxs").network
+    for name, value in initialize(config, seed=3).items():
+        if value.ndim == 0:
+            assert value == 0
+            continue
+        turns = value / (2 * pi)
+        if name.endswith("phases"):
+            assert 0 <= turns.min() <= turns.max() <= 1
+            assert np.mean(turns) == pytest.approx(0.5, abs=6 * (1 / 12 / turns.size) ** 0.5)
+            continue
+        x = turns if name.endswith("freqs") else value
+        assert np.mean(x) == pytest.approx(0, abs=6 * x.size**-0.5)
+        assert np.mean(x.astype(np.float64) ** 2) == pytest.approx(1, abs=tolerance.mean_square(x.size))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unet.out_gain": None}, r"unet.out_gain is missing: use the config they were made with"),
+        ({"unet.out_gain": np.zeros(1)}, r"unet.out_gain must have shape \(\), got \(1,\)"),
+        ({"unet.more": np.zeros(1)}, r"unet.more is none"),
+    ],
+)
+def test_parameters_are_checked(change: dict[str, Any], message: str) -> None:
+    """API-4 NET-2"""
+    params = {name: value for name, value in (initialize(BASE, seed=0) | change).items() if value is not None}
+    with pytest.raises(InputError, match=message):
+        check_parameters(BASE, params)

@@ -1,0 +1,24 @@
+"""The learning rate over training."""
+
+from math import sqrt
+
+from .errors import InputError
+
+
+def learning_rate(nimg: float, /, *, batch: int, ref_lr: float, ref_batches: float, rampup_nimg: float) -> float:
+    """ref_lr / sqrt(max(nimg / (ref_batches batch), 1)) * min(nimg / rampup_nimg, 1) after ``nimg`` images.
+
+    ``ref_batches`` is t_ref in training iterations (0 or inf: no decay); ``rampup_nimg`` in images (0: none). Source:
+    Eq. 67 and Appendix B.1 (ramp-up). Departs from the paper: nothing.
+
+    Raises:
+        InputError: a negative count, or a batch below 1.
+    """
+    if min(nimg, ref_batches, rampup_nimg) < 0 or batch < 1:
+        raise InputError(
+            f"counts of images and batches must not be negative and a batch is at least 1, got nimg {nimg}, "
+            f"batch {batch}, ref_batches {ref_batches}, rampup_nimg {rampup_nimg}"
+        )
+    decay = 1 / sqrt(max(nimg / (ref_batches * batch), 1)) if ref_batches else 1.0
+    ramp = min(nimg / rampup_nimg, 1) if rampup_nimg else 1.0
+    return ref_lr * decay * ramp

@@ -1,0 +1,1 @@
+"""Short scripts that a reader finishes in one sitting; each runs as ``python -m examples.NAME``."""

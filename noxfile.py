@@ -1,0 +1,62 @@
+"""Every check of the project, each in an environment of its own: ``nox`` runs all, ``nox -s NAME`` one.
+
+Arguments after ``--`` go to pytest: ``nox -s conformance -- -k EMA``.
+"""
+
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = True
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Formatting and lint."""
+    session.install("ruff>=0.6")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types."""
+    session.install("-e", ".[dev,torch]")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The repo's own tests: pipeline, commands, public API, the digits run."""
+    session.install("-e", ".[test,torch]")
+    session.run("pytest", "tests", "--ignore=tests/test_examples.py", *session.posargs)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """The specification in five array libraries, and every port against the reference and the golden numbers."""
+    session.install("-e", ".[test,torch,jax,mlx]")
+    session.run("pytest", "conformance", "--hypothesis-profile=ci", *session.posargs)
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """The examples do what they say."""
+    session.install("-e", ".[test,torch]")
+    session.run("pytest", "tests/test_examples.py", *session.posargs)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """What a user gets from the wheel works away from the checkout, and its core needs no framework."""
+    session.install("build")
+    folder = Path(session.create_tmp())
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(folder), silent=True)
+    newest = max(folder.glob("edm2-*.whl"), key=lambda path: path.stat().st_mtime)
+    session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "edm2")
+    session.install(f"{newest}[run]")
+    script = Path("tests", "check_wheel.py").absolute()
+    session.chdir(folder)
+    session.run("python", "-P", str(script))

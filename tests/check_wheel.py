@@ -1,0 +1,40 @@
+"""Run by ``nox -s wheel`` with only the wheel installed: importing the core loads no framework, and data is inside."""
+
+import subprocess
+import sys
+from importlib import metadata, resources
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    import edm2_core.ema
+    import edm2_core.reference
+    import edm2_core.sampler
+
+    loaded = {"torch", "jax", "mlx", "safetensors", "PIL", "tyro"} & set(sys.modules)
+    check(not loaded, f"importing edm2_core loads {loaded}")
+    check(Path(edm2_core.ema.__file__).parents[1] != CHECKOUT, f"edm2_core came from the checkout, {CHECKOUT}")
+    check(resources.files("edm2_core").joinpath("SPEC.md").is_file(), "SPEC.md is missing")
+    check(any("LICENSE" in str(file) for file in metadata.files("edm2") or ()), "LICENSE is missing")
+
+    import conformance
+    from backends.pipeline.datasets import open_dataset
+
+    check(bool(conformance.__doc__), "conformance is missing")
+    check(len(open_dataset("digits")) == 1797, "the digits are missing")
+    missing = subprocess.run([sys.executable, "-m", "backends.torch.train"], capture_output=True, text=True)
+    if missing.returncode:  # without the extra: one line that says how to get it
+        check(missing.returncode == 2, f"exit status {missing.returncode} without PyTorch")
+        check("edm2[torch]" in missing.stderr and missing.stderr.count("\n") == 1, missing.stderr)
+    print("wheel: 1 passed, 0 failed")
+
+
+def check(holds: bool, why: str) -> None:
+    if not holds:
+        sys.exit(f"wheel: {why}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""How commands end: one line and 2 for bad input, 128 + signal when stopped, a traceback for faults of ours."""
+
+import errno
+import os
+import signal
+
+import pytest
+
+from backends.pipeline.commands import Interrupts, command
+from edm2_core.errors import InputError
+
+
+def ends_with(error):
+    @command
+    def main():
+        raise error
+
+    return main
+
+
+def test_a_status_is_passed_on_and_none_is_0():
+    assert command(lambda: None)() == 0
+    assert command(lambda: 130)() == 130
+
+
+def test_bad_input_is_one_line_on_stderr_and_status_2(capsys):
+    assert ends_with(InputError("batch must be even,\n got 3"))() == 2
+    assert capsys.readouterr() == ("", "error: batch must be even, got 3\n")
+
+
+def test_a_full_disk_is_one_line_and_status_2(capsys):
+    assert ends_with(OSError(errno.ENOSPC, "No space left on device", "runs/x"))() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_other_faults_keep_their_traceback():
+    with pytest.raises(PermissionError):
+        ends_with(PermissionError(errno.EACCES, "no"))()
+    with pytest.raises(ValueError, match="ours"):
+        ends_with(ValueError("ours"))()
+
+
+def test_ctrl_c_outside_the_loop_is_status_130():
+    assert ends_with(KeyboardInterrupt())() == 130
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_noted_and_the_handler_restored(signum, status):
+    before = signal.getsignal(signum)
+    with Interrupts() as interrupts:
+        assert interrupts.status == 0
+        os.kill(os.getpid(), signum)
+        assert interrupts.signum == signum
+        assert interrupts.status == status
+    assert signal.getsignal(signum) is before
+
+
+def test_a_second_ctrl_c_is_not_ignored():
+    with Interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,58 @@
+"""What the examples claim is true of what they print, run as a reader runs them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("torch", reason="the examples are in PyTorch")
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(example, *options):
+    """The table that an example prints: a row of numbers by its first word."""
+    command = [sys.executable, "-m", f"examples.{example}", *map(str, options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = (line.split() for line in done.stdout.splitlines()[1:])
+    return {name: [float(number.rstrip("%")) for number in numbers] for name, *numbers in rows}
+
+
+def test_posthoc_ema_finds_a_length_between_the_extremes_that_beats_the_raw_weights(tmp_path):
+    table = run("posthoc_ema", "--images", 16_000, "--folder", tmp_path)
+    loss = {name: row[0] for name, row in table.items()}
+    raw, lengths = loss.pop("raw"), list(loss)
+    assert len(lengths) == 10
+    best = min(loss, key=loss.__getitem__)
+    assert loss[best] < 0.8 * raw
+    assert best not in (lengths[0], lengths[-1])  # so the length matters, both ways
+    assert table[best][1] > table["raw"][1]
+    stored = {path.stem.split("-")[1] for path in tmp_path.iterdir()}
+    assert stored == {"0.050", "0.100"}  # the other eight were made afterwards
+
+
+def test_posthoc_ema_is_short_enough_to_copy():
+    text = (ROOT / "examples" / "posthoc_ema.py").read_text()
+    assert len(text.splitlines()) < 60
+    assert not re.search(r"network|edm2_core", "".join(re.findall(r"^(?:from|import) .*", text, re.MULTILINE)))
+
+
+def test_toy_2d_guidance_has_fewer_outliers_and_denser_points(tmp_path):
+    table = run("toy_2d", "--images", 131_072, "--out", tmp_path / "toy.png")
+    median, outliers = ({name: row[column] for name, row in table.items()} for column in (0, 1))
+    assert outliers["data"] == 1  # by definition
+    assert outliers["guided"] < 0.9 * outliers["unguided"]
+    assert median["guided"] > median["unguided"] + 0.1
+    panels = picture_panels(tmp_path / "toy.png")
+    assert len({panel.tobytes() for panel in panels}) == 3
+    assert all(0.005 < (panel != panel[0, 0]).any(axis=2).mean() < 0.3 for panel in panels)  # ink on paper
+
+
+def picture_panels(path):
+    picture = np.asarray(Image.open(path))
+    return [picture[12:332, 12 + i * 324 : 332 + i * 324] for i in range(3)]

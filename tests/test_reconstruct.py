@@ -1,0 +1,117 @@
+"""Averages of any length from stored ones: exact where stored, close to the truth elsewhere, each file read once."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from backends.pipeline import reconstruct as module
+from backends.pipeline.reconstruct import reconstruct
+from backends.pipeline.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_name
+from edm2_core.ema import beta, coefficients
+from edm2_core.errors import InputError
+
+STEP, STEPS, EVERY = 128, 400, 25
+
+
+def walk():
+    """A smooth path of weights over training, with some noise; what averages are taken of."""
+    generator = np.random.default_rng(3)
+    t = np.arange(1, STEPS + 1)[:, None] / STEPS
+    return np.cos(3 * t + np.arange(7)) + 0.1 * generator.standard_normal((STEPS, 7))
+
+
+def tracked(sigma_rel, until=STEPS):
+    average = np.zeros(7)
+    for step, weights in enumerate(walk()[:until], 1):
+        keep = beta(sigma_rel, t_next=step * STEP, t_delta=STEP)
+        average = keep * average + (1 - keep) * weights
+    return average
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for sigma_rel in (0.05, 0.10):
+        for step in range(EVERY, STEPS + 1, EVERY):
+            params = {"w": tracked(sigma_rel, step).astype(np.float32), "steps": np.array(step)}
+            path = tmp_path / "snapshots" / snapshot_name(step * STEP, sigma_rel)
+            save_snapshot(path, Snapshot(params=params, config=None, nimg=step * STEP, sigma_rel=sigma_rel))
+    return tmp_path
+
+
+def test_other_lengths_come_close_to_what_tracking_them_would_have_given(folder):
+    lengths = [0.04, 0.07, 0.10, 0.15, 0.20]
+    for sigma_rel, snapshot in zip(lengths, reconstruct(folder, sigma_rels=lengths), strict=True):
+        truth = tracked(sigma_rel)
+        assert (snapshot.nimg, snapshot.sigma_rel) == (STEPS * STEP, sigma_rel)
+        assert snapshot.params["w"].dtype == np.float32
+        assert np.linalg.norm(snapshot.params["w"] - truth) < 0.01 * np.linalg.norm(truth)
+
+
+def test_a_stored_average_comes_as_it_is_stored(folder):
+    path = folder / "snapshots" / snapshot_name(200 * STEP, 0.05)
+    (snapshot,) = reconstruct(folder, nimg=200 * STEP, sigma_rels=[0.05])
+    assert np.array_equal(snapshot.params["w"], load_snapshot(path).params["w"])
+
+
+def test_the_result_is_the_least_squares_combination_of_what_was_stored_up_to_then(folder):
+    nimg = 210 * STEP
+    (snapshot,) = reconstruct(folder, nimg=nimg, sigma_rels=[0.08])
+    usable = sorted(folder.glob("snapshots/*"))
+    stored = [s for s in map(load_snapshot, usable) if s.nimg <= nimg]
+    weights = coefficients(
+        in_time=[s.nimg for s in stored], in_sigma_rel=[s.sigma_rel for s in stored], out_time=nimg, out_sigma_rel=0.08
+    )
+    wanted = sum(w * s.params["w"].astype(np.float64) for w, s in zip(weights[:, 0], stored, strict=True))
+    assert len(stored) == 16
+    assert np.allclose(snapshot.params["w"], wanted, rtol=0, atol=1e-5)
+    assert snapshot.params["steps"] == 200
+
+
+def test_snapshots_after_the_target_are_not_even_read(folder):
+    for path in (folder / "snapshots").glob("*"):
+        if load_snapshot(path).nimg > 200 * STEP:
+            damaged = replace(load_snapshot(path), params={"w": np.full(7, 999, np.float32), "steps": np.array(0)})
+            save_snapshot(path, damaged)
+    (snapshot,) = reconstruct(folder, nimg=200 * STEP, sigma_rels=[0.07])
+    assert np.linalg.norm(snapshot.params["w"] - tracked(0.07, 200)) < 0.02
+
+
+def test_however_many_are_wanted_every_file_is_read_once(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(module, "load_snapshot", lambda path: read.append(path) or load_snapshot(path))
+    reconstruct(folder, sigma_rels=[0.03, 0.07, 0.2])
+    assert sorted(read) == sorted((folder / "snapshots").glob("*"))
+
+
+def test_a_run_its_snapshots_folder_and_their_paths_are_the_same_source(folder):
+    sources = (folder, folder / "snapshots", sorted((folder / "snapshots").glob("*"))[::-1], str(folder))
+    results = [reconstruct(source, sigma_rels=[0.13])[0].params["w"] for source in sources]
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma_rels": [0.3]}, r"sigma_rel must be within \(0, 0\.2887\), got 0\.3"),
+        ({"sigma_rels": [0.1], "nimg": 100}, "must be from 3200 to 51200 images, got 100"),
+        ({"sigma_rels": [0.1], "nimg": 51201}, "must be from 3200 to 51200 images, got 51201"),
+    ],
+)
+def test_what_cannot_be_reconstructed_is_refused(folder, options, message):
+    with pytest.raises(InputError, match=message):
+        reconstruct(folder, **options)
+
+
+def test_without_snapshots_there_is_nothing_to_reconstruct_from(tmp_path):
+    with pytest.raises(InputError, match="must hold snapshots, got none"):
+        reconstruct(tmp_path, sigma_rels=[0.1])
+    with pytest.raises(InputError, match="one or more, got none"):
+        reconstruct([], sigma_rels=[0.1])
+
+
+def test_raw_weights_are_no_average_to_reconstruct_from(folder):
+    raw = folder / "snapshots" / "raw.safetensors"
+    save_snapshot(raw, Snapshot(params={"w": np.zeros(7)}, config=None, nimg=128, sigma_rel=None))
+    with pytest.raises(InputError, match=f"averages of one network, got {raw}"):
+        reconstruct(folder, sigma_rels=[0.1])

@@ -1,0 +1,140 @@
+"""The run folder: numbered, found again, listed by what files say of themselves, and logged without a line twice."""
+
+import os
+
+import pytest
+from toy_port import CONFIG
+
+from backends.pipeline.datasets import open_dataset
+from backends.pipeline.options import TrainOptions
+from backends.pipeline.runs import Run, create, newest
+from backends.pipeline.settings import resolve
+from backends.pipeline.snapshots import Snapshot, save_snapshot, snapshot_name
+from edm2_core.errors import InputError
+from edm2_core.network import initialize
+
+SETTINGS = resolve(TrainOptions(lr=0.02), open_dataset("digits"))
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run():
+    made = Run(create(None, "digits"))
+    made.save_settings(SETTINGS)
+    return made
+
+
+def store(run, nimg, sigma_rel, config=SETTINGS.network):
+    path = run.snapshots_path / snapshot_name(nimg, sigma_rel or 0.01)
+    save_snapshot(path, Snapshot(params=initialize(config, seed=0), config=config, nimg=nimg, sigma_rel=sigma_rel))
+    return path
+
+
+def test_fresh_folders_are_numbered_on_from_the_highest(tmp_path):
+    assert [str(create(None, "digits")) for _ in range(2)] == ["runs/00000-digits", "runs/00001-digits"]
+    (tmp_path / "runs/00041-mine").mkdir()
+    (tmp_path / "runs/notes").mkdir()
+    assert str(create(None, "faces")) == "runs/00042-faces"
+
+
+def test_a_folder_that_is_named_is_made_and_may_exist(tmp_path):
+    assert create(tmp_path / "a/b", "digits") == create(tmp_path / "a/b", "digits") == tmp_path / "a/b"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/run must be writable"):
+        create(tmp_path / "file/run", "digits")
+
+
+def test_the_newest_run_is_the_one_last_started_or_resumed():
+    paths = [create(None, "digits") for _ in range(3)]
+    for age, path in zip((10, 30, 20), paths, strict=True):
+        Run(path).save_settings(SETTINGS)
+        os.utime(path / "config.json", (age, age))
+    assert newest(train="train") == paths[1]
+
+
+def test_where_there_is_no_run_the_train_command_is_named():
+    with pytest.raises(InputError, match=r"got none in .*: train one with python -m backends.x.train, or"):
+        newest(train="python -m backends.x.train")
+
+
+def test_settings_come_back(run):
+    assert run.settings() == SETTINGS
+    assert run.exists()
+    assert not Run("elsewhere").exists()
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path, run):
+    with pytest.raises(InputError, match=r"must be a folder with a config\.json, got elsewhere"):
+        Run("elsewhere").settings()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="must be a folder, got the file"):
+        Run(tmp_path / "file").exists()
+    run.config_path.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(InputError, match=r"config\.json must be text"):
+        run.settings()
+
+
+def test_a_run_without_its_config_is_not_taken_for_a_fresh_folder(run):
+    store(run, 1024, 0.05)
+    run.config_path.unlink()
+    with pytest.raises(InputError, match=r"must have its config\.json, got none .*--outdir$"):
+        run.exists()
+
+
+def test_snapshots_are_sorted_by_time_and_length_as_their_metadata_say(run):
+    path = store(run, 10_500, 0.10)
+    path.rename(run.snapshots_path / "0000000-first.safetensors")
+    for nimg, sigma_rel in [(2048, 0.10), (10_500, 0.05), (2048, 0.05)]:
+        store(run, nimg, sigma_rel)
+    found = [(s.nimg, s.sigma_rel) for s in run.snapshots()]
+    assert found == [(2048, 0.05), (2048, 0.10), (10_500, 0.05), (10_500, 0.10)]
+
+
+def test_a_run_without_snapshots_has_none(run):
+    assert run.snapshots() == []
+    assert run.state_nimg() == 0
+
+
+@pytest.mark.parametrize(("sigma_rel", "config"), [(None, SETTINGS.network), (0.05, CONFIG)])
+def test_a_snapshot_that_is_not_of_the_run_is_refused_by_name(run, sigma_rel, config):
+    path = store(run, 1024, sigma_rel, config)
+    with pytest.raises(InputError, match=f"averages of its network, got {path}"):
+        run.snapshots()
+
+
+def test_the_log_is_kept_up_to_the_state_and_a_torn_line_is_dropped(run):
+    for nimg in (64, 128, 192):
+        run.append_log({"nimg": nimg, "loss": float("inf") if nimg == 64 else 0.1 + nimg})
+    with open(run.log_path, "a") as file:
+        file.write('{"nimg": 256, "lo')
+    assert [record["nimg"] for record in run.log()] == [64, 128, 192]
+    assert run.truncate_log(128) == [{"nimg": 64, "loss": None}, {"nimg": 128, "loss": 128.1}]
+    run.append_log({"nimg": 192, "loss": 1.0})
+    assert run.log_path.read_text().count("\n") == 3
+    assert [record["nimg"] for record in run.log()] == [64, 128, 192]
+
+
+def test_truncating_the_log_is_all_or_nothing(run, monkeypatch):
+    run.append_log({"nimg": 64})
+    run.append_log({"nimg": 128})
+    before = run.log_path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match="No space left"):
+        run.truncate_log(64)
+    assert run.log_path.read_bytes() == before
+
+
+def test_a_run_without_a_log_has_none_to_truncate(run):
+    assert run.truncate_log(0) == []
+    assert not run.log_path.exists()

@@ -1,0 +1,244 @@
+"""The sample command: the right network, the same image for a seed whatever the batch, and files as promised."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy_port import CONFIG, PRESET, ToySampler
+
+from backends.pipeline.datasets import open_dataset
+from backends.pipeline.options import SampleOptions, TrainOptions
+from backends.pipeline.runs import Run
+from backends.pipeline.sampling import run_sampling
+from backends.pipeline.seeds import labels as seed_labels
+from backends.pipeline.seeds import noise
+from backends.pipeline.settings import resolve
+from backends.pipeline.snapshots import Snapshot, save_snapshot, snapshot_name
+from edm2_core.errors import InputError
+from edm2_core.network import initialize
+from edm2_core.presets import PRESETS
+
+PROG = "python -m backends.toy.sample"
+UNCONDITIONAL = replace(CONFIG, label_dim=0)
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    monkeypatch.setitem(PRESETS, "toy", PRESET)
+
+
+def store(path, config=CONFIG, *, seed=0, nimg=1024, sigma_rel=0.1):
+    save_snapshot(path, Snapshot(params=initialize(config, seed=seed), config=config, nimg=nimg, sigma_rel=sigma_rel))
+
+
+@pytest.fixture
+def run():
+    """A run with averages of two lengths at three times, each a network of its own."""
+    made = Run("runs/00000-digits")
+    made.save_settings(resolve(TrainOptions(preset="toy", data="digits"), open_dataset("digits")))
+    for i, nimg in enumerate((1024, 2048, 3072)):
+        for j, sigma_rel in enumerate((0.05, 0.10)):
+            path = made.snapshots_path / snapshot_name(nimg, sigma_rel)
+            store(path, seed=2 * i + j, nimg=nimg, sigma_rel=sigma_rel)
+    return made
+
+
+def sample(**options):
+    sampler = ToySampler()
+    run_sampling(SampleOptions(**options), sampler, prog=PROG)
+    return sampler.calls
+
+
+def npz(**options):
+    sample(format="npz", outdir=Run("out").path, **options)
+    with np.load("out/samples.npz") as file:
+        return dict(file)
+
+
+def used(seed, name="unet.out_conv.weight"):
+    return pytest.approx(np.mean(initialize(CONFIG, seed=seed)[name]), abs=1e-4)
+
+
+def test_by_default_it_samples_64_seeds_from_the_newest_run_s_last_average(run, capsys):
+    calls = sample()
+    assert len(calls) == 1
+    assert (calls[0]["n"], calls[0]["mean"], calls[0]["num_steps"]) == (64, used(5), 32)
+    assert (calls[0]["guidance"], calls[0]["guide"]) == (1.0, None)
+    folder = run.samples_path / "0000003-0.100"
+    assert sorted(p.name for p in folder.iterdir()) == [*(f"{seed:06d}.png" for seed in range(64)), "grid.png"]
+    out = capsys.readouterr().out
+    assert "network  runs/00000-digits (stored): 0.01 M parameters, sigma_rel 0.1, after 3072 images" in out
+    assert "wrote    runs/00000-digits/samples/0000003-0.100/grid.png" in out
+
+
+def test_a_length_that_is_stored_is_used_as_it_is(run):
+    assert sample(sigma_rel=0.05, seeds="0")[0]["mean"] == used(4)
+
+
+def test_a_length_that_is_not_stored_is_reconstructed_on_the_fly(run, capsys):
+    sample(sigma_rel=0.07, seeds="0")
+    assert "(reconstructed from 6 snapshots)" in capsys.readouterr().out
+    assert (run.samples_path / "0000003-0.070/grid.png").exists()
+
+
+def test_0_10_is_the_default_even_where_longer_ones_are_kept(run):
+    store(run.snapshots_path / "x.safetensors", seed=9, nimg=3072, sigma_rel=0.2)
+    assert sample(seeds="0")[0]["mean"] == used(5)
+
+
+def test_without_0_10_the_longest_average_is_the_default(run):
+    for path in run.snapshots_path.glob("*-0.100*"):
+        path.unlink()
+    store(run.snapshots_path / "x.safetensors", seed=9, nimg=3072, sigma_rel=0.2)
+    assert sample(seeds="0")[0]["mean"] == used(9)
+
+
+def test_an_image_depends_on_its_seed_and_not_on_the_batch_or_its_neighbours(run):
+    settings = {"S_churn": 20.0, "guidance": 2.0}
+    whole = npz(seeds="0-12", batch=64, **settings)
+    for seeds, batch in [("0-12", 1), ("0-12", 5), ("12,3,7", 2)]:
+        part = npz(seeds=seeds, batch=batch, **settings)
+        assert np.array_equal(part["images"], whole["images"][part["seeds"]])
+        assert np.array_equal(part["labels"], whole["labels"][part["seeds"]])
+
+
+def test_a_batch_is_at_most_as_large_as_asked(run):
+    assert [call["n"] for call in sample(seeds="0-12", batch=5)] == [5, 5, 3]
+
+
+def test_npz_holds_images_labels_and_seeds(run):
+    arrays = npz(seeds="5,2,9")
+    assert (arrays["images"].dtype, arrays["images"].shape) == (np.uint8, (3, 8, 8, 1))
+    assert (arrays["labels"].dtype, arrays["seeds"].dtype) == (np.int64, np.int64)
+    assert arrays["seeds"].tolist() == [5, 2, 9]
+    assert arrays["labels"].tolist() == seed_labels([5, 2, 9], 10).tolist()
+    hue = 0.1 * arrays["labels"][:, None, None, None] / 10
+    mean = np.mean(initialize(CONFIG, seed=5)["unet.out_conv.weight"].astype(np.float16), dtype=np.float32)
+    wanted = 127.5 + 127.5 * (np.tanh(noise([5, 2, 9], (1, 8, 8)) + mean) * 0.8 + hue)
+    assert np.abs(arrays["images"].transpose(0, 3, 1, 2) - wanted).max() <= 0.51
+
+
+def test_a_png_is_the_same_image_as_in_the_npz(run):
+    arrays = npz(seeds="7")
+    sample(seeds="7", outdir=Run("png").path)
+    with Image.open("png/000007.png") as image:
+        assert np.array_equal(np.asarray(image), arrays["images"][0, :, :, 0])
+
+
+def test_class_makes_all_images_of_one_class(run):
+    arrays = npz(seeds="0-4", label=3)
+    assert arrays["labels"].tolist() == [3] * 5
+
+
+def test_an_unconditional_network_gets_no_labels_and_says_minus_one():
+    store("net", UNCONDITIONAL)
+    assert npz(net="net", seeds="0-1")["labels"].tolist() == [-1, -1]
+    assert sample(net="net", seeds="0")[0]["labels"] is None
+
+
+def test_net_samples_that_file_into_samples_here(capsys):
+    store("net", seed=3)
+    assert sample(net="net", seeds="0")[0]["mean"] == used(3)
+    assert "network  net: " in capsys.readouterr().out
+    assert Run("samples/grid.png").path.exists()
+
+
+def test_guidance_without_a_guide_is_by_the_same_network_without_its_label(run, capsys):
+    (call,) = sample(seeds="0", guidance=1.5)
+    assert (call["guidance"], call["guide"]) == (1.5, None)
+    assert "the same network without its label, weight 1.5" in capsys.readouterr().out
+    assert (run.samples_path / "0000003-0.100-guidance1.5/grid.png").exists()
+
+
+def test_a_guide_is_handed_to_the_sampler(run, capsys):
+    store("guide", UNCONDITIONAL, seed=8)
+    (call,) = sample(seeds="0", guidance=2.0, guide="guide", guide_interval=(0.2, 5.0))
+    config, params = call["guide"]
+    assert config == UNCONDITIONAL
+    assert np.array_equal(params["unet.out_gain"], initialize(UNCONDITIONAL, seed=8)["unet.out_gain"])
+    assert call["guide_interval"] == (0.2, 5.0)
+    assert "guide    guide, weight 2" in capsys.readouterr().out
+
+
+def test_sampler_settings_are_passed_on_only_where_given(run):
+    given = {
+        "sigma_min": 0.01,
+        "sigma_max": 50.0,
+        "rho": 5.0,
+        "S_churn": 3.0,
+        "S_min": 0.1,
+        "S_max": 9.0,
+        "S_noise": 1.1,
+    }
+    (call,) = sample(seeds="0", steps=8, **given)
+    assert {name: call[name] for name in given} == given
+    assert call["num_steps"] == 8
+    (call,) = sample(seeds="0")
+    assert not set(given) & set(call)
+
+
+def test_a_grid_shows_at_most_100_images(run):
+    sample(seeds="0-119")
+    with Image.open(run.samples_path / "0000003-0.100/grid.png") as grid:
+        assert 10 * 48 < grid.height < 11 * 52
+    assert (run.samples_path / "0000003-0.100/000119.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": "a"}, "seeds must be numbers and ranges"),
+        ({"batch": 0}, "--batch must be at least 1, got 0"),
+        ({"label": 10}, "--class must be from 0 to 9, got 10"),
+        ({"label": -1}, "--class must be from 0 to 9, got -1"),
+        ({"sigma_rel": 0.3}, r"sigma_rel must be within \(0, 0\.2887\), got 0\.3"),
+        ({"sigma_rel": 0.0}, r"sigma_rel must be within \(0, 0\.2887\), got 0"),
+        ({"steps": 0}, "num_steps >= 1.*got num_steps 0"),
+        ({"sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
+        ({"rho": 0.0}, "rho > 0"),
+        ({"S_churn": -1.0}, "--S-churn must not be negative, got -1"),
+        ({"net": "net", "run": "runs/00000-digits"}, "--net is one stored network, got --run or --sigma-rel too"),
+        ({"net": "net", "sigma_rel": 0.1}, "--net is one stored network, got --run or --sigma-rel too"),
+        ({"net": "none"}, "none must be a file that can be read"),
+        ({"run": "none"}, r"must be a folder with a config\.json, got none"),
+        ({"guide": "net"}, "--guide needs a weight"),
+        ({"guide": "wide", "guidance": 2.0}, "--guide must make the same images, got img_resolution 16 instead of 8"),
+        ({"guide": "other", "guidance": 2.0}, "--guide must have no classes or 10, got 3"),
+        ({"net": "free", "guidance": 2.0}, "--guidance of a network without labels needs another"),
+        ({"net": "free", "label": 3}, "--class needs a network with labels, got 3"),
+        ({"net": "latent"}, "PNG images must be grey or RGB, got 4 channels: use --format npz"),
+        ({"net": "theirs"}, "must be one of edm2's"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_before_sampling(run, options, message):
+    store("net")
+    store("free", UNCONDITIONAL)
+    store("wide", replace(CONFIG, img_resolution=16))
+    store("other", replace(CONFIG, label_dim=3))
+    store("latent", replace(CONFIG, img_channels=4))
+    save_snapshot("theirs", Snapshot(params={"w": np.zeros(2)}, config=None, nimg=1, sigma_rel=0.1))
+    sampler = ToySampler()
+    with pytest.raises(InputError, match=message) as caught:
+        run_sampling(SampleOptions(**options), sampler, prog=PROG)
+    assert not sampler.calls
+    assert "\n" not in str(caught.value)
+
+
+def test_without_any_run_the_train_command_is_named():
+    with pytest.raises(InputError, match=r"train one with python -m backends\.toy\.train"):
+        sample()
+
+
+def test_a_run_without_snapshots_says_how_to_get_some(run):
+    for path in run.snapshots_path.iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match=r"got none in .*: python -m backends\.toy\.train --outdir runs/00000-digits"):
+        sample()
+
+
+def test_latents_are_sampled_into_an_npz():
+    store("latent", replace(CONFIG, img_channels=4))
+    assert npz(net="latent", seeds="0-1")["images"].shape == (2, 8, 8, 4)

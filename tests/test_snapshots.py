@@ -1,0 +1,226 @@
+"""One snapshot format for all ports: exact where it promises to be, all or nothing, and clear about damage."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from backends.pipeline import snapshots, tensorfiles
+from backends.pipeline.snapshots import Snapshot, load_snapshot, read_metadata, save_snapshot, snapshot_name
+from edm2_core.errors import InputError
+from edm2_core.network import NetworkConfig, initialize
+
+CONFIG = NetworkConfig(
+    img_resolution=4,
+    img_channels=1,
+    label_dim=3,
+    model_channels=4,
+    channel_mult=(1, 2),
+    num_blocks=1,
+    attn_resolutions=(2,),
+    channels_per_head=4,
+    logvar_channels=4,
+)
+PARAMS = initialize(CONFIG, seed=1) | {"unet.out_gain": np.float32(1 / 3)}
+SNAPSHOT = Snapshot(params=PARAMS, config=CONFIG, nimg=8192, sigma_rel=0.05)
+
+
+@pytest.fixture
+def path(tmp_path):
+    save_snapshot(tmp_path / "snapshot.safetensors", SNAPSHOT)
+    return tmp_path / "snapshot.safetensors"
+
+
+def refused(path, message):
+    """Both readers refuse the file in one line that names it."""
+    for read in (read_metadata, load_snapshot):
+        with pytest.raises(InputError, match=message) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_snapshot_comes_back_rounded_to_float16_with_its_gains_exact(path):
+    loaded = load_snapshot(path)
+    assert (loaded.config, loaded.nimg, loaded.sigma_rel) == (CONFIG, 8192, 0.05)
+    assert set(loaded.params) == set(PARAMS)
+    for name, array in PARAMS.items():
+        kept = array.astype(np.float16) if array.ndim else array
+        assert loaded.params[name].dtype == np.float32
+        assert loaded.params[name].shape == array.shape
+        assert (loaded.params[name] == kept).all()
+    assert loaded.params["unet.out_gain"] == np.float32(1 / 3)
+
+
+def test_the_library_reads_the_same_arrays(path):
+    arrays = load_file(path)
+    for name, array in load_snapshot(path).params.items():
+        assert arrays[name].dtype == (np.float16 if array.ndim else np.float32)
+        assert (arrays[name] == array).all()
+
+
+def test_metadata_is_read_without_the_arrays(path):
+    assert read_metadata(path) == snapshots.Metadata(config=CONFIG, nimg=8192, sigma_rel=0.05)
+
+
+def test_metadata_is_text_that_says_what_it_is(path):
+    _, metadata = tensorfiles.read_header(path)
+    assert metadata["format"] == "edm2-snapshot"
+    assert (metadata["version"], metadata["nimg"], metadata["sigma_rel"]) == ("1", "8192", "0.05")
+    assert json.loads(metadata["config"])["model_channels"] == 4
+
+
+def test_transposed_and_strided_arrays_are_stored_by_value(tmp_path):
+    name = next(name for name, array in PARAMS.items() if array.ndim == 4 and array.shape[0] > 1)
+    twisted = np.ascontiguousarray(PARAMS[name].transpose(3, 2, 1, 0)).transpose(3, 2, 1, 0)
+    assert not twisted.flags["C_CONTIGUOUS"]
+    save_snapshot(tmp_path / "a", SNAPSHOT)
+    save_snapshot(tmp_path / "b", replace(SNAPSHOT, params=PARAMS | {name: twisted}))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_big_endian_arrays_are_stored_by_value(tmp_path):
+    numbers = np.arange(6).reshape(2, 3)
+    tensorfiles.write_tensors(tmp_path / "b", {code: numbers.astype(code) for code in (">f4", ">f2", ">i8", "<f4")}, {})
+    assert all(np.array_equal(array, numbers) for array in load_file(tmp_path / "b").values())
+
+
+def test_raw_weights_have_no_length(tmp_path):
+    save_snapshot(tmp_path / "raw", replace(SNAPSHOT, sigma_rel=None))
+    assert load_snapshot(tmp_path / "raw").sigma_rel is None
+
+
+def test_someone_else_s_network_keeps_its_names_and_counters(tmp_path):
+    theirs = {"head.weight": np.ones((2, 3), np.float32), "steps": np.array(2**40), "mask": np.array([True, False])}
+    save_snapshot(tmp_path / "t", Snapshot(params=theirs, config=None, nimg=1, sigma_rel=0.1))
+    loaded = load_snapshot(tmp_path / "t")
+    assert loaded.config is None
+    assert loaded.params["steps"] == 2**40
+    assert loaded.params["mask"].tolist() == [True, False]
+    with pytest.raises(InputError, match="must be one of edm2's"):
+        _ = loaded.network
+
+
+@pytest.mark.parametrize("value", [65520.0, -1e6, np.inf, np.nan])
+def test_a_value_that_float16_cannot_hold_is_refused_by_name_and_nothing_is_written(tmp_path, value):
+    broken = PARAMS["unet.out_conv.weight"].copy()
+    broken.flat[0] = value
+    with pytest.raises(InputError, match=r"within \+-65504, got .* in unet.out_conv.weight"):
+        save_snapshot(tmp_path / "s", replace(SNAPSHOT, params=PARAMS | {"unet.out_conv.weight": broken}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_largest_float16_is_still_stored(tmp_path):
+    edge = np.full_like(PARAMS["unet.out_conv.weight"], 65504)
+    save_snapshot(tmp_path / "s", replace(SNAPSHOT, params=PARAMS | {"unet.out_conv.weight": edge}))
+    assert (load_snapshot(tmp_path / "s").params["unet.out_conv.weight"] == 65504).all()
+
+
+def test_parameters_that_are_not_the_config_s_are_refused_both_ways(tmp_path, path):
+    fewer = {name: array for name, array in PARAMS.items() if name != "unet.out_gain"}
+    with pytest.raises(InputError, match=r"unet\.out_gain is missing"):
+        save_snapshot(tmp_path / "s", replace(SNAPSHOT, params=fewer))
+    arrays, (_, metadata) = load_file(path), tensorfiles.read_header(path)
+    save_file({name: arrays[name] for name in fewer}, path, metadata)
+    with pytest.raises(InputError, match=r"unet\.out_gain is missing"):
+        load_snapshot(path)
+
+
+def test_a_file_cut_short_names_the_array_and_how_many_bytes_there_are(path):
+    whole, (entries, _) = path.read_bytes(), tensorfiles.read_header(path)
+    last = max(entries, key=lambda name: entries[name]["data_offsets"])
+    start, end = entries[last]["data_offsets"]
+    path.write_bytes(whole[:-2])
+    refused(path, rf": {last} must have {end - start} bytes, got {end - start - 2}: it is cut short, copy it again$")
+
+
+@pytest.mark.parametrize("share", [0, 3, 8, 9, 200])
+def test_a_file_cut_within_its_header_is_refused(path, share):
+    path.write_bytes(path.read_bytes()[:share])
+    refused(path, r"must have a header of \d+ bytes, got|must be a safetensors file")
+
+
+def test_every_cut_is_refused(path):
+    whole = path.read_bytes()
+    for end in range(0, len(whole), 97):
+        path.write_bytes(whole[:end])
+        with pytest.raises(InputError):
+            load_snapshot(path)
+
+
+def test_trailing_bytes_are_refused(path):
+    size = len(path.read_bytes())
+    path.write_bytes(path.read_bytes() + b"\0\0")
+    refused(path, r"must have \d+ bytes of arrays, got \d+: it is damaged")
+    assert path.stat().st_size == size + 2
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" * 100, b"\x80\x04." * 50, b"{}" * 40, b"\0" * 64])
+def test_what_is_no_safetensors_file_is_refused(path, content):
+    path.write_bytes(content)
+    refused(path, "must be a safetensors file")
+
+
+def test_a_folder_or_a_missing_file_is_refused(tmp_path):
+    refused(tmp_path, "must be a file that can be read")
+    refused(tmp_path / "none", "must be a file that can be read, got 'No such file or directory'")
+
+
+def test_another_kind_of_safetensors_file_is_refused(path):
+    save_file({"x": np.zeros(3, np.float32)}, path)
+    refused(path, "must have the format edm2-snapshot, got none")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": "2"}, "version 1 or less, got '2': install a newer edm2"),
+        ({"version": "new"}, "version 1 or less, got 'new'"),
+        ({"nimg": "many"}, "metadata, got a fault"),
+        ({"config": "{"}, "metadata, got a fault"),
+        ({"config": '{"img_resolution": 7}'}, "metadata, got a fault"),
+        ({"sigma_rel": "x"}, "metadata, got a fault"),
+    ],
+)
+def test_metadata_that_cannot_be_understood_is_refused(path, change, message):
+    arrays, (_, metadata) = load_file(path), tensorfiles.read_header(path)
+    save_file(arrays, path, metadata | change)
+    refused(path, message)
+
+
+def test_an_array_of_a_kind_we_never_store_is_refused_by_name(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"unet.out_gain": {"dtype": "F32"', b'"unet.out_gain":{"dtype": "BF16"'))
+    assert path.read_bytes() != whole
+    refused(path, "arrays must be .*, got unet.out_gain as BF16")
+
+
+def test_arrays_that_overlap_or_leave_holes_are_refused(path):
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    header["unet.out_gain"]["data_offsets"] = [0, 4]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+    with pytest.raises(InputError, match=r"safetensors file|damaged"):
+        load_snapshot(path)
+
+
+def test_a_failed_write_leaves_the_snapshot_that_was_there(path, monkeypatch):
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match=r"No space left on device.*bytes free"):
+        save_snapshot(path, replace(SNAPSHOT, nimg=9999))
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_names_are_thousands_of_images_and_three_digits_of_length():
+    assert snapshot_name(196608, 0.05) == "0000196-0.050.safetensors"
+    assert snapshot_name(2 << 30, 0.1) == "2147483-0.100.safetensors"

@@ -1,0 +1,245 @@
+"""The PyTorch commands as a person runs them: the digits, resuming, sampling, several processes, and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.svm import SVC
+
+from backends.pipeline.datasets import open_dataset
+from backends.pipeline.snapshots import load_snapshot
+from backends.pipeline.state import load_state
+from edm2_core.presets import preset
+
+TRAIN, SAMPLE = ("-m", "backends.torch.train"), ("-m", "backends.torch.sample")
+SMALL = ("--duration", "384", "--batch", "64", "--snapshot", "1000", "--status", "128", "--checkpoint", "1Ki")
+
+
+def run(*args: object, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def samples(cwd: Path, *args: object) -> dict[str, np.ndarray]:
+    run(*SAMPLE, *args, "--format", "npz", "--outdir", "out", cwd=cwd)
+    with np.load(cwd / "out" / "samples.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the train command was run with no argument."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "printed.txt").write_text(run(*TRAIN, cwd=folder).stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run, as far as it goes without stopping."""
+    folder = tmp_path_factory.mktemp("short")
+    run(*TRAIN, *SMALL, "--outdir", "whole", cwd=folder)
+    return folder
+
+
+@pytest.mark.parametrize("sigma_rel", [0.10, 0.13], ids=["stored", "reconstructed"])
+def test_digits_are_read_as_their_labels(digits: Path, sigma_rel: float) -> None:
+    data = open_dataset("digits")
+    everything = np.arange(len(data))
+    reader = SVC(gamma=0.001).fit(data.images(everything).reshape(len(data), -1) * (16 / 255), data.labels(everything))
+    made = samples(digits, "--sigma-rel", sigma_rel, "--seeds", "0-299", "--batch", 100)
+    read = reader.predict(made["images"].reshape(300, -1) * (16 / 255))
+    assert (read == made["labels"]).mean() >= 0.96
+
+
+def test_a_run_leaves_what_it_promises(digits: Path) -> None:
+    folder = digits / "runs" / "00000-digits"
+    duration = preset("digits").duration
+    assert {path.name for path in folder.iterdir()} == {"config.json", "log.jsonl", "snapshots", "state", "samples"}
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["nimg"] >= duration
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    with Image.open(folder / "samples" / "lengths.png") as picture:
+        assert picture.width > 300
+    printed = (digits / "printed.txt").read_text()
+    assert "lengths.png" in printed
+    assert "python -m backends.torch.sample --run" in printed
+
+
+def test_sampling_with_no_argument_takes_the_newest_run(digits: Path) -> None:
+    printed = run(*SAMPLE, "--seeds", "0-3", cwd=digits).stdout
+    (grid,) = (digits / "runs" / "00000-digits" / "samples").glob("*/grid.png")
+    assert str(grid.relative_to(digits)) in printed
+    with Image.open(grid) as picture:
+        assert picture.mode == "L" or picture.mode == "RGB"
+
+
+def test_a_seed_is_an_image_whatever_the_batch(short: Path) -> None:
+    one, other = (samples(short, "--run", "whole", "--seeds", "0-9", "--steps", 8, "--batch", n) for n in (3, 10))
+    assert np.abs(one["images"].astype(int) - other["images"]).max() <= 1  # the last bit may round the other way
+    assert np.array_equal(one["labels"], other["labels"])
+
+
+def test_guidance_by_an_earlier_self_and_by_the_unlabelled_self(digits: Path) -> None:
+    guide = min((digits / "runs" / "00000-digits" / "snapshots").glob("*-0.050.safetensors"))
+    options = ("--seeds", "0-4", "--steps", 6, "--class", 7)
+    plain = samples(digits, *options)
+    for guided in (("--guidance", 2), ("--guidance", 2, "--guide", guide)):
+        assert not np.array_equal(samples(digits, *options, *guided)["images"], plain["images"])
+    assert set(plain["labels"]) == {7}
+
+
+def test_stopping_by_a_signal_and_resuming_is_not_stopping(short: Path) -> None:
+    for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        outdir = short / signum.name
+        process = subprocess.Popen([sys.executable, *TRAIN, *SMALL, "--outdir", str(outdir)], stderr=subprocess.PIPE)
+        while not (outdir / "log.jsonl").exists():
+            time.sleep(0.01)
+            assert process.poll() is None
+        process.send_signal(signum)
+        process.communicate()
+        assert process.returncode == status
+        assert load_state_of(outdir).nimg < 384
+        assert "resumed" in run(*TRAIN, "--outdir", outdir, cwd=short).stdout
+        assert state_bytes(outdir) == state_bytes(short / "whole")
+
+
+def test_a_finished_run_goes_on_when_prolonged(short: Path) -> None:
+    run(*TRAIN, *SMALL, "--duration", "192", "--outdir", "prolonged", cwd=short)
+    assert "complete" in run(*TRAIN, "--outdir", "prolonged", cwd=short).stdout
+    run(*TRAIN, "--outdir", "prolonged", "--duration", "384", cwd=short)
+    assert state_bytes(short / "prolonged") == state_bytes(short / "whole")
+
+
+def test_two_processes_train_what_one_does(short: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517")
+    run(*torchrun, *TRAIN, *SMALL, "--outdir", "two", "--device", "cpu", cwd=short)
+    one, two = load_state_of(short / "whole"), load_state_of(short / "two")
+    assert two.nimg == one.nimg
+    for name, weight in one.params.items():
+        # rounding differs in how gradients are summed; six steps of Adam at small moments amplify it
+        assert np.linalg.norm(two.params[name] - weight) <= 1e-3 * max(np.linalg.norm(weight), 1e-3), name
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains(short: Path, precision: str) -> None:
+    run(*TRAIN, *SMALL, "--precision", precision, "--batch-per-device", 32, "--outdir", precision, cwd=short)
+    last = [json.loads((short / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("whole", precision)]
+    assert last[1]["loss"] == pytest.approx(last[0]["loss"], rel=0.05)
+    assert last[1]["nonfinite"] == 0
+
+
+def load_state_of(folder: Path):
+    snapshot = next((folder / "snapshots").glob("*.safetensors"), None)
+    config = load_snapshot(snapshot).network if snapshot else preset("digits").network
+    return load_state(folder / "state" / "state.safetensors", config, (0.05, 0.10))
+
+
+def state_bytes(folder: Path) -> bytes:
+    return (folder / "state" / "state.safetensors").read_bytes()
+
+
+def mixed_sizes(folder: Path) -> None:
+    (folder / "images").mkdir()
+    for name, size in (("a.png", 8), ("b.png", 16)):
+        Image.new("L", (size, size)).save(folder / "images" / name)
+
+
+def no_labels(folder: Path) -> None:
+    (folder / "images").mkdir()
+    Image.new("L", (8, 8)).save(folder / "images" / "a.png")
+
+
+def odd_images(folder: Path) -> None:
+    (folder / "images").mkdir()
+    Image.new("L", (9, 9)).save(folder / "images" / "a.png")
+
+
+def torn_snapshot(folder: Path) -> None:
+    (folder / "torn.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("prepare", "command", "says"),
+    [
+        (nothing, (*TRAIN, "--preset", "huge"), "preset must be one of digits, img512-xxs.*got 'huge'"),
+        (nothing, (*TRAIN, "--batch", 100, "--batch-per-device", 64), "--batch must be divisible.*100 and 64"),
+        (nothing, (*TRAIN, "--sigma-rels", 0.05, 0.3), r"sigma_rel must be within \(0, 0.2887\), got 0.3"),
+        (nothing, (*TRAIN, "--duration", "soon"), "--duration must be.*got 'soon'"),
+        (nothing, (*TRAIN, "--device", "abacus"), "--device must be one that is here.*got abacus"),
+        (nothing, (*TRAIN, "--data", "nowhere"), "nowhere"),
+        (odd_images, (*TRAIN, "--data", "images", "--unconditional"), "img_resolution must be divisible by 2.*got 9"),
+        (no_labels, (*TRAIN, "--data", "images"), "must have data with labels.*--unconditional"),
+        (mixed_sizes, (*TRAIN, "--data", "images"), "a.png.*b.png"),
+        (nothing, SAMPLE, "train"),
+        (nothing, (*SAMPLE, "--net", "absent.safetensors"), "absent.safetensors"),
+        (torn_snapshot, (*SAMPLE, "--net", "torn.safetensors"), "torn.safetensors"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, prepare, command, says: str) -> None:
+    prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    done = run(*command, cwd=tmp_path, status=2)
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert __import__("re").search(says, done.stderr), done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_input_to_a_run_is_one_line(short: Path) -> None:
+    for options, says in (
+        (("--outdir", "whole", "--lr", 0.5), "--lr must stay"),
+        (("--outdir", "whole", "--preset", "img64-s"), "--preset must stay"),
+    ):
+        assert says in run(*TRAIN, *options, cwd=short, status=2).stderr
+    for options, says in (
+        (("--run", "whole", "--sigma-rel", 0.4), "within (0, 0.2887)"),
+        (("--run", "whole", "--class", 10), "--class must be from 0 to 9"),
+        (("--run", "whole", "--seeds", "3-1"), "seeds"),
+        (("--run", "whole", "--guide", "x"), "--guidance"),
+    ):
+        assert says in run(*SAMPLE, *options, cwd=short, status=2).stderr
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a small disk"
+)
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("no right to mount")
+    try:
+        done = run(*TRAIN, *SMALL, "--outdir", tmp_path / "run", cwd=tmp_path.parent, status=2)
+        assert "room" in done.stderr or "space" in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+        kept = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+        assert not [path for path in kept if "tmp" in path.name]
+        for path in kept:
+            if path.parent.name == "snapshots":
+                load_snapshot(path)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    printed = run(*TRAIN, "--dry-run", cwd=tmp_path).stdout
+    assert '"preset": "digits"' in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_our_torch_folder_does_not_shadow_the_real_one(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("import torch\n\ndef test_it():\n    torch.ones(1)\n")
+    root = Path(__file__).resolve().parent.parent
+    run("-c", "import torch; torch.ones(1)", cwd=root / "backends" / "torch")
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path, "--rootdir", root, cwd=root)

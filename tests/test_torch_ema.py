@@ -1,0 +1,102 @@
+"""PowerEMA follows any module, and its snapshots give back any length."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from backends.torch.ema import PowerEMA, reconstruct
+from edm2_core.ema import beta
+from edm2_core.errors import InputError
+
+
+def make_module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+
+def walk(module: nn.Module, draw: torch.Generator) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.1)
+
+
+def test_update_is_the_recursion_of_the_specification() -> None:
+    module, draw = make_module(), torch.Generator().manual_seed(0)
+    ema = PowerEMA(module, sigma_rels=(0.1,))
+    expected = None
+    for step in range(1, 20):
+        walk(module, draw)
+        ema.update(time=step * 3, delta=3)
+        weight = module[0].weight.detach()
+        stay = beta(0.1, t_next=step * 3, t_delta=3)
+        expected = weight.clone() if expected is None else stay * expected + (1 - stay) * weight
+    torch.testing.assert_close(ema.arrays(0.1)["0.weight"], expected)
+
+
+def test_the_first_update_copies() -> None:
+    module = make_module()
+    ema = PowerEMA(module)
+    walk(module, torch.Generator().manual_seed(0))
+    ema.update(time=7, delta=7)
+    assert all(torch.equal(ema.arrays(0.05)[name], p) for name, p in module.named_parameters())
+
+
+def test_reconstruction_loads_into_the_module_and_follows_the_tracked_length(tmp_path: Path) -> None:
+    module, draw = make_module(), torch.Generator().manual_seed(0)
+    stored, truth = PowerEMA(module), PowerEMA(module, sigma_rels=(0.15,))
+    for step in range(1, 3201):
+        walk(module, draw)
+        stored.update(time=step * 10, delta=10)
+        truth.update(time=step * 10, delta=10)
+        if step % 400 == 0:
+            stored.save(tmp_path)
+    got = reconstruct(tmp_path, sigma_rel=0.15)
+    module.load_state_dict(got)
+    for name, parameter in truth.averages[0.15].items():
+        error = (got[name] - parameter).norm() / (parameter - stored.averages[0.05][name]).norm()
+        assert error < 0.15, name  # far nearer than what was stored
+
+
+def test_the_module_is_untouched_and_buffers_are_kept() -> None:
+    module = make_module()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    ema = PowerEMA(module)
+    ema.update(time=1, delta=1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert ema.arrays(0.05).keys() == module.state_dict().keys()
+
+
+def test_state_goes_through_a_file_without_pickled_code(tmp_path: Path) -> None:
+    module, draw = make_module(), torch.Generator().manual_seed(0)
+    ema, other = PowerEMA(module), PowerEMA(make_module())
+    for step in range(1, 4):
+        walk(module, draw)
+        ema.update(time=step, delta=1)
+    torch.save(ema.state_dict(), tmp_path / "ema.pt")
+    other.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True))
+    assert other.time == ema.time
+    assert all(torch.equal(other.arrays(0.1)[n], t) for n, t in ema.averages[0.1].items())
+
+
+@pytest.mark.parametrize("lengths", [(), (0.0,), (0.3,), (-0.1,)])
+def test_impossible_lengths_are_refused(lengths: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="sigma_rel"):
+        PowerEMA(make_module(), sigma_rels=lengths)
+
+
+def test_a_state_of_other_lengths_is_refused_and_changes_nothing() -> None:
+    ema = PowerEMA(make_module())
+    state = PowerEMA(make_module(), sigma_rels=(0.2,)).state_dict()
+    before = {n: t.clone() for n, t in ema.averages[0.05].items()}
+    with pytest.raises(InputError, match="same lengths"):
+        ema.load_state_dict(state)
+    assert all(torch.equal(before[n], t) for n, t in ema.averages[0.05].items())
+
+
+def test_low_precision_weights_are_averaged_in_float32() -> None:
+    module = nn.Linear(3, 3).to(torch.bfloat16)
+    ema = PowerEMA(module)
+    ema.update(time=1, delta=1)
+    assert {t.dtype for t in ema.averages[0.05].values()} == {torch.float32}

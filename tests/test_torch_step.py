@@ -1,0 +1,170 @@
+"""The PyTorch step beyond what the conformance suite asks of every port: precision, accumulation, faults, wrappers."""
+
+import numpy as np
+import pytest
+import torch
+
+from backends.torch.network import Network
+from backends.torch.step import Batch, Training, batch_loss, force_weight_norm, zero_nonfinite
+from backends.torch.weights import build, dump, tensors
+from edm2_core.network import NetworkConfig, initialize, plan
+
+CONFIG = NetworkConfig(
+    img_resolution=8,
+    img_channels=1,
+    label_dim=3,
+    model_channels=8,
+    channel_mult=(1, 2),
+    num_blocks=1,
+    attn_resolutions=(4,),
+    channels_per_head=8,
+    logvar_channels=8,
+)
+
+
+def make_network(dtype: torch.dtype = torch.float32, **changes: object) -> Network:
+    config = NetworkConfig(**{**vars(CONFIG), **changes})
+    params = initialize(config, seed=0)
+    gains = {name for name, p in plan(config).parameters.items() if p.init == "zeros"}
+    return build(config, {n: np.float32(0.5) if n in gains else a for n, a in params.items()}, dtype=dtype)
+
+
+def make_batch(size: int = 12, seed: int = 0) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    images, noise = (torch.randn((size, 1, 8, 8), generator=draw) for _ in range(2))
+    sigma = torch.randn((size, 1, 1, 1), generator=draw).exp()
+    return Batch(images * 0.5, noise, sigma, torch.eye(3)[torch.arange(size) % 3])
+
+
+def train(network: torch.nn.Module, steps: int = 3, **options: object) -> Training:
+    training = Training(network, **options)  # type: ignore[arg-type]
+    for i in range(steps):
+        training.step(make_batch(seed=i), lr=0.01)
+    return training
+
+
+def distance(a: Training, b: Training) -> float:
+    """Largest relative Frobenius distance of a weight, in units of how far training moved it."""
+    start = dump(tensors(make_network()))
+    x, y = a.state().params, b.state().params
+    return max(float(np.linalg.norm(x[n] - y[n]) / np.linalg.norm(x[n] - start[n])) for n in a.weights)
+
+
+def test_accumulating_gradients_is_one_large_batch() -> None:
+    assert distance(train(make_network()), train(make_network(), microbatch=5)) < 1e-3  # Adam divides by small roots
+
+
+def test_loss_scaling_changes_nothing_in_float32() -> None:
+    assert distance(train(make_network()), train(make_network(), loss_scaling=1024.0)) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_has_the_loss_and_gradients_of_float32(dtype: torch.dtype) -> None:
+    results = []
+    for kind in (torch.float32, dtype):
+        network = make_network(kind)
+        loss = batch_loss(network, make_batch())
+        (loss.sum() / 12).backward()
+        assert loss.dtype == torch.float32
+        results.append(
+            (loss.mean().item(), torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+        )
+    (full, full_gradient), (half, half_gradient) = results
+    eps = torch.finfo(dtype).eps
+    assert half == pytest.approx(full, rel=20 * eps)
+    # about thirty roundings on the longest path, each of relative size eps, adding as a random walk and some to spare
+    assert (half_gradient - full_gradient).norm() < 20 * eps * full_gradient.norm()
+
+
+def test_weights_and_averages_stay_float32_in_half_precision() -> None:
+    training = train(make_network(torch.bfloat16))
+    assert {w.dtype for w in training.weights.values()} == {torch.float32}
+    assert {a.dtype for average in training.ema.averages.values() for a in average.values()} == {torch.float32}
+
+
+def test_nonfinite_gradients_are_zeroed_and_counted() -> None:
+    gradients = [torch.tensor([1.0, float("nan"), float("inf")]), torch.tensor(-float("inf")), torch.ones(2, 2)]
+    assert zero_nonfinite(gradients).item() == 3
+    assert gradients[0].tolist() == [1, 0, 0]
+    assert gradients[1].item() == 0
+    assert gradients[2].sum() == 4
+
+
+def test_a_step_survives_a_poisoned_batch() -> None:
+    training = Training(make_network())
+    batch = make_batch()
+    batch.images[3] = float("nan")
+    _, nonfinite = training.step(batch, lr=0.01)
+    assert nonfinite.item() > 0
+    assert all(weight.isfinite().all() for weight in training.weights.values())
+
+
+def test_forward_writes_nothing() -> None:
+    network = make_network().train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    batch = make_batch()
+    network(batch.images, batch.sigma, batch.labels)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_forced_normalization_happens_before_the_gradient() -> None:
+    scaled = make_network()
+    with torch.no_grad():
+        for name, parameter in plan(CONFIG).parameters.items():
+            if parameter.normalized:
+                tensors(scaled)[name].mul_(3)
+    assert distance(train(make_network()), train(scaled)) < 1e-3
+
+
+def test_forced_weights_have_unit_root_mean_square() -> None:
+    network = make_network()
+    force_weight_norm(network)
+    for name, parameter in plan(CONFIG).parameters.items():
+        if parameter.normalized:
+            before, after = (
+                tensors(n)[name].detach().flatten(1).square().mean(1).sqrt() for n in (make_network(), network)
+            )
+            torch.testing.assert_close(after, before / (before + 1e-4))
+
+
+def test_dropout_acts_in_training_only() -> None:
+    network, batch = make_network(dropout=0.5), make_batch()
+    evaluated = network(batch.images, batch.sigma, batch.labels)[0]
+    assert torch.equal(evaluated, network(batch.images, batch.sigma, batch.labels)[0])
+    network.train()
+    assert not torch.equal(evaluated, network(batch.images, batch.sigma, batch.labels)[0])
+    assert torch.equal(make_network()(batch.images, batch.sigma, batch.labels)[0], evaluated)
+
+
+def test_state_goes_on_exactly() -> None:
+    whole = train(make_network(), steps=6)
+    half = train(make_network(), steps=3)
+    resumed = Training(make_network())
+    resumed.load_state(half.state())
+    for i in range(3, 6):
+        resumed.step(make_batch(seed=i), lr=0.01)
+    assert resumed.nimg == whole.nimg
+    for part in ("params", "moments1", "moments2"):
+        ours, theirs = getattr(resumed.state(), part), getattr(whole.state(), part)
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs), part
+    for sigma_rel, average in whole.state().averages.items():
+        assert all(np.array_equal(resumed.state().averages[sigma_rel][name], a) for name, a in average.items())
+
+
+def test_wrapping_changes_no_name() -> None:
+    network = make_network()
+    compiled = torch.compile(network)
+    assert tensors(compiled).keys() == tensors(network).keys() == plan(CONFIG).parameters.keys()
+    assert Training(compiled).ema.arrays(0.05).keys() == plan(CONFIG).parameters.keys()
+
+
+def test_forward_mode_derivative_is_the_finite_difference() -> None:
+    network, batch = make_network().double(), make_batch(4)
+    direction = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x, sigma, labels = batch.images.double(), batch.sigma.double(), batch.labels.double()  # type: ignore[union-attr]
+    network.dtype = torch.float64
+    _, derivative = torch.func.jvp(lambda x: network(x, sigma, labels)[0], (x,), (direction,))
+    h = 1e-5
+    with torch.no_grad():
+        ahead, behind = (network(x + step * direction, sigma, labels)[0] for step in (h, -h))
+    assert ((ahead - behind) / (2 * h) - derivative).norm() < 1e-6 * derivative.norm()
