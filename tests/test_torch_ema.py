@@ -68,6 +68,18 @@ def test_the_module_is_untouched_and_buffers_are_kept() -> None:
     assert ema.arrays(0.05).keys() == module.state_dict().keys()
 
 
+def test_counters_are_kept_as_they_are_and_the_latest_counts(tmp_path: Path) -> None:
+    module = make_module()
+    ema = PowerEMA(module)
+    for step in (1, 2, 3):
+        module(torch.randn(5, 4))  # moves the counter of BatchNorm
+        ema.update(time=step, delta=1)
+        ema.save(tmp_path)
+    counter = reconstruct(tmp_path, sigma_rel=0.15)["1.num_batches_tracked"]
+    assert counter.dtype == torch.int64
+    assert counter == 3
+
+
 def test_state_goes_through_a_file_without_pickled_code(tmp_path: Path) -> None:
     module, draw = make_module(), torch.Generator().manual_seed(0)
     ema, other = PowerEMA(module), PowerEMA(make_module())

@@ -1,27 +1,32 @@
 """What does the length of the average change? A picture at the end: a row for each, the same seeds in all."""
 
 from collections.abc import Mapping
+from math import exp
 from pathlib import Path
 
 import numpy as np
 
+from .datasets import Dataset, to_model
 from .images import save_rows
 from .reconstruct import reconstruct
 from .runs import Run
 from .sampling import Job, OpenSampler, sample_images
+from .seeds import noise, one_hot
 from .snapshots import Snapshot
 
 RECONSTRUCTED = (0.02, 0.05, 0.10, 0.15, 0.20)
 _COLUMNS = 10
+_MEASURED = 512  # images
 
 
 def draw_lengths(
-    run: Run, raw: Mapping[str, np.ndarray], open_sampler: OpenSampler, *, nimg: int | None = None
-) -> Path | None:
+    run: Run, dataset: Dataset, raw: Mapping[str, np.ndarray], open_sampler: OpenSampler, *, nimg: int | None = None
+) -> tuple[Path, dict[str, float]] | None:
     """Draw ``samples/lengths.png``: the ``raw`` weights, then stored and reconstructed averages from short to long.
 
     Averages are the last ones up to ``nimg``. Column k is seed k, with label k where there are labels. Returns the
-    path, or None where there is nothing to draw: no averages, or pixels that are no colours.
+    path and each row's denoising error, or None where there is nothing to draw: no averages, or pixels that are no
+    colours.
     """
     config = run.settings().network
     stored = [snapshot for snapshot in run.snapshots() if nimg is None or snapshot.nimg <= nimg]
@@ -29,15 +34,16 @@ def draw_lengths(
         return None
     kept = {snapshot.sigma_rel for snapshot in stored if snapshot.nimg == stored[-1].nimg}
     lengths = sorted({*kept, *RECONSTRUCTED})
+    networks = {"raw weights": Snapshot(params=raw, config=config, nimg=stored[-1].nimg, sigma_rel=None)}
     averages = reconstruct([snapshot.path for snapshot in stored], sigma_rels=lengths)
-    now = Snapshot(params=raw, config=config, nimg=stored[-1].nimg, sigma_rel=None)
-    rows = [("raw weights", _row(now, open_sampler))]
     for sigma_rel, average in zip(lengths, averages, strict=True):
-        origin = "stored" if sigma_rel in kept else "reconstructed"
-        rows.append((f"{sigma_rel:.2f} {origin}", _row(average, open_sampler)))
+        networks[f"{sigma_rel:.2f} {'stored' if sigma_rel in kept else 'reconstructed'}"] = average
+    sigma = exp(run.settings().P_mean)
+    errors = {name: _error(network, dataset, open_sampler, sigma) for name, network in networks.items()}
+    rows = [(f"{name}: {errors[name]:.4f}", _row(network, open_sampler)) for name, network in networks.items()]
     path = run.samples_path / "lengths.png"
     save_rows(path, rows)
-    return path
+    return path, errors
 
 
 def _row(network: Snapshot, open_sampler: OpenSampler) -> np.ndarray:
@@ -46,3 +52,22 @@ def _row(network: Snapshot, open_sampler: OpenSampler) -> np.ndarray:
     seeds = range(columns)
     job = Job(network=network, seeds=seeds, classes=np.array(seeds if label_dim else [-1] * columns, np.int64))
     return sample_images(job, open_sampler, batch=columns)
+
+
+def _error(network: Snapshot, dataset: Dataset, open_sampler: OpenSampler, sigma: float) -> float:
+    """Root mean square of D(y + n; sigma) - y over the first images, with the same noise for every network.
+
+    A single Euler step from sigma to 0 is the denoiser itself.
+    """
+    config, seeds = network.network, range(min(_MEASURED, len(dataset)))
+    images = to_model(dataset.images(np.array(seeds)))
+    labels = one_hot(dataset.labels(np.array(seeds)), config.label_dim) if config.label_dim else None
+    sampler = open_sampler(config, network.params)
+    squares = 0.0
+    for start in range(0, len(seeds), 64):
+        part = slice(start, start + 64)
+        noisy = images[part] / np.float32(sigma) + noise(seeds[part], images.shape[1:])
+        hot = None if labels is None else labels[part]
+        denoised = sampler(noisy, hot, num_steps=1, sigma_max=sigma, sigma_min=sigma / 2)
+        squares += float(np.square(denoised - images[part], dtype=np.float64).sum())
+    return float(np.sqrt(squares / images.size))

@@ -21,7 +21,8 @@ from edm2_core.errors import InputError
 
 from .files import write_atomically
 
-_CODES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
+_CODES = {"F64": "f8", "F32": "f4", "F16": "f2", "BOOL": "?"}
+_CODES |= {f"{kind.upper()}{8 * size}": f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}
 DTYPES = {name: np.dtype(code) for name, code in _CODES.items()}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # the library's limit

@@ -74,7 +74,7 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
         print(f"{settings.to_json()}would train from {start} to {settings.duration} images in {place}")
         return 0
     if run is not None and start >= settings.duration:
-        _complete(run, settings, start, open_sampler, prog=prog)
+        _complete(run, settings, dataset, start, open_sampler, prog=prog)
         return 0
     trainer = open_trainer(settings, options)
     microbatches(settings.batch, options.batch_per_device, world=trainer.world)
@@ -88,8 +88,8 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
     if status := _loop(settings, dataset, trainer, start, run):
         print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.path}")
         return status
-    picture = draw_lengths(run, trainer.parameters(), open_sampler, nimg=run.state_nimg())
-    _say_end(run, settings, picture, prog=prog)
+    drawn = draw_lengths(run, dataset, trainer.parameters(), open_sampler, nimg=run.state_nimg())
+    _say_end(run, settings, drawn, prog=prog)
     return 0
 
 
@@ -198,10 +198,12 @@ def _say_begin(run: Run, settings: Settings, trainer: Trainer, start: int, *, re
     sys.stdout.flush()  # before the progress on stderr
 
 
-def _say_end(run: Run, settings: Settings, picture: Path | None, *, prog: str) -> None:
+def _say_end(run: Run, settings: Settings, drawn: tuple[Path, dict[str, float]] | None, *, prog: str) -> None:
     sample = f"{prog.removesuffix('train')}sample --run {run.path}"
-    if picture is not None:
+    if drawn is not None:
+        picture, errors = drawn
         print(f"picture  {picture}: the raw weights, then averages from short to long")
+        print("error    of denoising: " + ", ".join(f"{name} {error:.4f}" for name, error in errors.items()))
     print("next, for instance:")
     print(f"  {sample} --sigma-rel 0.15")
     if settings.network.label_dim:
@@ -209,8 +211,10 @@ def _say_end(run: Run, settings: Settings, picture: Path | None, *, prog: str) -
     print(f"  {prog} --outdir {run.path} --duration {count_text(2 * settings.duration)}")
 
 
-def _complete(run: Run, settings: Settings, nimg: int, open_sampler: OpenSampler, *, prog: str) -> None:
+def _complete(
+    run: Run, settings: Settings, dataset: Dataset, nimg: int, open_sampler: OpenSampler, *, prog: str
+) -> None:
     print(f"complete {run.path} at {nimg} images; to prolong it give a longer --duration")
     if not (run.samples_path / "lengths.png").exists():  # stopped between the last state and the picture
         state = load_state(run.state_path, settings.network, settings.sigma_rels)
-        _say_end(run, settings, draw_lengths(run, state.params, open_sampler, nimg=nimg), prog=prog)
+        _say_end(run, settings, draw_lengths(run, dataset, state.params, open_sampler, nimg=nimg), prog=prog)

@@ -98,7 +98,7 @@ class PowerEMA:
 def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None) -> dict[str, Tensor]:
     """The average of length ``sigma_rel`` at ``time`` (None: the last snapshot's), from the snapshots in ``folder``.
 
-    Returns float32 tensors by name, for ``load_state_dict``. Source: Algorithm 3.
+    Returns tensors by name, for ``load_state_dict``: averages in float32, counters as last stored. Source: Algorithm 3.
     """
     (snapshot,) = reconstruct_arrays(folder, nimg=time, sigma_rels=[sigma_rel])
     return {name: torch.from_numpy(array) for name, array in snapshot.params.items()}

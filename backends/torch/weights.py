@@ -30,8 +30,13 @@ def load(network: nn.Module, params: Mapping[str, np.ndarray], /) -> None:
 
 
 def dump(values: Mapping[str, Tensor], /) -> dict[str, np.ndarray]:
-    """Tensors by name as float32 NumPy arrays of their own."""
-    return {name: value.detach().to("cpu", torch.float32, copy=True).numpy() for name, value in values.items()}
+    """Tensors by name as NumPy arrays of their own: what is floating point in float32, all else in its own dtype."""
+    return {name: _host(value.detach()) for name, value in values.items()}
+
+
+def _host(value: Tensor) -> np.ndarray:
+    dtype = torch.float32 if value.is_floating_point() else value.dtype
+    return value.to("cpu", dtype, copy=True).numpy()
 
 
 def tensors(network: nn.Module, /) -> dict[str, Tensor]:
