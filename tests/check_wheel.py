@@ -15,7 +15,7 @@ def main() -> None:
 
     loaded = {"torch", "jax", "mlx", "safetensors", "PIL", "tyro"} & set(sys.modules)
     check(not loaded, f"importing edm2_core loads {loaded}")
-    check(Path(edm2_core.ema.__file__).parents[1] != CHECKOUT, f"edm2_core came from the checkout, {CHECKOUT}")
+    check(Path(edm2_core.ema.__file__).parents[2] != CHECKOUT, f"edm2_core came from the checkout, {CHECKOUT}")
     check(resources.files("edm2_core").joinpath("SPEC.md").is_file(), "SPEC.md is missing")
     check(any("LICENSE" in str(file) for file in metadata.files("edm2") or ()), "LICENSE is missing")
 

@@ -1,4 +1,4 @@
-"""Power-function averages of weights, and the least-squares reconstruction of any of them after training.
+"""Power-function averages: their lengths, their update, their profiles and the inner products of these.
 
 An average of length sigma_rel over training time t has the profile
 
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, from_host, is_array, namespace, scalars_too, to_host
-from .errors import InputError
+from ..arrays import Array, from_host, is_array, namespace, scalars_too, to_host
+from ..errors import InputError
 
 LONGEST = 12**-0.5  # sigma_rel at gamma = 0, the plain mean of all weights so far
 _NEWTON_STEPS = 8
@@ -35,7 +35,7 @@ def sigma_rel_to_gamma(s: Array, /) -> Array:
     Raises:
         InputError: ``s`` is outside (0, 0.2887].
     """
-    _check_range(s, "sigma_rel", "within (0, 0.2887)", lambda x: (x > 0) & (x <= LONGEST * (1 + 1e-6)))
+    check_range(s, "sigma_rel", "within (0, 0.2887)", lambda x: (x > 0) & (x <= LONGEST * (1 + 1e-6)))
     xp = namespace(s)
     v = s
     for _ in range(_NEWTON_STEPS):
@@ -47,7 +47,7 @@ def sigma_rel_to_gamma(s: Array, /) -> Array:
 @scalars_too
 def gamma_to_sigma_rel(g: Array, /) -> Array:
     """The relative length of an average with exponent ``g`` >= 0. Elementwise. Source: Eq. 126."""
-    _check_range(g, "gamma", "at least 0", lambda x: x >= -1e-5)
+    check_range(g, "gamma", "at least 0", lambda x: x >= -1e-5)
     return namespace(g).sqrt((g + 1) / (g + 3)) / (g + 2)
 
 
@@ -58,9 +58,9 @@ def beta(sigma_rel: float | Array, /, *, t_next: float | Array, t_delta: float |
     Source: Eq. 127. Broadcasts. Raises InputError where not 0 < t_delta <= t_next.
     """
     for name, t in (("t_delta", t_delta), ("t_next", t_next)):
-        _check_range(t, name, "positive", lambda x: x > 0)
+        check_range(t, name, "positive", lambda x: x > 0)
     ratio = t_delta / t_next
-    _check_range(ratio, "t_delta / t_next", "at most 1", lambda x: x <= 1)
+    check_range(ratio, "t_delta / t_next", "at most 1", lambda x: x <= 1)
     return (1 - ratio) ** (sigma_rel_to_gamma(sigma_rel) + 1)
 
 
@@ -75,57 +75,7 @@ def profile(t: float | Array, /, *, end_time: float | Array, sigma_rel: float | 
 def inner_product(*, time_a: Any, sigma_rel_a: Any, time_b: Any, sigma_rel_b: Any) -> Any:
     """Integral over time of the product of two profiles, in 1 / time. Broadcasts. Source: Eq. 151, in the form of
     ratios, which neither overflows nor underflows at any gamma. Python numbers give a float."""
-    return _host(_inner_product, time_a, sigma_rel_a, time_b, sigma_rel_b)
-
-
-def coefficients(*, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_rel: Any) -> Any:
-    """Weights with which stored averages add up to others: average_out[j] = sum_i coefficients[i, j] * average_in[i].
-
-    The least-squares fit of the output profile by the input profiles that end no later (later snapshots get 0), scaled
-    to sum to 1. Computed in float64 on the host whatever the library; the minimum-norm answer where inputs repeat.
-
-    Args:
-        in_time, in_sigma_rel: when each stored average was taken and its length; shape [n_in], or broadcast to it.
-        out_time, out_sigma_rel: the same of the averages wanted; shape [n_out], or broadcast to it.
-
-    Returns:
-        [n_in, n_out], in the library, dtype and device of ``in_sigma_rel``; NumPy float64 for lists and numbers.
-
-    Source: Algorithm 3, Eq. 151. Departs from the paper: each column is divided by its sum, as published averages are.
-
-    Raises:
-        InputError: no inputs, a time that is not positive, a length outside (0, 0.2887), a target before every input.
-    """
-    t_in, s_in = _vectors(in_time, in_sigma_rel, "in")
-    t_out, s_out = _vectors(out_time, out_sigma_rel, "out")
-    unit = max(t_in.max(), t_out.max())
-    t_in, t_out = t_in / unit, t_out / unit
-    gram = _inner_product(t_in[:, None], s_in[:, None], t_in[None], s_in[None])
-    target = _inner_product(t_in[:, None], s_in[:, None], t_out[None], s_out[None])
-    scale = np.diagonal(gram) ** -0.5  # unit diagonal: short and long averages count alike in the cut of small values
-    result = np.zeros_like(target)
-    for end in np.unique(t_out):
-        rows, columns = t_in <= end, t_out == end
-        if not rows.any():
-            raise InputError(
-                f"a target must not lie before every snapshot, got {end * unit:g} with the first at "
-                f"{t_in.min() * unit:g}: choose a later target"
-            )
-        among = gram[np.ix_(rows, rows)] * np.outer(scale[rows], scale[rows])
-        wanted = target[np.ix_(rows, columns)] * scale[rows, None]
-        fit = np.linalg.lstsq(among, wanted, rcond=len(among) * np.finfo(np.float64).eps)[0] * scale[rows, None]
-        result[np.ix_(rows, columns)] = fit / fit.sum(axis=0)
-    return from_host(result, like=in_sigma_rel)
-
-
-def _vectors(time: Any, sigma_rel: Any, side: str) -> tuple[np.ndarray, np.ndarray]:
-    times, lengths = np.broadcast_arrays(np.atleast_1d(to_host(time)), to_host(sigma_rel))
-    if times.ndim != 1 or times.size == 0:
-        raise InputError(
-            f"{side}_time and {side}_sigma_rel must be one or more numbers in a row, got shape {times.shape}"
-        )
-    _check_range(times, f"{side}_time", "positive", lambda x: x > 0)
-    return times, lengths
+    return _host(inner_products, time_a, sigma_rel_a, time_b, sigma_rel_b)
 
 
 def _profile(t: np.ndarray, end_time: np.ndarray, sigma_rel: np.ndarray) -> np.ndarray:
@@ -134,7 +84,7 @@ def _profile(t: np.ndarray, end_time: np.ndarray, sigma_rel: np.ndarray) -> np.n
     return np.where(inside, (gamma + 1) / end_time * np.where(inside, ratio, 0) ** gamma, 0.0)
 
 
-def _inner_product(time_a: Any, sigma_rel_a: Any, time_b: Any, sigma_rel_b: Any) -> np.ndarray:
+def inner_products(time_a: Any, sigma_rel_a: Any, time_b: Any, sigma_rel_b: Any) -> np.ndarray:
     gamma_a, gamma_b = sigma_rel_to_gamma(sigma_rel_a), sigma_rel_to_gamma(sigma_rel_b)
     later, gamma_later = np.maximum(time_a, time_b), np.where(time_a < time_b, gamma_b, gamma_a)
     ratio = np.minimum(time_a, time_b) / later
@@ -148,7 +98,7 @@ def _host(function: Any, *values: Any) -> Any:
     return float(result) if like is None and result.ndim == 0 else from_host(result, like=like)
 
 
-def _check_range(values: Any, name: str, need: str, holds: Any) -> None:
+def check_range(values: Any, name: str, need: str, holds: Any) -> None:
     try:
         host = to_host(values)
     except TypeError:  # traced by a compiler: there is no value to check yet
