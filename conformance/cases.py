@@ -125,7 +125,11 @@ def _ema_cases() -> list[Case]:
         return ema.inner_product(time_a=0.75, sigma_rel_a=s, time_b=1.0, sigma_rel_b=0.1)
 
     def combined(s: Any) -> Any:
-        return ema.coefficients(in_time=[1, 2, 3, 3.5], in_sigma_rel=s, out_time=[2.5, 4], out_sigma_rel=[0.1, 0.2])
+        return ema.coefficients(in_time=[1, 2, 3, 3.5], in_sigma_rel=s, out_time=[2.5, 3.5], out_sigma_rel=[0.1, 0.2])
+
+    def errors(s: Any) -> Any:
+        found = ema.reconstruction_error(in_time=[1, 2, 3, 4], in_sigma_rel=s, out_time=4, out_sigma_rel=[0.1, 0.2])
+        return found.amplification, found.rounding
 
     return [
         Case("sigma_rel_to_gamma", "EMA-1", ema.sigma_rel_to_gamma, lengths, ema.sigma_rel_to_gamma, 16, slope),
@@ -142,6 +146,7 @@ def _ema_cases() -> list[Case]:
         Case("profile", "EMA-2", ema.profile, lengths, profile, 1),
         Case("inner_product", "EMA-4", ema.inner_product, lengths, product, 1),
         Case("coefficients", "EMA-5", ema.coefficients, snapshots, combined, 1),
+        Case("reconstruction_error", "EMA-8", ema.reconstruction_error, snapshots, errors, 1),
     ]
 
 

@@ -4,6 +4,17 @@ Source: arXiv 2312.02696 Section 3 and Appendix C.
 """
 
 from .profiles import LONGEST, beta, gamma_to_sigma_rel, inner_product, profile, sigma_rel_to_gamma
-from .reconstruction import coefficients
+from .reconstruction import ReconstructionError, coefficients, half_life_of_raw, reconstruction_error
 
-__all__ = ["LONGEST", "beta", "coefficients", "gamma_to_sigma_rel", "inner_product", "profile", "sigma_rel_to_gamma"]
+__all__ = [
+    "LONGEST",
+    "ReconstructionError",
+    "beta",
+    "coefficients",
+    "gamma_to_sigma_rel",
+    "half_life_of_raw",
+    "inner_product",
+    "profile",
+    "reconstruction_error",
+    "sigma_rel_to_gamma",
+]

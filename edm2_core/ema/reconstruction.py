@@ -1,15 +1,28 @@
-"""The least-squares reconstruction of an average of any length from stored ones, and its error."""
+"""The least-squares reconstruction of an average of any length from stored ones, and how far off it is.
 
+With G the inner products of the stored profiles and b those with the wanted one, G x = b (Algorithm 3). In order of
+time, the snapshots up to any target are a leading block of G, and so are their Cholesky factor and its inverse: one
+factorization serves all targets. Where stored profiles repeat each other, the small eigenvalues of G are left out.
+"""
+
+from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import numpy as np
 
 from ..arrays import from_host, to_host
 from ..errors import InputError
-from .profiles import check_range, inner_products
+from .profiles import Profile, check_range
+
+_EPS = np.finfo(np.float64).eps
+_INDEPENDENT = 1e-6  # a profile nearer than this, relatively, to what earlier ones span is lost in G's rounding
+_STORAGE = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 
 
-def coefficients(*, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_rel: Any) -> Any:
+def coefficients(
+    *, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_rel: Any, in_half_life: Any = None
+) -> Any:
     """Weights with which stored averages add up to others: average_out[j] = sum_i coefficients[i, j] * average_in[i].
 
     The least-squares fit of the output profile by the input profiles that end no later (later snapshots get 0), scaled
@@ -18,6 +31,8 @@ def coefficients(*, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_re
     Args:
         in_time, in_sigma_rel: when each stored average was taken and its length; shape [n_in], or broadcast to it.
         out_time, out_sigma_rel: the same of the averages wanted; shape [n_out], or broadcast to it.
+        in_half_life: where it is not nan, the input is a traditional average of this half-life, in the unit of time,
+            and ``in_sigma_rel`` is not looked at. Raw weights: see :func:`half_life_of_raw`.
 
     Returns:
         [n_in, n_out], in the library, dtype and device of ``in_sigma_rel``; NumPy float64 for lists and numbers.
@@ -25,28 +40,87 @@ def coefficients(*, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_re
     Source: Algorithm 3, Eq. 151. Departs from the paper: each column is divided by its sum, as published averages are.
 
     Raises:
-        InputError: no inputs, a time that is not positive, a length outside (0, 0.2887), a target before every input.
+        InputError: no inputs, a time that is not positive, a length outside (0, 0.2887), a target before every input
+            or after the last.
     """
-    t_in, s_in = _vectors(in_time, in_sigma_rel, "in")
-    t_out, s_out = _vectors(out_time, out_sigma_rel, "out")
-    unit = max(t_in.max(), t_out.max())
-    t_in, t_out = t_in / unit, t_out / unit
-    gram = inner_products(t_in[:, None], s_in[:, None], t_in[None], s_in[None])
-    target = inner_products(t_in[:, None], s_in[:, None], t_out[None], s_out[None])
-    scale = np.diagonal(gram) ** -0.5  # unit diagonal: short and long averages count alike in the cut of small values
-    result = np.zeros_like(target)
-    for end in np.unique(t_out):
-        rows, columns = t_in <= end, t_out == end
-        if not rows.any():
-            raise InputError(
-                f"a target must not lie before every snapshot, got {end * unit:g} with the first at "
-                f"{t_in.min() * unit:g}: choose a later target"
-            )
-        among = gram[np.ix_(rows, rows)] * np.outer(scale[rows], scale[rows])
-        wanted = target[np.ix_(rows, columns)] * scale[rows, None]
-        fit = np.linalg.lstsq(among, wanted, rcond=len(among) * np.finfo(np.float64).eps)[0] * scale[rows, None]
-        result[np.ix_(rows, columns)] = fit / fit.sum(axis=0)
-    return from_host(result, like=in_sigma_rel)
+    stored, wanted = _stored(in_time, in_sigma_rel, in_half_life), _wanted(out_time, out_sigma_rel, in_time)
+    return from_host(_fit(stored, wanted), like=in_sigma_rel)
+
+
+@dataclass(frozen=True)
+class ReconstructionError:
+    """How far reconstructed averages are from tracked ones; NumPy float64 [n_out], or whatever was asked for.
+
+    ``profile`` is the relative L2 norm of the profiles' difference: the error is at most that times the target
+    profile's norm times the L2 norm of the weights over time, and its standard deviation is just that times the
+    target's where weights are white noise. ``amplification`` is the coefficients' 2-norm, by which rounding that is
+    independent from snapshot to snapshot comes through; ``rounding`` is that times the storage dtype's eps.
+    """
+
+    profile: Any
+    amplification: Any
+    rounding: Any
+
+    @property
+    def total(self) -> Any:
+        return self.profile + self.rounding
+
+
+def reconstruction_error(
+    *,
+    in_time: Any,
+    in_sigma_rel: Any,
+    out_time: Any,
+    out_sigma_rel: Any,
+    in_half_life: Any = None,
+    dtype: str = "float16",
+) -> ReconstructionError:
+    """The error of what :func:`coefficients`, of the same arguments, reconstructs from snapshots stored in ``dtype``.
+
+    Each field is [n_out] in the library, dtype and device of ``in_sigma_rel``; NumPy float64 for lists and numbers.
+
+    Raises:
+        InputError: as :func:`coefficients`, or an unknown ``dtype``.
+    """
+    if dtype not in _STORAGE:
+        raise InputError(f"dtype must be one of {', '.join(_STORAGE)}, got {dtype!r}")
+    stored, wanted = _stored(in_time, in_sigma_rel, in_half_life), _wanted(out_time, out_sigma_rel, in_time)
+    fit = _fit(stored, wanted)
+    profile, amplification = _distance(stored, wanted, fit), np.sqrt(np.sum(fit**2, axis=0))
+    fields = (profile, amplification, amplification * _STORAGE[dtype])
+    return ReconstructionError(*(from_host(field, like=in_sigma_rel) for field in fields))
+
+
+def half_life_of_raw(step: float, /) -> float:
+    """The half-life that stands for raw weights, which hold for one ``step`` (a batch, where time counts images).
+
+    An exponential of time constant step / 2 has the norm of a step that long.
+    """
+    return log(2) * step / 2
+
+
+def _stored(time: Any, sigma_rel: Any, half_life: Any) -> Profile:
+    times, lengths = _vectors(time, sigma_rel, "in")
+    if half_life is None:
+        return Profile.power(times, lengths)
+    lives = np.broadcast_to(to_host(half_life), times.shape)
+    check_range(lives, "in_half_life", "positive, or nan for a power-function average", lambda x: ~(x <= 0))
+    traditional = ~np.isnan(lives)
+    power = Profile.power(times, np.where(traditional, 0.1, lengths))
+    return Profile(times, np.where(traditional, 0, power.gamma), np.where(traditional, log(2) / lives, 0))
+
+
+def _wanted(time: Any, sigma_rel: Any, in_time: Any) -> Profile:
+    times, lengths = _vectors(time, sigma_rel, "out")
+    first, last = np.min(to_host(in_time)), np.max(to_host(in_time))
+    near = 8 * _EPS  # times may have been scaled
+    outside = times[(times < first * (1 - near)) | (times > last * (1 + near))]
+    if outside.size:
+        raise InputError(
+            f"a target must lie between the first snapshot and the last, {first:g} to {last:g}, got {outside[0]:g}: "
+            "choose a time in between"
+        )
+    return Profile.power(times, lengths)
 
 
 def _vectors(time: Any, sigma_rel: Any, side: str) -> tuple[np.ndarray, np.ndarray]:
@@ -57,3 +131,46 @@ def _vectors(time: Any, sigma_rel: Any, side: str) -> tuple[np.ndarray, np.ndarr
         )
     check_range(times, f"{side}_time", "positive", lambda x: x > 0)
     return times, lengths
+
+
+def _fit(stored: Profile, wanted: Profile) -> np.ndarray:
+    """[n_in, n_out]: the coefficients, each column divided by its sum."""
+    order = np.argsort(stored.time, kind="stable")
+    stored = stored.take(order)
+    usable = np.searchsorted(stored.time, wanted.time * (1 + 8 * _EPS), side="right")
+    gram = stored.take((slice(None), None)) @ stored.take(None)
+    target = stored.take((slice(None), None)) @ wanted.take(None)
+    scale = np.diagonal(gram)[:, None] ** -0.5  # unit diagonal: short and long averages count alike
+    fit = scale * _solve(gram * scale * scale.T, target * scale, usable)
+    result = np.empty_like(fit)
+    result[order] = fit / fit.sum(axis=0)
+    return result
+
+
+def _solve(gram: np.ndarray, target: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Column j: the least-norm x with gram x = target[:, j] among the first usable[j] unknowns, 0 in the others."""
+    among = np.arange(len(gram))[:, None] < usable
+    try:
+        factor = np.linalg.cholesky(gram)
+    except np.linalg.LinAlgError:
+        factor = np.zeros_like(gram)
+    if np.diagonal(factor).min() > _INDEPENDENT:
+        inverse = np.linalg.inv(factor)  # lower triangular: its leading blocks are those blocks' inverses
+        return np.where(among, inverse.T @ np.where(among, inverse @ target, 0), 0)
+    result = np.zeros_like(target)
+    for count in np.unique(usable):
+        values, vectors = np.linalg.eigh(gram[:count, :count])
+        vectors = vectors[:, values > count * _EPS * values[-1]]
+        values = values[values > count * _EPS * values[-1]]
+        columns = usable == count
+        result[:count, columns] = vectors @ ((vectors.T @ target[:count, columns]) / values[:, None])
+    return result
+
+
+def _distance(stored: Profile, wanted: Profile, fit: np.ndarray) -> np.ndarray:
+    """[n_out]: relative L2 norm of the difference between the fitted profile and the wanted one."""
+    gram = stored.take((slice(None), None)) @ stored.take(None)
+    target = stored.take((slice(None), None)) @ wanted.take(None)
+    norm = wanted @ wanted
+    square = np.sum(fit * (gram @ fit), axis=0) - 2 * np.sum(fit * target, axis=0) + norm
+    return np.sqrt(np.maximum(square, 0) / norm)

@@ -1,0 +1,43 @@
+"""Averages the long way: as sums over the steps of training, and in as many digits as wanted. Oracles of SPEC EMA."""
+
+from typing import Any
+
+import mpmath
+import numpy as np
+
+from edm2_core import ema
+
+
+def exact_sigma_rel(gamma: Any) -> Any:
+    """Eq. 126 in mpmath's precision."""
+    return mpmath.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def segment_weights(edges: np.ndarray, sigma_rel: float, end: float) -> np.ndarray:
+    """The profile's integral over each interval between ``edges`` (starting at 0), cut off at ``end``."""
+    power = np.minimum(edges / end, 1.0) ** (ema.sigma_rel_to_gamma(sigma_rel) + 1)
+    return np.diff(power)
+
+
+def track(weights: np.ndarray, edges: np.ndarray, sigma_rel: float) -> np.ndarray:
+    """The average after each update: weights [steps, ...] hold from each of ``edges`` to the next."""
+    average, history = np.full(weights.shape[1:], np.nan), []
+    for w, start, end in zip(weights, edges, edges[1:], strict=False):
+        keep = ema.beta(sigma_rel, t_next=end, t_delta=end - start)
+        average = w if keep == 0 else keep * average + (1 - keep) * w
+        history.append(average)
+    return np.stack(history)
+
+
+def exact_gamma(sigma_rel: float) -> Any:
+    """The gamma of a length, in mpmath's precision."""
+    near = ema.sigma_rel_to_gamma(sigma_rel)
+    return mpmath.findroot(lambda g: exact_sigma_rel(g) - mpmath.mpf(sigma_rel), (near, near * (1 + 1e-9) + 1e-9))
+
+
+def exact_product(t_a: float, gamma_a: Any, t_b: float, gamma_b: Any) -> Any:
+    """Eq. 151 in mpmath's precision."""
+    if t_a > t_b:
+        t_a, gamma_a, t_b, gamma_b = t_b, gamma_b, t_a, gamma_a
+    reach = (mpmath.mpf(float(t_a)) / mpmath.mpf(float(t_b))) ** gamma_b / mpmath.mpf(float(t_b))
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * reach
