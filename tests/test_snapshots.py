@@ -130,10 +130,10 @@ def test_parameters_that_are_not_the_config_s_are_refused_both_ways(tmp_path, pa
 
 def test_a_file_cut_short_names_the_array_and_how_many_bytes_there_are(path):
     whole, (entries, _) = path.read_bytes(), tensorfiles.read_header(path)
-    last = max(entries, key=lambda name: entries[name]["data_offsets"])
-    start, end = entries[last]["data_offsets"]
+    last = max(entries, key=lambda name: entries[name].offset)
+    need = entries[last].nbytes
     path.write_bytes(whole[:-2])
-    refused(path, rf": {last} must have {end - start} bytes, got {end - start - 2}: it is cut short, copy it again$")
+    refused(path, rf": {last} must have {need} bytes, got {need - 2}: it is cut short, copy it again$")
 
 
 @pytest.mark.parametrize("share", [0, 3, 8, 9, 200])
@@ -192,9 +192,27 @@ def test_metadata_that_cannot_be_understood_is_refused(path, change, message):
 
 def test_an_array_of_a_kind_we_never_store_is_refused_by_name(path):
     whole = path.read_bytes()
-    path.write_bytes(whole.replace(b'"unet.out_gain": {"dtype": "F32"', b'"unet.out_gain":{"dtype": "BF16"'))
+    path.write_bytes(whole.replace(b'"unet.out_gain": {"dtype": "F32"', b'"unet.out_gain": {"dtype": "C64"'))
     assert path.read_bytes() != whole
-    refused(path, "arrays must be .*, got unet.out_gain as BF16")
+    refused(path, "arrays must be .*, got unet.out_gain as C64")
+
+
+def test_bfloat16_is_read_as_float32(tmp_path):
+    values = np.array([1.0, -2.5, 3e38, 1e-40], np.float32)
+    upper = (values.view(np.uint32) >> 16).astype("<u2")
+    text, _ = tensorfiles.layout({"w": ("BF16", (4,))}, {})
+    (tmp_path / "b.safetensors").write_bytes(text + upper.tobytes())
+    read = tensorfiles.TensorFile(tmp_path / "b.safetensors").read("w")
+    assert read.dtype == np.float32
+    assert np.array_equal(read, (upper.astype(np.uint32) << 16).view(np.float32))
+
+
+def test_parts_are_parts_of_the_whole(path):
+    file = tensorfiles.TensorFile(path)
+    for name, whole in load_file(path).items():
+        flat = whole.reshape(-1)
+        for start, stop in ((0, flat.size), (flat.size // 3, flat.size // 2), (flat.size, flat.size)):
+            assert np.array_equal(file.part(name, start, stop), flat[start:stop])
 
 
 def test_arrays_that_overlap_or_leave_holes_are_refused(path):

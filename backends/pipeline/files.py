@@ -38,6 +38,15 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
         raise write_error(path, error) from error
 
 
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """:func:`write_atomically` of what is all there."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    write_atomically(path, write)
+
+
 def write_error(path: str | os.PathLike[str], error: OSError) -> InputError:
     """The InputError that says in one line why ``path`` could not be written, how much room there is, what to do."""
     reason = error.strerror or str(error) or type(error).__name__

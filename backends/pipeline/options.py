@@ -42,7 +42,7 @@ class _Wrong(NamedTuple):
     text: str
 
 
-def _spec(read: Callable[[str], Any], metavar: str, rule: str, *, many: bool = False, nargs: int = 1) -> Any:
+def spec(read: Callable[[str], Any], metavar: str, rule: str, *, many: bool = False, nargs: int = 1) -> Any:
     """How tyro reads a flag; the whole type, None included, so that its help shows neither {None} nor a union."""
 
     def convert(words: list[str]) -> Any:
@@ -75,31 +75,33 @@ def _not_nan(text: str) -> float:
     return value
 
 
-def _choice(*words: str) -> Any:
-    return _spec(lambda text: words[words.index(text)], f"{{{','.join(words)}}}", f"one of {', '.join(words)}")
+def choice(*words: str) -> Any:
+    return spec(lambda text: words[words.index(text)], f"{{{','.join(words)}}}", f"one of {', '.join(words)}")
 
 
-_quiet = tyro.conf.arg(help_behavior_hint="")  # the help text names the default; '(default: None)' would contradict it
+quiet = tyro.conf.arg(help_behavior_hint="")  # the help text names the default; '(default: None)' would contradict it
 _WHOLE = "a whole number"
 _NUMBER = "a finite number"
 _COUNT = "a whole number of images such as 96, 192Ki, 1.5Mi or 2Gi"
-_count, _whole = _spec(parse_count, "IMAGES", _COUNT), _spec(int, "INT", _WHOLE)
+_count, _whole = spec(parse_count, "IMAGES", _COUNT), spec(int, "INT", _WHOLE)
 
-Images = Annotated[int | None, _count, _quiet]
-Whole = Annotated[int | None, _whole, _quiet]
+Images = Annotated[int | None, _count, quiet]
+Whole = Annotated[int | None, _whole, quiet]
 Class = Annotated[int | None, _whole, tyro.conf.arg(name="class", help_behavior_hint="")]
-Number = Annotated[float | None, _spec(_finite, "FLOAT", _NUMBER), _quiet]
-Bound = Annotated[float | None, _spec(_not_nan, "FLOAT", "a number or inf"), _quiet]
-Interval = Annotated[tuple[float, float] | None, _spec(_not_nan, "LO HI", "two numbers", nargs=2), _quiet]
+Number = Annotated[float | None, spec(_finite, "FLOAT", _NUMBER), quiet]
+Bound = Annotated[float | None, spec(_not_nan, "FLOAT", "a number or inf"), quiet]
+Interval = Annotated[tuple[float, float] | None, spec(_not_nan, "LO HI", "two numbers", nargs=2), quiet]
 Lengths = Annotated[
     tuple[float, ...] | None,
-    _spec(_finite, "FLOAT [FLOAT ...]", "one or more numbers, 0.05 0.10 say", many=True),
-    _quiet,
+    spec(_finite, "FLOAT [FLOAT ...]", "one or more numbers, 0.05 0.10 say", many=True),
+    quiet,
 ]
-Precision = Annotated[str | None, _choice("float32", "bfloat16", "float16"), _quiet]
-Format = Annotated[str | None, _choice("png", "npz"), _quiet]
-Text = Annotated[str | None, _spec(str, "TEXT", "text"), _quiet]
-Location = Annotated[Path | None, _spec(Path, "PATH", "a path"), _quiet]
+Precision = Annotated[str | None, choice("float32", "bfloat16", "float16"), quiet]
+Format = Annotated[str | None, choice("png", "npz"), quiet]
+Bytes = Annotated[int | None, spec(parse_count, "BYTES", "a whole number of bytes such as 512Mi or 1Gi"), quiet]
+Text = Annotated[str | None, spec(str, "TEXT", "text"), quiet]
+Location = Annotated[Path | None, spec(Path, "PATH", "a path"), quiet]
+Given = Annotated[Path, spec(Path, "PATH", "a path"), tyro.conf.Positional]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,20 +11,21 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Counts images up to ``total``, from ``start`` on, on stderr; silent unless ``shown``.
+    """Counts up to ``total`` of ``unit``, from ``start`` on, on stderr; silent unless ``shown``.
 
     On a terminal a bar moves with every :meth:`advance` and :meth:`report` puts a note beside it. Elsewhere each
     report is a line, so that a log stays as long as there are reports.
     """
 
-    def __init__(self, *, total: int, start: int = 0, shown: bool = True) -> None:
+    def __init__(self, *, total: int, start: int = 0, shown: bool = True, unit: str = "img") -> None:
+        self._unit = unit
         self._lines = shown and not sys.stderr.isatty()
         self._start, self._done, self._total, self._since = start, start, total, time.monotonic()
         columns, rows = get_terminal_size()  # never 0, unlike the size that tqdm finds, at which it draws nothing
         self._bar = tqdm(
             total=total,
             initial=start,
-            unit="img",
+            unit=unit,
             unit_scale=True,
             unit_divisor=1024,
             ncols=columns,
@@ -57,5 +58,5 @@ class Progress:
         rate = (self._done - self._start) / elapsed
         left = tqdm.format_interval((self._total - self._done) / rate) if rate > 0 else "?"
         size, passed = partial(tqdm.format_sizeof, divisor=1024), tqdm.format_interval(elapsed)
-        speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
-        return f"{size(self._done)}/{size(self._total)} img  {speed} img/s  {passed} passed  {left} left"
+        speed, unit = size(rate) if rate >= 1e5 else f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}", self._unit
+        return f"{size(self._done)}/{size(self._total)} {unit}  {speed} {unit}/s  {passed} passed  {left} left"

@@ -1,104 +1,285 @@
 """What would an average of another length have been? Computed from stored ones after training.
 
-Each wanted average is a fixed combination of the stored ones (:func:`edm2_core.ema.coefficients`), so however many
-are wanted, every file is read once. Time is counted in images.
+Each wanted average is a fixed combination of the stored ones (:func:`edm2_core.ema.coefficients`). All of them are
+computed in one pass, block by block of each array: every file is read once, and memory holds a few blocks of each file,
+however large the network and however many averages. Threads take blocks in turn, so that some read while others
+compute; a block is one product of matrices in float32, on one thread, so the result does not depend on their number.
 """
 
-from collections.abc import Iterable, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
 from math import isclose
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from edm2_core.ema import coefficients, sigma_rel_to_gamma
+from edm2_core.ema import ReconstructionError, coefficients, reconstruction_error, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
 
-from .runs import Stored
-from .snapshots import Snapshot, load_snapshot, read_metadata
+from .snapshots import Snapshot
+from .sources import Broken, Source, open_sources
+from .tensorfiles import DTYPES
 
+GiB = 1 << 30
+THREADS = os.cpu_count() or 1
 _SAME = 1e-6  # lengths that differ by less, relatively, are one
+_BLOCKS = (1 << 12, 1 << 16)  # least and most elements: less is all overhead, more leaves the cache
+_AHEAD = 2  # blocks in work per thread
+
+Override = tuple[str, float]
 
 
 def reconstruct(
-    source: str | Path | Iterable[str | Path], /, *, nimg: int | None = None, sigma_rels: Sequence[float]
+    source: str | Path | Iterable[str | Path],
+    /,
+    *,
+    nimg: int | None = None,
+    sigma_rels: Sequence[float],
+    overrides: Sequence[Override] = (),
+    memory: int = GiB,
 ) -> list[Snapshot]:
     """The averages of the lengths ``sigma_rels`` after ``nimg`` images (None: at the latest snapshot), in that order.
 
     ``source`` is a run folder, any folder of snapshots, or their paths: averages of one network. An average that is
     stored comes as it is stored; another is the best fit by all that were stored up to ``nimg``, summed in float32
-    with float64 coefficients.
+    with float64 coefficients. ``overrides`` are pairs (pattern, length) for arrays of other lengths, the last that
+    matches counts. ``memory`` is what may be used besides the result, in bytes.
 
     Raises:
         InputError: nothing stored, ``nimg`` before the first snapshot or after the last, a length outside
-            (0, 0.2887), or snapshots that are damaged or not of one network.
+            (0, 0.2887), a pattern without match, or files that are damaged or not of one network.
     """
-    for sigma_rel in sigma_rels:
-        sigma_rel_to_gamma(float(sigma_rel))
-    config, stored = _inventory(source)
-    target = _target(nimg, stored)
-    usable = [snapshot for snapshot in stored if snapshot.nimg <= target]
-    exact = [_find(stored, target, sigma_rel) for sigma_rel in sigma_rels]
-    missing = [sigma_rel for sigma_rel, found in zip(sigma_rels, exact, strict=True) if found is None]
-    made = iter(_combine(config, usable, target, missing) if missing else ())
-    return [next(made) if found is None else load_snapshot(found.path) for found in exact]
-
-
-def _inventory(source: str | Path | Iterable[str | Path]) -> tuple[NetworkConfig | None, list[Stored]]:
-    if isinstance(source, str | Path):
-        folder = Path(source)
-        folder = folder / "snapshots" if (folder / "snapshots").is_dir() else folder
-        source = sorted(folder.glob("*.safetensors"))
-        if not source:
-            raise InputError(
-                f"a folder must hold snapshots, got none in {folder}: choose a run that has some, or train longer"
-            )
-    found = [(read_metadata(path), Path(path)) for path in source]
-    if not found:
-        raise InputError("snapshots to reconstruct from must be one or more, got none: give their paths")
-    config = found[0][0].config
-    stored = []
-    for metadata, path in found:
-        if metadata.config != config or metadata.sigma_rel is None:
-            raise InputError(
-                f"snapshots must be averages of one network, got {path} besides {found[0][1]}: leave one of them out"
-            )
-        stored.append(Stored(metadata.nimg, metadata.sigma_rel, path))
-    return config, sorted(stored)
-
-
-def _target(nimg: int | None, stored: list[Stored]) -> int:
-    first, last = stored[0].nimg, stored[-1].nimg
-    if nimg is not None and not first <= nimg <= last:
-        raise InputError(
-            f"the time of an average must be from {first} to {last} images, got {nimg}: choose one in between"
+    with TemporaryDirectory() as workplace:
+        recipe = Recipe.of(
+            open_sources(source, workplace=Path(workplace)), time=nimg, sigma_rels=sigma_rels, overrides=overrides
         )
-    return last if nimg is None else nimg
+        arrays = [recipe.empty() for _ in sigma_rels]
+
+        def keep(block: Block, values: np.ndarray) -> None:
+            for of_one, row in zip(arrays, values, strict=True):
+                of_one[block.name].reshape(-1)[block.start : block.stop] = row
+
+        for _ in run(recipe, keep, memory=memory):
+            pass
+    return [
+        Snapshot(params=params, config=recipe.config, nimg=recipe.time, sigma_rel=float(length))
+        for params, length in zip(arrays, sigma_rels, strict=True)
+    ]
 
 
-def _find(stored: list[Stored], nimg: int, sigma_rel: float) -> Stored | None:
-    same = (s for s in stored if s.nimg == nimg and isclose(s.sigma_rel, sigma_rel, rel_tol=_SAME))
-    return next(same, None)
+@dataclass(frozen=True)
+class Block:
+    """Elements ``start`` to ``stop`` of one flattened array."""
+
+    name: str
+    start: int
+    stop: int
 
 
-def _combine(config: NetworkConfig | None, stored: list[Stored], nimg: int, sigma_rels: list[float]) -> list[Snapshot]:
-    weights = coefficients(
-        in_time=np.array([s.nimg for s in stored], np.float64),
-        in_sigma_rel=np.array([s.sigma_rel for s in stored]),
-        out_time=float(nimg),
-        out_sigma_rel=np.array(sigma_rels, np.float64),
-    )
-    sums: list[dict[str, np.ndarray]] = [{} for _ in sigma_rels]
-    for snapshot, row in zip(stored, weights, strict=True):
-        for name, array in load_snapshot(snapshot.path).params.items():
-            for total, weight in zip(sums, row, strict=True):
-                _add(total, name, array, float(weight))
-    made = zip(sums, sigma_rels, strict=True)
-    return [Snapshot(params=params, config=config, nimg=nimg, sigma_rel=float(length)) for params, length in made]
+@dataclass(frozen=True)
+class Recipe:
+    """How averages of the lengths ``sigma_rels`` at ``time`` are made of ``sources``, in order of time.
+
+    Those after ``time`` get no weight, and are not read.
+    """
+
+    sources: tuple[Source, ...]
+    time: int
+    sigma_rels: tuple[float, ...]
+    overrides: tuple[Override, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        sources: Sequence[Source],
+        /,
+        *,
+        time: int | None = None,
+        sigma_rels: Sequence[float],
+        overrides: Sequence[Override] = (),
+    ) -> "Recipe":
+        """Raises InputError: a time outside the sources', a length outside (0, 0.2887), a pattern without match."""
+        for sigma_rel in (*sigma_rels, *(length for _, length in overrides)):
+            sigma_rel_to_gamma(float(sigma_rel))
+        first, last = min(source.time for source in sources), max(source.time for source in sources)
+        if time is not None and not first <= time <= last:
+            raise InputError(
+                f"the time of an average must be from {first} to {last} images, got {time}: choose one in between"
+            )
+        time = last if time is None else time
+        for pattern, _ in overrides:
+            if not any(fnmatchcase(name, pattern) for name in sources[0].reader.entries):
+                raise InputError(f"an override must match an array, got {pattern!r}: '*' stands for anything")
+        return cls(tuple(sources), time, tuple(map(float, sigma_rels)), tuple(overrides))
+
+    def empty(self) -> dict[str, np.ndarray]:
+        """Room for one average: float32 where the sources are floating point, else in their dtype."""
+        entries = self.sources[0].reader.entries.items()
+        return {name: np.empty(e.shape, np.float32 if e.floating else DTYPES[e.dtype]) for name, e in entries}
+
+    @property
+    def usable(self) -> tuple[Source, ...]:
+        return tuple(source for source in self.sources if source.time <= self.time)
+
+    @property
+    def config(self) -> NetworkConfig | None:
+        return self.sources[0].config
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """All lengths in use, each once."""
+        return tuple(dict.fromkeys((*self.sigma_rels, *(length for _, length in self.overrides))))
+
+    @cached_property
+    def error(self) -> ReconstructionError:
+        """What each of ``lengths`` is predicted to be off by; 0 where it is stored."""
+        found = reconstruction_error(**self._solved)
+        stored = np.array([self._stored(length) is not None for length in self.lengths])
+        return ReconstructionError(
+            *(np.where(stored, 0, x) for x in (found.profile, found.amplification, found.rounding))
+        )
+
+    @cached_property
+    def _solved(self) -> dict[str, Any]:
+        return {
+            "in_time": np.array([source.time for source in self.sources], np.float64),
+            "in_sigma_rel": np.array([source.sigma_rel for source in self.sources]),
+            "in_half_life": np.array([source.half_life for source in self.sources]),
+            "out_time": float(self.time),
+            "out_sigma_rel": np.array(self.lengths),
+        }
+
+    @cached_property
+    def _columns(self) -> Mapping[float, np.ndarray]:
+        """float32 [n_in] for each of ``lengths``. What is stored is taken as it is, for its fit is only nearly it."""
+        fit = coefficients(**self._solved).astype(np.float32)
+        columns = dict(zip(self.lengths, fit.T, strict=True))
+        for length in self.lengths:
+            if (index := self._stored(length)) is not None:
+                columns[length] = np.eye(len(self.sources), dtype=np.float32)[index]
+        return columns
+
+    def _stored(self, sigma_rel: float) -> int | None:
+        same = (
+            i
+            for i, source in enumerate(self.sources)
+            if source.time == self.time and isclose(source.sigma_rel, sigma_rel, rel_tol=_SAME)
+        )
+        return next(same, None)
+
+    def weights(self, name: str, /) -> np.ndarray:
+        """float32 [n_out, n_in] for the array called ``name``."""
+        matching = [length for pattern, length in self.overrides if fnmatchcase(name, pattern)]
+        lengths = matching[-1:] * len(self.sigma_rels) or self.sigma_rels
+        return np.stack([self._columns[length] for length in lengths])
+
+    def blocks(self, size: int, /) -> Iterator[Block]:
+        """All arrays in parts of ``size`` elements; those that are not averaged in one."""
+        for name, entry in self.sources[0].reader.entries.items():
+            step = size if entry.floating else max(entry.size, 1)
+            for start in range(0, entry.size, step):
+                yield Block(name, start, min(start + step, entry.size))
+
+    @property
+    def size(self) -> int:
+        """Elements of one average."""
+        return sum(entry.size for entry in self.sources[0].reader.entries.values())
+
+    def compute(self, block: Block, /) -> np.ndarray:
+        """[n_out, elements]: float32, or what is not floating point as the latest source has it.
+
+        Raises:
+            Broken: a source ends early, or has values that are not finite.
+        """
+        if not self.sources[0].reader.entries[block.name].floating:
+            latest = self._part(max(self.usable, key=lambda source: source.time), block)
+            return np.broadcast_to(latest, (len(self.sigma_rels), latest.size))
+        weights = self.weights(block.name)
+        used = np.flatnonzero(weights.any(axis=0))
+        stacked = np.empty((len(used), block.stop - block.start), np.float32)
+        for row, index in zip(stacked, used, strict=True):
+            row[:] = self._part(self.sources[index], block)
+        with np.errstate(all="ignore"):
+            result = weights[:, used] @ stacked
+            suspect = not np.isfinite(result.sum())  # the sum alone, which is cheap, may overflow where all are finite
+        if suspect and not np.isfinite(result).all():
+            self._find_nonfinite(block)
+        return result
+
+    def _part(self, source: Source, block: Block) -> np.ndarray:
+        try:
+            return source.reader.part(block.name, block.start, block.stop)
+        except InputError as error:
+            raise Broken(source.path, str(error)) from error
+
+    def _find_nonfinite(self, block: Block) -> None:
+        for source in self.usable:
+            if not np.isfinite(self._part(source, block)).all():
+                raise Broken(source.path, f"{source.path}: {block.name} must be finite, got other values: leave it out")
+        raise InputError(f"sums of {block.name} must be finite, got more than float32 holds: choose another length")
 
 
-def _add(total: dict[str, np.ndarray], name: str, array: np.ndarray, weight: float) -> None:
-    if np.issubdtype(array.dtype, np.floating):
-        total[name] = np.asarray(total.get(name, np.float32(0)) + weight * array, np.float32)
-    else:  # a counter, which is not averaged: the latest counts
-        total[name] = array
+def run(
+    recipe: Recipe,
+    consume: Callable[[Block, np.ndarray], None],
+    /,
+    *,
+    memory: int = GiB,
+    skip: int = 0,
+) -> Iterator[tuple[int, int]]:
+    """Compute all blocks but the first ``skip``, in order; after each yield (blocks done, its elements).
+
+    ``consume`` is called from several threads, once for each block.
+
+    Raises:
+        InputError: too little ``memory``; see :meth:`Recipe.compute` and ``consume``.
+    """
+    size = block_size(recipe, memory=memory)
+
+    def work(block: Block) -> int:
+        consume(block, recipe.compute(block))
+        return block.stop - block.start
+
+    waiting: deque[Future[int]] = deque()
+    done = skip
+    with threadpool_limits(1), ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for index, block in enumerate(recipe.blocks(size)):
+                if index < skip:
+                    continue
+                waiting.append(pool.submit(work, block))
+                if len(waiting) >= _AHEAD * THREADS:
+                    done += 1
+                    yield done, waiting.popleft().result()
+            while waiting:
+                done += 1
+                yield done, waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def block_size(recipe: Recipe, *, memory: int) -> int:
+    """Elements of a block so that all blocks in work fit into ``memory`` bytes: a power of 2.
+
+    Raises:
+        InputError: not even the smallest fits.
+    """
+    an_element = 8 * len(recipe.usable) + 12 * len(recipe.sigma_rels)  # read and widened; summed, checked, rounded
+    least, most = _BLOCKS
+    fitting = memory // (an_element * THREADS)
+    if fitting < least:
+        raise InputError(
+            f"memory for {len(recipe.usable)} files and {len(recipe.sigma_rels)} averages must be at least "
+            f"{least * an_element * THREADS} bytes, got {memory}: give more, or want fewer at a time"
+        )
+    return min(most, 1 << (fitting.bit_length() - 1))

@@ -13,7 +13,7 @@ from typing import Any
 
 from edm2_core.errors import InputError
 
-from .files import write_atomically, write_error
+from .files import write_bytes, write_error
 from .settings import Settings
 from .snapshots import read_metadata
 from .state import read_counters
@@ -102,7 +102,7 @@ class Run:
         return Settings.from_json(text, name=str(self.config_path))
 
     def save_settings(self, settings: Settings, /) -> None:
-        write_atomically(self.config_path, lambda file: _put(file, settings.to_json()))
+        write_bytes(self.config_path, settings.to_json().encode())
 
     def state_nimg(self) -> int:
         """Images seen by the stored state; 0 where none is stored yet. Raises InputError where it is damaged."""
@@ -146,9 +146,5 @@ class Run:
         """Drop the lines after ``nimg`` images, which a resumed run writes again. Returns the lines that stay."""
         kept = [record for record in self.log() if record["nimg"] <= nimg]
         if self.log_path.exists():
-            write_atomically(self.log_path, lambda file: _put(file, "".join(json.dumps(r) + "\n" for r in kept)))
+            write_bytes(self.log_path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         return kept
-
-
-def _put(file: Any, text: str) -> None:
-    file.write(text.encode())

@@ -6,7 +6,7 @@ metadata, all text: ``format`` "edm2-snapshot", ``version``, ``nimg``, ``sigma_r
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, check_parameters
 
-from .tensorfiles import open_tensors, read_metadata_of, write_tensors
+from .tensorfiles import TensorFile, checked_metadata, write_tensors
 
 KIND, VERSION = "edm2-snapshot", 1
 _LARGEST = float(np.finfo(np.float16).max)
@@ -61,14 +61,44 @@ def save_snapshot(path: str | Path, snapshot: Snapshot, /) -> None:
     if snapshot.config is not None:
         check_parameters(snapshot.config, snapshot.params)
     arrays = {name: _stored(name, np.asarray(array)) for name, array in snapshot.params.items()}
-    metadata = {
+    write_tensors(Path(path), arrays, snapshot_metadata(snapshot))
+
+
+def snapshot_metadata(snapshot: Metadata, /) -> dict[str, str]:
+    """The text that a file of this snapshot carries."""
+    return {
         "format": KIND,
         "version": str(VERSION),
         "nimg": str(snapshot.nimg),
         "sigma_rel": "" if snapshot.sigma_rel is None else repr(float(snapshot.sigma_rel)),
         "config": json.dumps(snapshot.config and asdict(snapshot.config)),
     }
-    write_tensors(Path(path), arrays, metadata)
+
+
+def save_averages(
+    folder: str | Path, averages: Iterable[tuple[float, Mapping[str, np.ndarray]]], /, *, time: int
+) -> list[Path]:
+    """Write a snapshot of each of ``averages``, pairs of a length and its arrays, into ``folder``; return their paths.
+
+    The averages of a network that is not ours, at ``time`` on whatever clock. They may be made one by one: no more
+    than one is held.
+
+    Raises:
+        InputError: before the first update, two lengths with one file name, or as :func:`save_snapshot`.
+    """
+    if time <= 0:
+        raise InputError(f"averages must be of a time above 0, got {time}: save them after an update")
+    paths: list[Path] = []
+    for sigma_rel, params in averages:
+        path = Path(folder) / f"{time:012d}-{sigma_rel:.3f}.safetensors"  # in full: clocks may count steps
+        if path in paths:
+            raise InputError(
+                f"lengths must differ in their third digit to be stored, got {sigma_rel} besides {path.name}: "
+                "track lengths farther apart, such as 0.05 and 0.10"
+            )
+        save_snapshot(path, Snapshot(params=params, config=None, nimg=time, sigma_rel=sigma_rel))
+        paths.append(path)
+    return paths
 
 
 def _stored(name: str, array: np.ndarray) -> np.ndarray:
@@ -91,14 +121,19 @@ def read_metadata(path: str | Path, /) -> Metadata:
     Raises:
         InputError: no such file, cut short, too long, no safetensors file, no snapshot, or a newer version.
     """
-    text = read_metadata_of(Path(path), kind=KIND, version=VERSION)
+    return metadata_of(TensorFile(Path(path)))
+
+
+def metadata_of(file: TensorFile, /) -> Metadata:
+    """:func:`read_metadata` of a file that is open already."""
+    text = checked_metadata(file.path, file.metadata, kind=KIND, version=VERSION)
     try:
         sigma_rel = float(text["sigma_rel"]) if text["sigma_rel"] else None
         fields = json.loads(text["config"])
         config = None if fields is None else NetworkConfig(**fields)
         return Metadata(config=config, nimg=int(text["nimg"]), sigma_rel=sigma_rel)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} must have a snapshot's metadata, got a fault: {error}: copy it again") from error
+        raise InputError(f"{file.path} must have a snapshot's metadata, got a fault: {error}: copy it again") from error
 
 
 def load_snapshot(path: str | Path, /) -> Snapshot:
@@ -107,9 +142,9 @@ def load_snapshot(path: str | Path, /) -> Snapshot:
     Raises:
         InputError: as :func:`read_metadata`, or parameters other than the config's.
     """
-    metadata = read_metadata(path)
-    with open_tensors(Path(path)) as (names, read):
-        params = {name: _loaded(read(name)) for name in names}
+    file = TensorFile(Path(path))
+    metadata = metadata_of(file)
+    params = {name: _loaded(file.read(name)) for name in file.entries}
     if metadata.config is not None:
         try:
             check_parameters(metadata.config, params)

@@ -14,7 +14,7 @@ import numpy as np
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, check_parameters, plan
 
-from .tensorfiles import open_tensors, read_metadata_of, write_tensors
+from .tensorfiles import TensorFile, read_metadata_of, write_tensors
 
 KIND, VERSION = "edm2-state", 1
 Arrays = Mapping[str, np.ndarray]
@@ -72,14 +72,12 @@ def load_state(path: Path, config: NetworkConfig, sigma_rels: tuple[float, ...],
     parts: dict[str, dict[str, np.ndarray]] = {
         prefix: {} for prefix in ("params", "adam1", "adam2", *averages.values())
     }
-    with open_tensors(path) as (names, read):
-        for full in names:
-            prefix, _, name = full.rpartition("/")
-            if prefix not in parts:
-                raise InputError(
-                    f"{path} must hold {', '.join(parts)}, got {full}: restore it, or choose another --outdir"
-                )
-            parts[prefix][name] = read(full)
+    file = TensorFile(path)
+    for full in file.entries:
+        prefix, _, name = full.rpartition("/")
+        if prefix not in parts:
+            raise InputError(f"{path} must hold {', '.join(parts)}, got {full}: restore it, or choose another --outdir")
+        parts[prefix][name] = file.read(full)
     try:
         _check_parts(config, parts)
     except InputError as error:

@@ -2,91 +2,181 @@
 
 The format: eight bytes with the length of the header, the header in JSON (for each array its dtype, shape and place,
 and the text), the arrays one after the other. We write it ourselves, array by array, because the library's writer
-first makes a second copy of everything, and takes the memory of a transposed view as it lies. Reading is the
-library's, after a look at the header that can tell which array is cut short.
+first makes a second copy of everything, and takes the memory of a transposed view as it lies. We read it ourselves,
+because files larger than memory are read in parts, and NumPy has no bfloat16, in which others store.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from edm2_core.errors import InputError
 
 from .files import write_atomically
 
-_CODES = {"F64": "f8", "F32": "f4", "F16": "f2", "BOOL": "?"}
+_CODES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "BOOL": "?"}
 _CODES |= {f"{kind.upper()}{8 * size}": f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}
-DTYPES = {name: np.dtype(code) for name, code in _CODES.items()}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # the library's limit
+DTYPES = {name: np.dtype(code).newbyteorder("<") for name, code in _CODES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
+FLOATING = ("F64", "F32", "F16", "BF16")
+_LONGEST_HEADER = 100_000_000  # the format's limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An array in a file: its dtype, one of :data:`DTYPES`, its shape, and the byte of the file where it begins."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * DTYPES[self.dtype].itemsize
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype in FLOATING
+
+
+def dtype_name(array: np.ndarray, /) -> str:
+    """What the file format calls the dtype of ``array``, of any byte order."""
+    return _NAMES[array.dtype.newbyteorder("<")]
 
 
 def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write ``arrays`` (of :data:`DTYPES`; any strides and byte order) and ``metadata`` to ``path``, all or nothing."""
-    ordered = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # the widest first keeps all aligned
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in ordered:
-        array = arrays[name]
-        start, end = end, end + array.nbytes
-        header[name] = {
-            "dtype": _NAMES[array.dtype.newbyteorder("=")],
-            "shape": list(array.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text, entries = layout({name: (dtype_name(array), array.shape) for name, array in arrays.items()}, metadata)
 
     def write(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in ordered:
-            little_endian = arrays[name].astype(arrays[name].dtype.newbyteorder("<"), order="C", copy=False)
-            file.write(little_endian.data)
+        file.write(text)
+        for name, entry in entries.items():
+            file.write(arrays[name].astype(DTYPES[entry.dtype], order="C", copy=False).data)
 
     write_atomically(path, write)
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The header's entry for each array, and the metadata, of a file that is as long as it says; reads no array.
+def layout(
+    arrays: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, Entry]]:
+    """The header of a file with arrays of these dtypes and shapes, and where each is to be, in the file's order."""
+    ordered = sorted(arrays, key=lambda name: (-DTYPES[arrays[name][0]].itemsize, name))  # so that all are aligned
+    entries, end = {}, 0
+    for name in ordered:
+        entries[name] = Entry(*arrays[name], end)
+        end += entries[name].nbytes
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for name, entry in entries.items():
+        where = [entry.offset, entry.offset + entry.nbytes]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": where}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    shifted = {name: Entry(entry.dtype, entry.shape, start + entry.offset) for name, entry in entries.items()}
+    return len(text).to_bytes(8, "little") + text, shifted
+
+
+class TensorFile:
+    """The arrays in a file, to be read whole or in parts, from any thread. The file is open only while it is read.
 
     Raises:
-        InputError: no such file, not a safetensors file, cut short, too long, or an array of a kind we never store.
+        InputError: no such file, not a safetensors file, cut short, too long, or an array of a kind we do not know.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries, self.metadata = read_header(path)
+
+    def read(self, name: str, /) -> np.ndarray:
+        """The array as it is stored, but for bfloat16, which becomes float32."""
+        entry = self.entries[name]
+        return self.part(name, 0, entry.size).reshape(entry.shape)
+
+    def part(self, name: str, start: int, stop: int, /) -> np.ndarray:
+        """Elements ``start`` to ``stop`` of the flattened array, as :meth:`read` gives them.
+
+        Raises:
+            InputError: the file ends before them, or cannot be read; it was sound when it was opened.
+        """
+        entry, dtype = self.entries[name], DTYPES[self.entries[name].dtype]
+        found = np.empty(stop - start, dtype)
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(entry.offset + start * dtype.itemsize)
+                got = _fill(file, found.view(np.uint8).data) if found.size else 0
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        if got < found.nbytes:
+            raise InputError(
+                f"{self.path}: {name} must have {entry.nbytes} bytes, got fewer: it is cut short, copy it again"
+            )
+        if entry.dtype == "BF16":
+            return (found.astype(np.uint32) << 16).view(np.float32)
+        return found
+
+
+def _fill(file: Any, view: memoryview) -> int:
+    got = 0
+    while got < len(view) and (count := file.readinto(view[got:])):
+        got += count
+    return got
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The place of each array, and the metadata, of a file that is as long as it says; reads no array.
+
+    Raises:
+        InputError: as :class:`TensorFile`.
     """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             header, start = _parse(path, file, size)
     except OSError as error:
-        raise InputError(f"{path} must be a file that can be read, got '{error.strerror}': check the path") from error
+        raise _unreadable(path, error) from error
     try:
         metadata = dict(header.pop("__metadata__", {}))
         _check_sizes(path, header, size - start)
+        places = header.items()
+        return {
+            name: Entry(e["dtype"], tuple(e["shape"]), start + e["data_offsets"][0]) for name, e in places
+        }, metadata
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise _not_safetensors(path) from error
-    return header, metadata
 
 
-def read_metadata_of(path: Path, *, kind: str, version: int) -> dict[str, str]:
-    """The metadata of a file whose ``format`` is ``kind``, in ``version`` or an earlier one.
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} must be a file that can be read, got '{error.strerror}': check the path")
+
+
+def checked_metadata(path: Path, metadata: Mapping[str, str], *, kind: str, version: int) -> Mapping[str, str]:
+    """The metadata of a file, if its ``format`` is ``kind``, in ``version`` or an earlier one.
 
     Raises:
-        InputError: as :func:`read_header`, another format, or a newer version.
+        InputError: another format, or a newer version.
     """
-    _, metadata = read_header(path)
     if (found := metadata.get("format")) != kind:
         raise InputError(f"{path} must have the format {kind}, got {found or 'none'}: choose another file")
     if not (number := metadata.get("version", "")).isdecimal() or int(number) > version:
         raise InputError(f"{path} must have {kind} version {version} or less, got {number!r}: install a newer edm2")
     return metadata
+
+
+def read_metadata_of(path: Path, *, kind: str, version: int) -> Mapping[str, str]:
+    """The metadata of a file, without reading its arrays; errors as :class:`TensorFile`, :func:`checked_metadata`."""
+    return checked_metadata(path, read_header(path)[1], kind=kind, version=version)
 
 
 def _parse(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
@@ -117,11 +207,12 @@ def _check_sizes(path: Path, entries: Mapping[str, Any], actual: int) -> None:
             raise InputError(
                 f"{path}: arrays must be {', '.join(DTYPES)}, got {name} as {entry['dtype']}: convert it first"
             )
-        start, end = entry["data_offsets"]
+        begin, (start, end) = end, entry["data_offsets"]
         need = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
-        if end - start != need:
+        if end - start != need or start != begin:
             raise InputError(
-                f"{path}: {name} must have {need} bytes, got {end - start}: the file is damaged, copy it again"
+                f"{path}: {name} must have {need} bytes from {begin} on, got {start} to {end}: "
+                "the file is damaged, copy it again"
             )
         if end > actual:
             raise InputError(
@@ -129,14 +220,3 @@ def _check_sizes(path: Path, entries: Mapping[str, Any], actual: int) -> None:
             )
     if end != actual:
         raise InputError(f"{path} must have {end} bytes of arrays, got {actual}: it is damaged, copy it again")
-
-
-@contextmanager
-def open_tensors(path: Path) -> Iterator[tuple[list[str], Callable[[str], np.ndarray]]]:
-    """The names of the arrays in a file and a function that reads one of them, as it is stored."""
-    entries, _ = read_header(path)
-    try:
-        with safe_open(path, framework="np") as file:
-            yield list(entries), file.get_tensor
-    except SafetensorError as error:
-        raise InputError(f"{path} must be a sound safetensors file, got '{error}': copy it again") from error
