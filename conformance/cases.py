@@ -131,6 +131,9 @@ def _ema_cases() -> list[Case]:
         found = ema.reconstruction_error(in_time=[1, 2, 3, 4], in_sigma_rel=s, out_time=4, out_sigma_rel=[0.1, 0.2])
         return found.amplification, found.rounding
 
+    def rebuilt(s: Any) -> Any:
+        return ema.reconstructed_profile([0.5, 3], in_time=[1, 2, 3, 4], in_sigma_rel=s, out_time=4, out_sigma_rel=0.1)
+
     return [
         Case("sigma_rel_to_gamma", "EMA-1", ema.sigma_rel_to_gamma, lengths, ema.sigma_rel_to_gamma, 16, slope),
         Case(
@@ -146,6 +149,7 @@ def _ema_cases() -> list[Case]:
         Case("profile", "EMA-2", ema.profile, lengths, profile, 1),
         Case("inner_product", "EMA-4", ema.inner_product, lengths, product, 1),
         Case("coefficients", "EMA-5", ema.coefficients, snapshots, combined, 1),
+        Case("reconstructed_profile", "EMA-8", ema.reconstructed_profile, snapshots, rebuilt, 1),
         Case("reconstruction_error", "EMA-8", ema.reconstruction_error, snapshots, errors, 1),
     ]
 

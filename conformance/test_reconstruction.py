@@ -331,6 +331,23 @@ def test_errors_are_what_tracked_averages_of_a_random_walk_show(dtype: str) -> N
         assert 0.5 < rounded / (predicted.rounding[j] * size / np.sqrt(12)) < 1
 
 
+@given(snapshots(), st.floats(0.03, 0.28))
+def test_the_reconstructed_profile_is_the_sum_of_stored_ones(stored: tuple[np.ndarray, np.ndarray], s: float) -> None:
+    """EMA-8: and its distance from the wanted one, on a fine grid, is the predicted error."""
+    t_in, s_in = stored
+    target: Any = {"in_time": t_in, "in_sigma_rel": s_in, "out_time": t_in[-1], "out_sigma_rel": s}
+    t = (np.arange(20000) + 0.5) / 20000 * t_in[-1]
+    made = ema.reconstructed_profile(t, **target)[0]
+    summed = sum(
+        c * ema.profile(t, end_time=end, sigma_rel=length)
+        for c, end, length in zip(ema.coefficients(**target)[:, 0], t_in, s_in, strict=True)
+    )
+    assert np.allclose(made, summed, rtol=1e-9, atol=1e-9 * np.abs(made).max())
+    wanted = ema.profile(t, end_time=t_in[-1], sigma_rel=s)
+    distance = np.linalg.norm(made - wanted) / np.linalg.norm(wanted)
+    assert distance == pytest.approx(float(ema.reconstruction_error(**target).profile[0]), rel=0.02, abs=1e-6)
+
+
 def test_an_unknown_storage_is_refused() -> None:
     """API-4 EMA-8"""
     with pytest.raises(InputError, match="dtype must be one of float16, bfloat16, float32, got 'int8'"):

@@ -142,26 +142,26 @@ class Recipe:
     @cached_property
     def error(self) -> ReconstructionError:
         """What each of ``lengths`` is predicted to be off by; 0 where it is stored."""
-        found = reconstruction_error(**self._solved)
+        found = reconstruction_error(**self.solved(np.array(self.lengths)))
         stored = np.array([self._stored(length) is not None for length in self.lengths])
         return ReconstructionError(
             *(np.where(stored, 0, x) for x in (found.profile, found.amplification, found.rounding))
         )
 
-    @cached_property
-    def _solved(self) -> dict[str, Any]:
+    def solved(self, lengths: np.ndarray, /) -> dict[str, Any]:
+        """What :func:`edm2_core.ema.coefficients` and :func:`~edm2_core.ema.reconstruction_error` take for these."""
         return {
             "in_time": np.array([source.time for source in self.sources], np.float64),
             "in_sigma_rel": np.array([source.sigma_rel for source in self.sources]),
             "in_half_life": np.array([source.half_life for source in self.sources]),
             "out_time": float(self.time),
-            "out_sigma_rel": np.array(self.lengths),
+            "out_sigma_rel": lengths,
         }
 
     @cached_property
     def _columns(self) -> Mapping[float, np.ndarray]:
         """float32 [n_in] for each of ``lengths``. What is stored is taken as it is, for its fit is only nearly it."""
-        fit = coefficients(**self._solved).astype(np.float32)
+        fit = coefficients(**self.solved(np.array(self.lengths))).astype(np.float32)
         columns = dict(zip(self.lengths, fit.T, strict=True))
         for length in self.lengths:
             if (index := self._stored(length)) is not None:

@@ -35,11 +35,27 @@ Dtype = Annotated[str | None, choice("float16", "float32"), quiet]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the reconstruct command was asked for."""
+class SourceOptions:
+    """Which files, and what they hold."""
 
     source: Given
     """A run, or a folder of snapshots, of ema-pytorch's files, of safetensors named by step, of official pickles."""
+    skip_broken: bool = False
+    """Leave broken files out, and solve without them."""
+    source_sigma_rels: Lengths = None
+    """For files that do not say it: the length they have, or one per index of ema-pytorch's."""
+    source_half_life: Number = None
+    """For files that do not say it: the half-life of the traditional average that they are, in their unit of time."""
+    source_raw: Number = None
+    """For files that do not say it: they are raw weights, and a step took this long in their unit of time."""
+    source_update_every: Whole = None
+    """For files of a tracker that ignores its interval, as ema-pytorch's: that interval. Default: 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SourceOptions):
+    """What the reconstruct command was asked for."""
+
     sigma_rels: Lengths = None
     """Relative lengths wanted, each within (0, 0.2887); one file each, all in one pass."""
     at: Images = None
@@ -54,16 +70,6 @@ class Options:
     """Memory to use, whatever the size of the network. Default: 1Gi."""
     max_error: Number = None
     """Refuse if the predicted error of any is larger. Default: never."""
-    skip_broken: bool = False
-    """Leave broken files out, and solve without them."""
-    source_sigma_rels: Lengths = None
-    """For files that do not say it: the length they have, or one per index of ema-pytorch's."""
-    source_half_life: Number = None
-    """For files that do not say it: the half-life of the traditional average that they are, in their unit of time."""
-    source_raw: Number = None
-    """For files that do not say it: they are raw weights, and a step took this long in their unit of time."""
-    source_update_every: Whole = None
-    """For files of a tracker that ignores its interval, as ema-pytorch's: that interval. Default: 1."""
     dry_run: bool = False
     """Print the predicted errors, and compute nothing."""
 
@@ -88,12 +94,12 @@ def run(options: Options) -> int:
 
 
 def _reconstruct(options: Options, dropped: set[Path], workplace: Path) -> int:
-    sources = _sources(options, dropped, workplace)
+    sources = open_described(options, dropped, workplace)
     recipe = Recipe.of(sources, time=options.at, sigma_rels=options.sigma_rels or (), overrides=options.override or ())
     _say(recipe, options.max_error)
     if options.dry_run:
         return 0
-    folder = options.outdir or _folder(options.source) / "reconstructed"
+    folder = options.outdir or options.source / "reconstructed"
     dtype = options.dtype or "float16"
     todo, there = plan_outputs(folder, recipe, dtype=dtype)
     for output in there:
@@ -125,7 +131,8 @@ def _reconstruct(options: Options, dropped: set[Path], workplace: Path) -> int:
     return 0
 
 
-def _sources(options: Options, dropped: set[Path], workplace: Path) -> list[Source]:
+def open_described(options: SourceOptions, dropped: set[Path], workplace: Path | None = None) -> list[Source]:
+    """The sources that ``options`` name and describe, but for those ``dropped``, to which broken ones are added."""
     described = Described(
         sigma_rels=options.source_sigma_rels or (),
         half_life=options.source_half_life,
@@ -133,11 +140,8 @@ def _sources(options: Options, dropped: set[Path], workplace: Path) -> list[Sour
         update_every=1 if options.source_update_every is None else options.source_update_every,
     )
     skip = _drop(dropped) if options.skip_broken else None
-    return [
-        source
-        for source in open_sources(options.source, described=described, skip=skip, workplace=workplace)
-        if source.path not in dropped
-    ]
+    found = open_sources(options.source, described=described, skip=skip, workplace=workplace)
+    return [source for source in found if source.path not in dropped]
 
 
 def _drop(dropped: set[Path]) -> Callable[[Broken], None]:
@@ -147,10 +151,6 @@ def _drop(dropped: set[Path]) -> Callable[[Broken], None]:
         dropped.add(error.path)
 
     return drop
-
-
-def _folder(source: Path) -> Path:
-    return source if source.is_dir() else source.parent
 
 
 def _say(recipe: Recipe, limit: float | None) -> None:

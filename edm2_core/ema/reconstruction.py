@@ -91,6 +91,19 @@ def reconstruction_error(
     return ReconstructionError(*(from_host(field, like=in_sigma_rel) for field in fields))
 
 
+def reconstructed_profile(
+    t: Any, /, *, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_rel: Any, in_half_life: Any = None
+) -> Any:
+    """Responses [n_out, n_t] at the times ``t`` [n_t] of what :func:`coefficients`, of the same arguments, add up to.
+
+    To be held against :func:`~edm2_core.ema.profile`. In the library, dtype and device of ``in_sigma_rel``; NumPy
+    float64 for lists and numbers. Raises InputError as :func:`coefficients`.
+    """
+    stored, wanted = _stored(in_time, in_sigma_rel, in_half_life), _wanted(out_time, out_sigma_rel, in_time)
+    responses = stored.take((slice(None), None))(np.atleast_1d(to_host(t)))
+    return from_host(_fit(stored, wanted).T @ responses, like=in_sigma_rel)
+
+
 def half_life_of_raw(step: float, /) -> float:
     """The half-life that stands for raw weights, which hold for one ``step`` (a batch, where time counts images).
 
