@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backends.pipeline.reconstruct import reconstruct
+from backends.pipeline.reconstruct import Recipe, reconstruct, run, widen
 from backends.pipeline.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_name
-from backends.pipeline.tensorfiles import TensorFile
+from backends.pipeline.sources import Described, open_sources
+from backends.pipeline.tensorfiles import DTYPES, TensorFile, layout
 from edm2_core.ema import beta, coefficients
 from edm2_core.errors import InputError
 
@@ -78,8 +79,13 @@ def test_snapshots_after_the_target_are_not_even_read(folder):
 
 def test_however_many_are_wanted_every_file_is_read_once(folder, monkeypatch):
     read = []
-    part = TensorFile.part
-    monkeypatch.setattr(TensorFile, "part", lambda file, *which: read.append((file.path, *which)) or part(file, *which))
+    fill = TensorFile.fill
+
+    def noting(file, room, name, start):
+        read.append((file.path, name, start))
+        fill(file, room, name, start)
+
+    monkeypatch.setattr(TensorFile, "fill", noting)
     reconstruct(folder, sigma_rels=[0.03, 0.07, 0.2])
     assert sorted(path for path, name, *_ in read if name == "w") == sorted((folder / "snapshots").glob("*"))
 
@@ -115,3 +121,31 @@ def test_raw_weights_are_no_average_to_reconstruct_from(folder):
     save_snapshot(raw, Snapshot(params={"w": np.zeros(7)}, config=None, nimg=128, sigma_rel=None))
     with pytest.raises(InputError, match=f"{raw} does not say what was averaged"):
         reconstruct(folder, sigma_rels=[0.1])
+
+
+def test_every_float16_is_widened_exactly_one_by_one_and_many_at_once():
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    for halves in (every, every[np.isfinite(every)], every[:0]):
+        widen(halves, "F16", wide := np.empty(halves.shape, np.float32))
+        assert np.array_equal(wide, halves.astype(np.float32), equal_nan=True)
+        assert np.array_equal(np.signbit(wide), np.signbit(halves))
+
+
+def test_files_of_several_dtypes_are_added_up(tmp_path):
+    arrays = np.random.default_rng(0).standard_normal((4, 5000)).astype(np.float32)
+    for step, (code, array) in enumerate(zip(("F16", "BF16", "F32", "F64"), arrays, strict=True), 1):
+        bits = (array.view(np.uint32) >> 16).astype("<u2") if code == "BF16" else array.astype(DTYPES[code])
+        text, _ = layout({"w": (code, (5000,))}, {})
+        (tmp_path / f"{step}000.safetensors").write_bytes(text + bits.tobytes())
+    sources = open_sources(tmp_path, described=Described(sigma_rels=(0.1,)))
+    recipe = Recipe.of(sources, sigma_rels=[0.2, 0.07])
+    found = recipe.empty(), recipe.empty()
+    for _ in run(
+        recipe,
+        lambda block, values: [
+            f["w"].__setitem__(slice(block.start, block.stop), v) for f, v in zip(found, values, strict=True)
+        ],
+    ):
+        pass
+    for one, row in zip(found, recipe.weights("w"), strict=True):
+        assert np.allclose(one["w"], row @ arrays, atol=0.02 * np.abs(row).sum())

@@ -7,6 +7,8 @@ compute; a block is one product of matrices in float32, on one thread, so the re
 """
 
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +35,7 @@ GiB = 1 << 30
 THREADS = os.cpu_count() or 1
 _SAME = 1e-6  # lengths that differ by less, relatively, are one
 _BLOCKS = (1 << 12, 1 << 16)  # least and most elements: less is all overhead, more leaves the cache
+_PIECE = 1 << 14  # elements that are widened and summed at a time, so that they stay in the cache
 _AHEAD = 2  # blocks in work per thread
 
 Override = tuple[str, float]
@@ -128,6 +131,7 @@ class Recipe:
 
     @property
     def usable(self) -> tuple[Source, ...]:
+        """The sources up to ``time``; the last is the latest."""
         return tuple(source for source in self.sources if source.time <= self.time)
 
     @property
@@ -194,38 +198,97 @@ class Recipe:
         """Elements of one average."""
         return sum(entry.size for entry in self.sources[0].reader.entries.values())
 
-    def compute(self, block: Block, /) -> np.ndarray:
-        """[n_out, elements]: float32, or what is not floating point as the latest source has it.
+    def compute(self, block: Block, room: "Room", /) -> np.ndarray:
+        """[n_out, elements], valid until ``room`` is used again: float32, or, where it is not floating point, what the
+        latest source has.
 
         Raises:
             Broken: a source ends early, or has values that are not finite.
         """
+        size, outputs = block.stop - block.start, len(self.sigma_rels)
         if not self.sources[0].reader.entries[block.name].floating:
-            latest = self._part(max(self.usable, key=lambda source: source.time), block)
-            return np.broadcast_to(latest, (len(self.sigma_rels), latest.size))
+            (latest,) = self._read([self.usable[-1]], block, room)
+            return np.broadcast_to(latest, (outputs, size))
         weights = self.weights(block.name)
-        used = np.flatnonzero(weights.any(axis=0))
-        stacked = np.empty((len(used), block.stop - block.start), np.float32)
-        for row, index in zip(stacked, used, strict=True):
-            row[:] = self._part(self.sources[index], block)
+        result = room.array("made", np.float32, outputs, size)
+        groups = [
+            (dtype, weights[:, used], self._read([self.sources[i] for i in used], block, room))
+            for dtype, used in self._used(block.name, weights).items()
+        ]
+        wide = room.array("wide", np.float32, len(self.sources), min(size, _PIECE)).reshape(-1)
         with np.errstate(all="ignore"):
-            result = weights[:, used] @ stacked
+            for start in range(0, size, _PIECE):
+                piece = slice(start, min(start + _PIECE, size))
+                total = 0
+                for dtype, factors, stored in groups:
+                    values = wide[: len(stored) * (piece.stop - start)].reshape(len(stored), -1)
+                    widen(stored[:, piece], dtype, values)
+                    total += factors @ values
+                result[:, piece] = total
             suspect = not np.isfinite(result.sum())  # the sum alone, which is cheap, may overflow where all are finite
         if suspect and not np.isfinite(result).all():
             self._find_nonfinite(block)
         return result
 
-    def _part(self, source: Source, block: Block) -> np.ndarray:
-        try:
-            return source.reader.part(block.name, block.start, block.stop)
-        except InputError as error:
-            raise Broken(source.path, str(error)) from error
+    def _used(self, name: str, weights: np.ndarray) -> dict[str, list[int]]:
+        """Which sources take part, by the dtype that they are stored in."""
+        found: dict[str, list[int]] = {}
+        for index in np.flatnonzero(weights.any(axis=0)):
+            found.setdefault(self.sources[index].reader.entries[name].dtype, []).append(int(index))
+        return found
+
+    def _read(self, sources: Sequence[Source], block: Block, room: "Room") -> np.ndarray:
+        """[sources, elements], as they are stored; they have one dtype."""
+        code = sources[0].reader.entries[block.name].dtype
+        stored = room.array(code, DTYPES[code], len(sources), block.stop - block.start)
+        for source, row in zip(sources, stored, strict=True):
+            try:
+                source.reader.fill(row, block.name, block.start)
+            except InputError as error:
+                raise Broken(source.path, str(error)) from error
+        return stored
 
     def _find_nonfinite(self, block: Block) -> None:
         for source in self.usable:
-            if not np.isfinite(self._part(source, block)).all():
+            stored = self._read([source], block, Room())
+            widen(stored, source.reader.entries[block.name].dtype, values := np.empty(stored.shape, np.float32))
+            if not np.isfinite(values).all():
                 raise Broken(source.path, f"{source.path}: {block.name} must be finite, got other values: leave it out")
         raise InputError(f"sums of {block.name} must be finite, got more than float32 holds: choose another length")
+
+
+class Room(threading.local):
+    """Each thread's working arrays, kept from block to block: fresh memory costs more time than the sums."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, np.ndarray] = {}
+
+    def array(self, name: str, dtype: Any, rows: int, columns: int, /) -> np.ndarray:
+        """[rows, columns], contiguous; the same memory for the same name."""
+        kept = self._kept.get(name)
+        if kept is None or kept.size < rows * columns:
+            kept = self._kept[name] = np.empty(rows * columns, dtype)
+        return kept[: rows * columns].reshape(rows, columns)
+
+
+def widen(stored: np.ndarray, dtype: str, values: np.ndarray, /) -> None:
+    """Copy ``stored``, what a file calls ``dtype``, into the float32 ``values`` of the same shape.
+
+    NumPy converts float16 one by one; here the bits are moved to their places in float32, all at once, several times as
+    fast: the sign spreads over what was shifted, and all but one copy of it is masked; the exponent's bias differs by
+    112. That makes infinity and nan large numbers, so what is so large is converted again.
+    """
+    if dtype == "BF16":
+        np.left_shift(stored, 16, out=values.view(np.uint32), dtype=np.uint32)
+        return
+    if dtype == "F16" and sys.byteorder == "little":
+        bits = values.view(np.int32)
+        np.left_shift(stored.view(np.int16), 13, out=bits, dtype=np.int32)
+        np.bitwise_and(bits, np.int32(-0x70000001), out=bits)
+        np.multiply(values, np.float32(2.0**112), out=values)
+        if values.min(initial=0) > -65536 and values.max(initial=0) < 65536:
+            return
+    values[:] = stored
 
 
 def run(
@@ -245,8 +308,10 @@ def run(
     """
     size = block_size(recipe, memory=memory)
 
+    room = Room()
+
     def work(block: Block) -> int:
-        consume(block, recipe.compute(block))
+        consume(block, recipe.compute(block, room))
         return block.stop - block.start
 
     waiting: deque[Future[int]] = deque()
@@ -274,7 +339,7 @@ def block_size(recipe: Recipe, *, memory: int) -> int:
     Raises:
         InputError: not even the smallest fits.
     """
-    an_element = 8 * len(recipe.usable) + 12 * len(recipe.sigma_rels)  # read and widened; summed, checked, rounded
+    an_element = 8 * len(recipe.usable) + 12 * len(recipe.sigma_rels)  # read, widened; summed, copied, rounded
     least, most = _BLOCKS
     fitting = memory // (an_element * THREADS)
     if fitting < least:

@@ -30,13 +30,13 @@ KINDS = (".safetensors", ".pt", ".pkl")
 
 
 class Reader(Protocol):
-    """Arrays by name, of which parts can be read from any thread."""
+    """Arrays by name, of which parts can be read from any thread; see :class:`TensorFile`."""
 
     @property
     def entries(self) -> Mapping[str, Entry]: ...
 
-    def part(self, name: str, start: int, stop: int, /) -> np.ndarray:
-        """Elements of the flattened array, 1-D; float32 for bfloat16."""
+    def fill(self, room: np.ndarray, name: str, start: int, /) -> None:
+        """As :meth:`TensorFile.fill`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +216,8 @@ class _TorchFile:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             prefix = "ema_model."
             self._tensors = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "F32"}
+            codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+            self._bits = torch.uint16
             codes |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
             self.entries = {n: Entry(codes[t.dtype], tuple(t.shape), 0) for n, t in self._tensors.items()}
         except Exception as error:  # whatever torch finds wrong with it
@@ -225,9 +226,9 @@ class _TorchFile:
         if not self.entries:
             raise InputError(f"{path} must be a state of PostHocEMA, got no ema_model in it: choose its folder")
 
-    def part(self, name: str, start: int, stop: int, /) -> np.ndarray:
-        tensor = self._tensors[name].reshape(-1)[start:stop]
-        return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
+    def fill(self, room: np.ndarray, name: str, start: int, /) -> None:
+        part = self._tensors[name].reshape(-1)[start : start + room.size]
+        room[:] = part.view(self._bits).numpy() if self.entries[name].dtype == "BF16" else part.numpy()
 
 
 def _index_and_step(path: Path) -> tuple[int, int]:

@@ -9,8 +9,10 @@ because files larger than memory are read in parts, and NumPy has no bfloat16, i
 import json
 import math
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,7 +89,7 @@ def layout(
 
 
 class TensorFile:
-    """The arrays in a file, to be read whole or in parts, from any thread. The file is open only while it is read.
+    """The arrays in a file, to be read whole or in parts, from any thread.
 
     Raises:
         InputError: no such file, not a safetensors file, cut short, too long, or an array of a kind we do not know.
@@ -100,36 +102,36 @@ class TensorFile:
     def read(self, name: str, /) -> np.ndarray:
         """The array as it is stored, but for bfloat16, which becomes float32."""
         entry = self.entries[name]
-        return self.part(name, 0, entry.size).reshape(entry.shape)
+        found = np.empty(entry.size, DTYPES[entry.dtype])
+        self.fill(found, name, 0)
+        if entry.dtype == "BF16":
+            found = (found.astype(np.uint32) << 16).view(np.float32)
+        return found.reshape(entry.shape)
 
-    def part(self, name: str, start: int, stop: int, /) -> np.ndarray:
-        """Elements ``start`` to ``stop`` of the flattened array, as :meth:`read` gives them.
+    def fill(self, room: np.ndarray, name: str, start: int, /) -> None:
+        """Fill ``room``, 1-D and contiguous, of the dtype that :data:`DTYPES` has for the entry's, with the elements of
+        the flattened array from ``start`` on.
 
         Raises:
             InputError: the file ends before them, or cannot be read; it was sound when it was opened.
         """
-        entry, dtype = self.entries[name], DTYPES[self.entries[name].dtype]
-        found = np.empty(stop - start, dtype)
+        entry, got = self.entries[name], 0
+        view, at = room.view(np.uint8).data, entry.offset + start * room.itemsize
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(entry.offset + start * dtype.itemsize)
-                got = _fill(file, found.view(np.uint8).data) if found.size else 0
+            while got < len(view) and (count := os.preadv(self._descriptor, [view[got:]], at + got)):
+                got += count
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        if got < found.nbytes:
+        if got < len(view):
             raise InputError(
                 f"{self.path}: {name} must have {entry.nbytes} bytes, got fewer: it is cut short, copy it again"
             )
-        if entry.dtype == "BF16":
-            return (found.astype(np.uint32) << 16).view(np.float32)
-        return found
 
-
-def _fill(file: Any, view: memoryview) -> int:
-    got = 0
-    while got < len(view) and (count := file.readinto(view[got:])):
-        got += count
-    return got
+    @cached_property
+    def _descriptor(self) -> int:
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
