@@ -1,0 +1,293 @@
+"""Published checkpoints become snapshots of ours, and nothing in a pickle is ever executed."""
+
+import collections
+import copyreg
+import io
+import os
+import pickle
+import sys
+import types
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backends.pipeline.official import LICENCE, read_official
+from backends.pipeline.snapshots import load_snapshot
+from backends.tools.cli import main
+from edm2_core.errors import InputError
+from edm2_core.network import NetworkConfig, initialize
+
+torch = pytest.importorskip("torch", reason="official pickles hold PyTorch's storages")
+
+NAME = "edm2-test-xs-0016777-0.050.pkl"
+CONFIG = NetworkConfig(
+    img_resolution=8,
+    img_channels=3,
+    label_dim=5,
+    model_channels=8,
+    channel_mult=(1, 2),
+    num_blocks=1,
+    attn_resolutions=(4,),
+    channels_per_head=4,
+    logvar_channels=6,
+    dropout=0.1,
+)
+PARAMS = initialize(CONFIG, seed=3)
+
+
+@contextmanager
+def official_modules():
+    """Modules of the names that official pickles refer to, while one is written."""
+    persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("executed")
+
+    class EasyDict(dict):
+        def __getattr__(self, name):
+            try:
+                return self[name]
+            except KeyError:
+                raise AttributeError(name) from None
+
+        def __setattr__(self, name, value):
+            self[name] = value
+
+    _reconstruct_persistent_obj.__module__, EasyDict.__module__ = persistence.__name__, util.__name__
+    _reconstruct_persistent_obj.__qualname__, EasyDict.__qualname__ = "_reconstruct_persistent_obj", "EasyDict"
+    persistence._reconstruct_persistent_obj, util.EasyDict = _reconstruct_persistent_obj, EasyDict
+    fakes = {"torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence}
+    fakes |= {"dnnlib": types.ModuleType("dnnlib"), "dnnlib.util": util}
+    sys.modules.update(fakes)
+    try:
+        yield persistence, util
+    finally:
+        for name in fakes:
+            del sys.modules[name]
+
+
+def network(params=PARAMS, config=CONFIG, dtype=torch.float32, class_name="Precond", **attributes):
+    """Nested modules with these parameters that pickle as the official network does."""
+    persistence, util = sys.modules["torch_utils.persistence"], sys.modules["dnnlib.util"]
+
+    class Persistent(torch.nn.Module):
+        class_name = "MPConv"
+
+        def __reduce__(self):
+            meta = util.EasyDict(type="class", version=6, module_src="raise SystemExit", class_name=self.class_name)
+            meta.state = self.__dict__
+            return persistence._reconstruct_persistent_obj, (meta,), None
+
+    def put(module, path, array):
+        first, _, rest = path.partition(".")
+        if rest:
+            if first not in module._modules:
+                module.add_module(first, torch.nn.ModuleDict() if first in ("enc", "dec") else Persistent())
+            put(module._modules[first], rest, array)
+        elif path.endswith(("freqs", "phases")):
+            module.register_buffer(path, torch.from_numpy(array))
+        else:
+            module.register_parameter(path, torch.nn.Parameter(torch.from_numpy(array).to(dtype)))
+
+    top = Persistent()
+    top.class_name = class_name
+    for name, array in params.items():
+        put(top, name, array)
+    top.img_resolution, top.img_channels, top.label_dim = config.img_resolution, config.img_channels, config.label_dim
+    top.sigma_data, top.use_fp16 = config.sigma_data, True
+    top._init_kwargs = util.EasyDict(use_fp16=True, logvar_channels=config.logvar_channels)
+    unet = top._modules["unet"]
+    unet.class_name = "UNet"
+    names = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "channels_per_head", "dropout")
+    unet._init_kwargs = util.EasyDict({name: getattr(config, name) for name in names}, unknown_option=3)
+    for name, value in attributes.items():
+        setattr(top, name, value)
+    return top
+
+
+def write(path, make, **others):
+    """A file as published, with what ``make`` returns called ema."""
+    with official_modules() as (_, util), open(path, "wb") as file:
+        pickle.dump({"ema": make(), "dataset_kwargs": util.EasyDict(path="x"), "loss_fn": None, **others}, file)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_a_network_comes_out_as_it_went_in(tmp_path, dtype):
+    path = write(tmp_path / NAME, lambda: network(dtype=getattr(torch, dtype)))
+    found = read_official(path)
+    assert (found.nimg, found.sigma_rel, found.config) == (16777000, 0.05, CONFIG)
+    assert found.params.keys() == PARAMS.keys()
+    for name, array in PARAMS.items():
+        wanted = array if name.endswith(("freqs", "phases")) else torch.from_numpy(array).to(getattr(torch, dtype))
+        assert found.params[name].dtype == np.float32
+        assert np.array_equal(found.params[name], np.asarray(torch.as_tensor(wanted).float()))
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_every_protocol_is_read(tmp_path, protocol):
+    path = tmp_path / NAME
+    with official_modules(), open(path, "wb") as file:
+        pickle.dump({"ema": network()}, file, protocol=protocol)
+    assert np.array_equal(read_official(path).params["unet.out_conv.weight"], PARAMS["unet.out_conv.weight"])
+
+
+def test_the_command_writes_a_snapshot_and_names_the_licence(tmp_path, capsys):
+    path = write(tmp_path / NAME, network)
+    assert main(["import", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert LICENCE in said
+    assert "CC BY-NC-SA" in said
+    made = load_snapshot(tmp_path / "0016777-0.050.safetensors")
+    assert made.config == CONFIG
+    assert main(["import", str(path)]) == 2
+    assert "must not take another file's place" in capsys.readouterr().err
+    assert main(["import", str(path), "--out", str(tmp_path / "b"), "--nimg", "1Mi", "--sigma-rel", "0.1"]) == 0
+    assert (load_snapshot(tmp_path / "b").nimg, load_snapshot(tmp_path / "b").sigma_rel) == (1 << 20, 0.1)
+
+
+def test_a_folder_of_pickles_is_reconstructed_from(tmp_path, capsys):
+    for kimg in (8000, 16000):
+        for s in (0.05, 0.1):
+            write(tmp_path / f"network-snapshot-{kimg:07d}-{s:.3f}.pkl", network)
+    assert main(["reconstruct", str(tmp_path), "--sigma-rels", "0.07", "--dtype", "float32"]) == 0
+    made = load_snapshot(tmp_path / "reconstructed" / "0016000-0.070.safetensors")
+    assert np.allclose(made.params["unet.out_conv.weight"], PARAMS["unet.out_conv.weight"], rtol=2e-3, atol=2e-3)
+
+
+class Evil:
+    """What runs if a pickle is read as Python reads it."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def touch(path):
+    return os.system, (f"touch {path}",)
+
+
+def evils(marker):
+    """(what is at ``ema``, the name that must be refused)."""
+    blob = io.BytesIO()
+    torch.save(Evil(*touch(marker)[:1], *touch(marker)[1]), blob, _use_new_zipfile_serialization=False)
+    system = f"{os.system.__module__}.system"
+    return {
+        "at the top": (lambda: Evil(os.system, f"touch {marker}"), system),
+        "in a state": (lambda: network(hook=Evil(os.system, f"touch {marker}")), system),
+        "eval": (lambda: Evil(eval, f"open({str(marker)!r}, 'w')"), "builtins.eval"),
+        "getattr": (lambda: Evil(getattr, "x", "upper"), "builtins.getattr"),
+        "copyreg": (lambda: Evil(copyreg._reconstructor, dict, object, None), "copyreg._reconstructor"),
+        "torch.load": (lambda: Evil(torch.load, str(marker)), "torch.serialization.load"),
+        "a storage": (lambda: Evil(torch.storage._load_from_bytes, blob.getvalue()), "a fault"),
+    }
+
+
+@pytest.mark.parametrize("way", evils("x"))
+def test_what_may_run_code_is_refused_by_name_and_does_not_run(tmp_path, way):
+    marker = tmp_path / "ran"
+    make, name = evils(marker)[way]
+    path = write(tmp_path / NAME, make)
+    with pytest.raises(InputError, match=name.replace(".", r"\.")) as caught:
+        read_official(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not marker.exists()
+
+
+def test_the_same_pickles_would_run_elsewhere(tmp_path):
+    marker = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Evil(os.system, f"touch {marker}")))
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x04\x8c\x0bcollections\x8c\x24OrderedDict.__init__.__globals__.get\x93)R.",  # dots that lead elsewhere
+        b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.",
+        b"(S'true'\nios\nsystem\n.",  # the first protocol
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"\x80\x02X\x01\x00\x00\x00aQ.",  # a persistent id
+        b"\x80\x02\x82\x01.",  # an extension's code
+        b"(" * 100_000 + b"t" * 100_000 + b".",
+        b"]" * 50_000 + b"a" * 49_999 + b".",
+        b"hello",
+        b"",
+        b"}.",
+    ],
+)
+def test_what_is_no_such_pickle_is_one_line(tmp_path, program):
+    (tmp_path / NAME).write_bytes(program)
+    with pytest.raises(InputError) as caught:
+        read_official(tmp_path / NAME)
+    assert NAME in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_every_cut_is_refused(tmp_path):
+    whole = write(tmp_path / NAME, network).read_bytes()
+    for end in range(0, len(whole), len(whole) // 150):
+        (tmp_path / NAME).write_bytes(whole[:end])
+        with pytest.raises(InputError):
+            read_official(tmp_path / NAME)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "offset"),
+    [
+        ((100,), (1,), 0),
+        ((2, 2), (3, 2), 0),
+        ((2,), (1,), 4),
+        ((-1,), (1,), 0),
+        ((3,), (0,), 0),
+        ((1 << 40,), (0,), 0),
+        ((2,), (1.5,), 0),
+    ],
+)
+def test_a_tensor_that_sees_more_than_its_storage_is_refused(tmp_path, size, stride, offset):
+    storage = torch.zeros(5).untyped_storage()
+    if (size, stride) == ((3,), (0,)):  # within bounds: expanded; allowed, as it is no larger than its storage
+        stride, size = (0,), (6,)
+
+    def make():
+        typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+        return Evil(torch._utils._rebuild_tensor_v2, typed, offset, size, stride, False, collections.OrderedDict())
+
+    path = write(tmp_path / NAME, make)
+    with pytest.raises(InputError, match="a tensor"):
+        read_official(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: network(class_name="Unknown"), "a Precond, got Unknown"),
+        (lambda: {"a": 1}, "a Precond, got a dict"),
+        (lambda: network({n: a for n, a in PARAMS.items() if n != "unet.out_gain"}), r"unet\.out_gain is missing"),
+        (lambda: network(img_resolution=7), "divisible by 2"),
+        (lambda: network(img_resolution="8"), "a setting that is a str"),
+        (lambda: network(img_channels=1), "must have shape"),
+    ],
+)
+def test_what_is_no_edm2_network_is_refused(tmp_path, make, message):
+    path = write(tmp_path / NAME, make)
+    with pytest.raises(InputError, match=message) as caught:
+        read_official(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_name_without_time_needs_to_be_told(tmp_path):
+    path = write(tmp_path / "weights.pkl", network)
+    with pytest.raises(InputError, match="add --nimg and --sigma-rel"):
+        read_official(path, nimg=5)
+    assert read_official(path, nimg=5, sigma_rel=0.1).nimg == 5
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="must be a file that can be read, got 'No such file or directory'"):
+        read_official(Path(tmp_path / NAME))
