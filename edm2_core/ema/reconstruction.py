@@ -17,7 +17,7 @@ from .profiles import Profile, check_range
 
 _EPS = np.finfo(np.float64).eps
 _INDEPENDENT = 1e-6  # a profile nearer than this, relatively, to what earlier ones span is lost in G's rounding
-_STORAGE = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
+STORAGE = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 
 
 def coefficients(
@@ -82,12 +82,12 @@ def reconstruction_error(
     Raises:
         InputError: as :func:`coefficients`, or an unknown ``dtype``.
     """
-    if dtype not in _STORAGE:
-        raise InputError(f"dtype must be one of {', '.join(_STORAGE)}, got {dtype!r}")
+    if dtype not in STORAGE:
+        raise InputError(f"dtype must be one of {', '.join(STORAGE)}, got {dtype!r}")
     stored, wanted = _stored(in_time, in_sigma_rel, in_half_life), _wanted(out_time, out_sigma_rel, in_time)
     fit = _fit(stored, wanted)
     profile, amplification = _distance(stored, wanted, fit), np.sqrt(np.sum(fit**2, axis=0))
-    fields = (profile, amplification, amplification * _STORAGE[dtype])
+    fields = (profile, amplification, amplification * STORAGE[dtype])
     return ReconstructionError(*(from_host(field, like=in_sigma_rel) for field in fields))
 
 

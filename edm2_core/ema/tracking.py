@@ -1,0 +1,92 @@
+"""Averages while training goes on: pure functions of weights in a dict, in any array library.
+
+    averages = start(weights)                                                  # of lengths 0.05 and 0.10
+    averages = advance(averages, weights, t_next=images_seen, t_delta=batch)   # after an optimizer step, or every few
+
+An update moves each average towards the weights by what it forgets, avg + (1 - beta) (w - avg), Eq. 127: exact at any
+interval for weights that hold still in it. Source: arXiv 2312.02696 Section 3.1, Appendix C.1.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..arrays import Array, cast, namespace, widened
+from ..errors import InputError
+from .profiles import beta, sigma_rel_to_gamma
+
+Averages = dict[float, dict[str, Array]]  # by relative length, then by name
+
+
+def start(weights: Mapping[str, Array], /, *, sigma_rels: Sequence[float] = (0.05, 0.10)) -> Averages:
+    """Averages that have seen nothing but ``weights``: one copy of them for each of the lengths ``sigma_rels``.
+
+    The first update (t_delta == t_next) replaces them. Dtype: that of each array, float32 where it is a narrower
+    floating one. Source: Eq. 127 at t = dt.
+
+    Raises:
+        InputError: no lengths, or one outside (0, 0.2887).
+    """
+    if not len(sigma_rels):
+        raise InputError(
+            "sigma_rels must be one or more lengths, got none: (0.05, 0.10) lets you choose any afterwards"
+        )
+    for sigma_rel in sigma_rels:
+        sigma_rel_to_gamma(float(sigma_rel))
+    return {float(s): {name: _copy(array) for name, array in weights.items()} for s in sigma_rels}
+
+
+def advance(
+    averages: Mapping[float, Mapping[str, Array]], weights: Mapping[str, Array], /, *, t_next: float, t_delta: float
+) -> Averages:
+    """The averages at ``t_next``, where ``weights`` held for the last ``t_delta``; the arguments stay as they are.
+
+    Dtype: floating arrays that of the average, float32 or wider; all others are copied from ``weights``.
+    Source: Eq. 127, with beta in float64.
+
+    Raises:
+        InputError: names or shapes that are not the averages', or not 0 < t_delta <= t_next.
+    """
+    _check_alike(averages, weights)
+    shares = {s: 1 - beta(s, t_next=t_next, t_delta=t_delta) for s in averages}
+    return {
+        sigma_rel: {name: _moved(array, weights[name], shares[sigma_rel]) for name, array in average.items()}
+        for sigma_rel, average in averages.items()
+    }
+
+
+def _moved(average: Array, weight: Array, share: float) -> Array:
+    """From ``average`` the part ``share`` of the way to ``weight``, measured from the nearer end: exact at both."""
+    if not _averaged(average):
+        return _copy(weight)
+    average = widened(average)
+    weight = cast(_values(weight), average)
+    if share < 0.5:
+        return average + share * (weight - average)
+    return weight - (1 - share) * (weight - average) if share < 1 else _copy(weight)
+
+
+def _copy(x: Array) -> Array:
+    """In memory of its own: training may write into its weights, or give their memory away."""
+    x = widened(_values(x)) if _averaged(x) else _values(x)
+    return namespace(x).asarray(x, copy=True)
+
+
+def _averaged(x: Array) -> bool:
+    return bool(namespace(x).isdtype(x.dtype, "real floating"))
+
+
+def _values(x: Any) -> Array:
+    return x.detach() if hasattr(x, "detach") else x  # PyTorch would keep the graph of every update
+
+
+def _check_alike(averages: Mapping[float, Mapping[str, Array]], weights: Mapping[str, Array]) -> None:
+    for average in averages.values():
+        if odd := sorted(average.keys() ^ weights.keys()):
+            side = "weights lack" if odd[0] in average else "averages lack"
+            raise InputError(
+                f"weights must have the names of the averages, but the {side} {odd[0]} ({len(odd)} differ): "
+                "start anew with these weights, or give those that were averaged"
+            )
+        for name, array in average.items():
+            if (got := tuple(weights[name].shape)) != (need := tuple(array.shape)):
+                raise InputError(f"{name} must have the shape of its average {need}, got {got}: start anew with it")
