@@ -30,7 +30,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The repo's own tests: pipeline, commands, public API, the digits run."""
-    session.install("-e", ".[test,torch]")
+    session.install("-e", ".[test,torch,jax,mlx]")
     session.run("pytest", "tests", "--ignore=tests/test_examples.py", *session.posargs)
 
 
@@ -44,7 +44,7 @@ def conformance(session: nox.Session) -> None:
 @nox.session
 def examples(session: nox.Session) -> None:
     """The examples do what they say."""
-    session.install("-e", ".[test,torch]")
+    session.install("-e", ".[test,torch,jax,mlx]")
     session.run("pytest", "tests/test_examples.py", *session.posargs)
 
 

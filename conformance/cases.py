@@ -134,6 +134,19 @@ def _ema_cases() -> list[Case]:
     def rebuilt(s: Any) -> Any:
         return ema.reconstructed_profile([0.5, 3], in_time=[1, 2, 3, 4], in_sigma_rel=s, out_time=4, out_sigma_rel=0.1)
 
+    weights = st.tuples(draw.numbers(3, 4), draw.numbers(3, 4))
+
+    def begun(a: Any, b: Any) -> Any:
+        return tuple(average["a"] for average in ema.start({"a": a, "b": b}).values())
+
+    def moved(a: Any, b: Any) -> Any:
+        after = ema.advance(ema.start({"w": a}), {"w": b}, t_next=4.0, t_delta=0.5)
+        return tuple(average["w"] for average in after.values())
+
+    # an average lies between what it was and what it moves to, and rounds as the larger of them
+    def towards(a: Any, b: Any) -> Any:
+        return (np.abs(a) + np.abs(b),) * 2
+
     return [
         Case("sigma_rel_to_gamma", "EMA-1", ema.sigma_rel_to_gamma, lengths, ema.sigma_rel_to_gamma, 16, slope),
         Case(
@@ -148,6 +161,8 @@ def _ema_cases() -> list[Case]:
         Case("beta-clock", "EMA-3", ema.beta, st.tuples(draw.numbers(6, low=1, high=1e4)), clock, 16, cancelled),
         Case("profile", "EMA-2", ema.profile, lengths, profile, 1),
         Case("inner_product", "EMA-4", ema.inner_product, lengths, product, 1),
+        Case("start", "EMA-3", ema.start, weights, begun, 1),
+        Case("advance", "EMA-3", ema.advance, weights, moved, 8, towards),
         Case("coefficients", "EMA-5", ema.coefficients, snapshots, combined, 1),
         Case("reconstructed_profile", "EMA-8", ema.reconstructed_profile, snapshots, rebuilt, 1),
         Case("reconstruction_error", "EMA-8", ema.reconstruction_error, snapshots, errors, 1),

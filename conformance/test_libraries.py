@@ -16,7 +16,15 @@ from conformance.libraries import Library, check_same_kind, each_half, each_libr
 from edm2_core import ema, errors, loss, mp, precond, sampler, schedule
 
 each_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
-FLOATS_ONLY = {schedule.learning_rate, sampler.noise_levels, ema.half_life_of_raw}  # no arrays in or out
+FLOATS_ONLY = {  # no arrays in or out
+    schedule.learning_rate,
+    sampler.noise_levels,
+    ema.half_life_of_raw,
+    ema.plan_from_json,
+    ema.plan_snapshots,
+    ema.uniform_plan,
+    ema.worst_error,
+}
 
 
 @each_library

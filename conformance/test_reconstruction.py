@@ -352,3 +352,15 @@ def test_an_unknown_storage_is_refused() -> None:
     """API-4 EMA-8"""
     with pytest.raises(InputError, match="dtype must be one of float16, bfloat16, float32, got 'int8'"):
         ema.reconstruction_error(in_time=1, in_sigma_rel=0.1, out_time=1, out_sigma_rel=0.1, dtype="int8")
+
+
+@pytest.mark.parametrize("files", [16, 32, 64])
+def test_plans_beat_four_times_as_many_uniform_files(files: int) -> None:
+    """EMA-10: on lengths that the plan was not made on."""
+    plan = ema.plan_snapshots(files=files, sigma_rel_range=(0.015, 0.25), duration=2**31, batch=2048)
+    assert isinstance(plan, ema.TimedPlan)
+    wanted, usual = np.geomspace(0.015, 0.25, 61), ema.uniform_plan(files=4 * files, duration=2**31)
+    assert plan.files <= files
+    assert plan.error(wanted).total.max() < usual.error(wanted).total.max()
+    due = [plan.due(now - 2048 * 997, now) for now in range(2048 * 997, 2**31 + 2048 * 997, 2048 * 997)]
+    assert sum(map(len, due)) <= plan.files == sum(len(plan.due(t - 1, t)) for t in sorted(set(sum(plan.times, ()))))

@@ -112,3 +112,82 @@ def test_low_precision_weights_are_averaged_in_float32() -> None:
     ema = PowerEMA(module)
     ema.update(time=1, delta=1)
     assert {t.dtype for t in ema.averages[0.05].values()} == {torch.float32}
+
+
+def test_only_what_trains_can_be_kept_as_of_a_lora(tmp_path: Path) -> None:
+    module = make_module()
+    module[0].requires_grad_(False)
+    ema = PowerEMA(module, trainable_only=True)
+    ema.update(time=1, delta=1)
+    ema.save(tmp_path)
+    assert set(ema.arrays(0.05)) == {"1.weight", "1.bias", "2.weight", "2.bias"}
+    assert set(reconstruct(tmp_path, sigma_rel=0.05)) == set(ema.arrays(0.05))
+
+
+def test_stopping_and_going_on_is_not_stopping() -> None:
+    for dtype in (None, torch.bfloat16):
+        module, draw = make_module(), torch.Generator().manual_seed(0)
+        whole, first = PowerEMA(module, dtype=dtype), PowerEMA(module, dtype=dtype)
+        for step in range(1, 9):
+            walk(module, draw)
+            whole.update(time=step, delta=1)
+            if step == 4:
+                other = PowerEMA(make_module(), dtype=dtype)
+                other.load_state_dict(first.state_dict())
+                first.load_state_dict(other.state_dict())
+            first.update(time=step, delta=1)
+        for name, average in whole.averages[0.05].items():
+            assert torch.equal(average, first.averages[0.05][name])
+
+
+def test_bfloat16_averages_follow_float32_ones() -> None:
+    """Rounding to nearest would stop them: the change of an update is far below bfloat16's last bit."""
+    module = nn.Linear(64, 64, bias=False)
+    narrow, wide = PowerEMA(module, dtype=torch.bfloat16), PowerEMA(module)
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+    for ema in (narrow, wide):
+        ema.update(time=1000, delta=1000)
+    with torch.no_grad():
+        module.weight.fill_(1.5)
+    for time in range(1001, 11001):
+        for ema in (narrow, wide):
+            ema.update(time=time, delta=1)
+        if time % 1000 == 0:
+            true = float(wide.averages[0.1]["weight"].mean())
+            assert abs(float(narrow.averages[0.1]["weight"].float().mean()) - true) < 2e-3  # 4096 weights' mean
+    nearest = torch.tensor(1.0, dtype=torch.bfloat16)
+    for _ in range(1000):
+        nearest = torch.lerp(nearest.float(), torch.tensor(1.5), 1e-3).to(torch.bfloat16)
+    assert nearest == 1  # so it stands still without
+
+
+def test_evaluation_with_an_average_changes_what_is_computed_and_nothing_after() -> None:
+    module, x = make_module().eval(), torch.ones(3, 4)
+    ema = PowerEMA(module)
+    ema.update(time=1, delta=1)
+    walk(module, torch.Generator().manual_seed(0))
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    live = module(x)
+
+    def evaluate_and_fail() -> None:
+        with ema.applied(0.05, module):
+            assert not torch.equal(module(x), live)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        evaluate_and_fail()
+    assert torch.equal(module(x), live)
+    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
+
+
+def test_wrappers_change_no_name() -> None:
+    class Wrapped(nn.Module):  # as DistributedDataParallel does it
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    plain = set(PowerEMA(make_module()).arrays(0.05))
+    compiled = torch.compile(make_module(), backend="eager")
+    assert set(PowerEMA(compiled).arrays(0.05)) == plain
+    assert set(PowerEMA(Wrapped(make_module())).arrays(0.05)) == plain

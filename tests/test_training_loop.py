@@ -16,6 +16,7 @@ from backends.pipeline.runs import Run
 from backends.pipeline.snapshots import load_snapshot, save_snapshot
 from backends.pipeline.state import load_state, read_counters
 from backends.pipeline.training import run_training
+from edm2_core.ema import plan_snapshots
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
 from edm2_core.presets import PRESETS
@@ -332,3 +333,69 @@ def test_a_full_disk_stops_the_run_and_it_can_go_on(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: None)
     train("parts")
     assert contents(whole) == contents(Run("parts"))
+
+
+def planned(tmp_path, duration):
+    plan = plan_snapshots(files=8, sigma_rel_range=(0.03, 0.2), duration=duration, batch=64)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    return plan, tmp_path / "plan.json"
+
+
+def stored(run):
+    return [(snapshot.nimg, snapshot.sigma_rel) for snapshot in run.snapshots()]
+
+
+@pytest.mark.parametrize("stop", [None, 2048])
+def test_a_plan_is_followed_also_through_a_stop(tmp_path, stop):
+    plan, path = planned(tmp_path, 4096)
+    train(snapshot_plan=path, duration=4096, trainer=stopping(stop) if stop else ToyTrainer)
+    _, _, run = train()
+    wanted = {(t // 1000, s) for s, times in zip(plan.sigma_rels, plan.times, strict=True) for t in times}
+    assert {(nimg // 1000, s) for nimg, s in stored(run)} == wanted
+    assert run.settings().sigma_rels == plan.sigma_rels
+    assert run.settings().plan == plan
+
+
+def test_an_open_plan_is_followed_and_what_is_stale_goes(tmp_path):
+    plan, path = planned(tmp_path, None)
+    _, _, run = train(snapshot_plan=path, duration=32768)
+    found = stored(run)
+    assert len(found) <= plan.files
+    assert {s for nimg, s in found if nimg == 32768} == set(plan.sigma_rels)
+    assert not plan.stale(found)
+    first = min(nimg for nimg, _ in found)
+    _, _, run = train(duration=65536)  # goes on with the same plan
+    assert min(nimg for nimg, _ in stored(run)) > first
+    assert len(stored(run)) <= plan.files
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"duration": 8192}, "--duration must be that of the --snapshot-plan, 4096 images, got 8192"),
+        ({"snapshot": 1024}, "--snapshot must be left to --snapshot-plan, got 1024 too"),
+        ({"sigma_rels": (0.05,)}, "--sigma-rels must be left to --snapshot-plan, got 0.05 too"),
+    ],
+)
+def test_a_plan_stands_alone(tmp_path, options, message):
+    _, path = planned(tmp_path, 4096)
+    with pytest.raises(InputError, match=message):
+        train(**({"snapshot_plan": path, "duration": 4096} | options))
+    assert not Run("run").path.exists()
+
+
+def test_another_plan_for_a_run_that_exists_is_refused(tmp_path):
+    _, path = planned(tmp_path, 4096)
+    train(snapshot_plan=path, duration=4096)
+    train(snapshot_plan=path)  # the same one is no change
+    _, path = planned(tmp_path, None)
+    with pytest.raises(InputError, match="--snapshot-plan must stay"):
+        train(snapshot_plan=path)
+
+
+def test_a_file_that_is_no_plan_is_refused(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(InputError, match=r"plan\.json must be a plan"):
+        train(snapshot_plan=tmp_path / "plan.json")
+    with pytest.raises(InputError, match="which cannot be read"):
+        train(snapshot_plan=tmp_path / "none.json")

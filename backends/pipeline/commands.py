@@ -1,6 +1,7 @@
 """How does a command end? With 0, with one line and 2 for bad input, or with 128 + the signal that stopped it."""
 
 import errno
+import os
 import signal
 import sys
 import threading
@@ -28,6 +29,9 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
             if error.name not in _FRAMEWORKS:
                 raise
             return _fail(f"this command needs {error.name}, which is not installed: pip install 'edm2[{error.name}]'")
+        except BrokenPipeError:  # whoever read our output has enough; what Python still holds of it goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -140,6 +140,8 @@ class TrainOptions:
     """Relative lengths of the averages to keep, each within (0, 0.2887). Default: 0.05 0.10."""
     snapshot: Images = None
     """How often to store the averages. Default: the preset's."""
+    snapshot_plan: Location = None
+    """File of edm2 plan that says which averages to store when, instead of --sigma-rels and --snapshot."""
     checkpoint: Images = None
     """How often to store the state to resume from. Default: a quarter of the duration, at most 128Mi."""
     status: Images = None

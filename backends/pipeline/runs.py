@@ -6,6 +6,7 @@ log.jsonl     a line per status       state/       what resuming needs
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -117,6 +118,13 @@ class Run:
                 raise InputError(f"snapshots of a run must be averages of its network, got {path}: move it elsewhere")
             found.append(Stored(metadata.nimg, metadata.sigma_rel, path))
         return sorted(found)
+
+    def drop(self, stale: Iterable[tuple[int, float]], /) -> None:
+        """Delete the stored averages of these (nimg, sigma_rel)."""
+        gone = set(stale)
+        for stored in self.snapshots() if gone else ():
+            if (stored.nimg, stored.sigma_rel) in gone:
+                stored.path.unlink(missing_ok=True)
 
     def append_log(self, record: dict[str, Any], /) -> None:
         """Add a line to log.jsonl; what is not finite becomes null."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edm2_core import __version__
-from edm2_core.ema import sigma_rel_to_gamma
+from edm2_core.ema import SnapshotPlan, TimedPlan, plan_from_json, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
 from edm2_core.presets import Ki, Mi, Preset, preset
@@ -68,12 +68,20 @@ class Settings:
     precision: str = "float32"
     loss_scaling: float = 1.0
     sigma_rels: tuple[float, ...] = (0.05, 0.10)
+    snapshot_plan: dict[str, Any] | None = None
     seed: int = 0
     edm2: str = __version__
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sigma_rels", tuple(self.sigma_rels))  # JSON brings lists
         _check(self)
+
+    @property
+    def plan(self) -> SnapshotPlan | None:
+        """Which averages to store when; None: all of them every ``snapshot`` images."""
+        if self.snapshot_plan is None:
+            return None
+        return plan_from_json(json.dumps(self.snapshot_plan), name="--snapshot-plan")
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
@@ -125,6 +133,11 @@ def _check(settings: Settings) -> None:
     for one, other in combinations(settings.sigma_rels, 2):
         if f"{one:.3f}" == f"{other:.3f}":
             raise InputError(f"--sigma-rels must differ in their first three digits, got {one} and {other}: drop one")
+    if isinstance(plan := settings.plan, TimedPlan) and plan.duration != settings.duration:
+        raise InputError(
+            f"--duration must be that of the --snapshot-plan, {plan.duration} images, got {settings.duration}: "
+            "make a plan for this duration, or one for any time"
+        )
 
 
 def data_spec(options: TrainOptions, previous: Settings | None = None) -> str:
@@ -186,8 +199,14 @@ def _fresh(options: TrainOptions, dataset: Dataset) -> Settings:
     name = options.preset or "digits"
     base = preset(name)
     values = {key: getattr(base, key) for key in _TRAINING}
-    names = tuple(f.name for f in fields(Settings) if hasattr(options, f.name) and f.name not in ("data", "preset"))
+    names = tuple(
+        f.name
+        for f in fields(Settings)
+        if hasattr(options, f.name) and f.name not in ("data", "preset", "snapshot_plan")
+    )
     values |= _given(options, names)
+    if options.snapshot_plan is not None:
+        values |= _planned(options)
     values.setdefault("checkpoint", max(1, min(values["duration"] // 4, 128 * Mi)))
     values.setdefault("status", max(1, min(values["duration"] // 48, 128 * Ki)))
     return Settings(
@@ -197,6 +216,22 @@ def _fresh(options: TrainOptions, dataset: Dataset) -> Settings:
         data_summary=DataSummary.of(dataset),
         **values,
     )
+
+
+def _planned(options: TrainOptions) -> dict[str, Any]:
+    """What a plan decides. Raises InputError: no such file, no plan, or something else that decides it too."""
+    for name in ("sigma_rels", "snapshot"):
+        if (other := getattr(options, name)) is not None:
+            raise InputError(
+                f"{flag(name)} must be left to --snapshot-plan, got {_text(other)} too: give one of them"
+            )
+    path = Path(str(options.snapshot_plan))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--snapshot-plan must be a file of edm2 plan, got {path}, which cannot be read") from error
+    plan = plan_from_json(text, name=str(path))
+    return {"sigma_rels": plan.sigma_rels, "snapshot_plan": json.loads(plan.to_json())}
 
 
 def _network(options: TrainOptions, name: str, base: Preset, dataset: Dataset) -> NetworkConfig:
@@ -234,10 +269,12 @@ def _check_unchanged(options: TrainOptions, dataset: Dataset, previous: Settings
 def _wishes(options: TrainOptions, previous: Settings) -> Iterator[tuple[str, Any, Any]]:
     """(flag, the run's value, the wish) of everything given that a resumed run may not change."""
     for f in fields(Settings):
-        if f.name not in (*_FREE, "data") and (wish := getattr(options, f.name, None)) is not None:
+        if f.name not in (*_FREE, "data", "snapshot_plan") and (wish := getattr(options, f.name, None)) is not None:
             yield flag(f.name), getattr(previous, f.name), wish
     if options.data is not None:
         yield "--data", previous.data, data_spec(options)
+    if options.snapshot_plan is not None:
+        yield "--snapshot-plan", previous.snapshot_plan, _planned(options)["snapshot_plan"]
     if options.dropout is not None:
         yield "--dropout", previous.network.dropout, options.dropout
     if options.unconditional:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from edm2_core.ema import TimedPlan
 from edm2_core.errors import InputError
 from edm2_core.network import multiply_adds, parameter_count
 from edm2_core.schedule import learning_rate
@@ -124,8 +125,8 @@ def _loop(settings: Settings, dataset: Dataset, trainer: Trainer, nimg: int, run
             end = nimg >= settings.duration
             if stop or end or _crossed(settings.status, before, nimg):
                 report(trainer.metrics(), nimg, lr)
-            if end or _crossed(settings.snapshot, before, nimg):
-                _save_averages(run, settings, trainer, nimg)
+            if due := _due(settings, before, nimg, end=end):
+                _save_averages(run, settings, trainer, nimg, due)
             if stop or end or _crossed(settings.checkpoint, before, nimg):
                 _save_state(run, trainer)
             if stop:
@@ -137,18 +138,28 @@ def _crossed(interval: int, before: int, now: int) -> bool:
     return before // interval < now // interval
 
 
+def _due(settings: Settings, before: int, now: int, *, end: bool) -> tuple[float, ...]:
+    """The lengths of the averages to store now."""
+    if settings.plan is not None:
+        return settings.plan.due(before, now, end=end)
+    return settings.sigma_rels if end or _crossed(settings.snapshot, before, now) else ()
+
+
 def _learning_rate(settings: Settings, nimg: int) -> float:
     return learning_rate(
         nimg, batch=settings.batch, ref_lr=settings.lr, ref_batches=settings.decay, rampup_nimg=settings.rampup
     )
 
 
-def _save_averages(run: Run | None, settings: Settings, trainer: Trainer, nimg: int) -> None:
+def _save_averages(run: Run | None, settings: Settings, trainer: Trainer, nimg: int, due: tuple[float, ...]) -> None:
     averages = trainer.averages()
-    if run is not None:
-        for sigma_rel, params in averages.items():
-            snapshot = Snapshot(params=params, config=settings.network, nimg=nimg, sigma_rel=sigma_rel)
-            save_snapshot(run.snapshots_path / snapshot_name(nimg, sigma_rel), snapshot)
+    if run is None:
+        return
+    for sigma_rel in due:
+        snapshot = Snapshot(params=averages[sigma_rel], config=settings.network, nimg=nimg, sigma_rel=sigma_rel)
+        save_snapshot(run.snapshots_path / snapshot_name(nimg, sigma_rel), snapshot)
+    if settings.plan is not None:
+        run.drop(settings.plan.stale([(stored.nimg, stored.sigma_rel) for stored in run.snapshots()]))
 
 
 def _save_state(run: Run | None, trainer: Trainer) -> None:
@@ -208,7 +219,8 @@ def _say_end(run: Run, settings: Settings, drawn: tuple[Path, dict[str, float]] 
     print(f"  {sample} --sigma-rel 0.15")
     if settings.network.label_dim:
         print(f"  {sample} --class 3 --guidance 2")
-    print(f"  {prog} --outdir {run.path} --duration {count_text(2 * settings.duration)}")
+    if not isinstance(settings.plan, TimedPlan):  # which ends with its run
+        print(f"  {prog} --outdir {run.path} --duration {count_text(2 * settings.duration)}")
 
 
 def _complete(

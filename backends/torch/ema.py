@@ -3,24 +3,35 @@
     ema = PowerEMA(model)                                     # tracks sigma_rel 0.05 and 0.10
     ema.update(time=images_seen, delta=batch)                 # after each optimizer step
     ema.save("snapshots")                                     # now and then
+    with ema.applied(0.10, model): ...                        # evaluate an average; the live weights come back
     model.load_state_dict(reconstruct("snapshots", sigma_rel=0.13))   # after training, any length
+
+A bfloat16 average keeps 8 bits, and an update moves it by far less than the last of them: rounding to nearest would
+leave it where it is. So it is rounded up or down at random, in proportion, and is right on average. Between an average
+and one in float32 stays noise of about sqrt(d u / 2), d the distance of the weights from their average and u the
+spacing of bfloat16 there, 2^-8 to 2^-7 of the value: a test measures it. What is random is a function of the clock, so
+the state needs no generator.
 
 Source: arXiv 2312.02696 Section 3, Appendix C.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from backends.pipeline.reconstruct import reconstruct as reconstruct_arrays
-from backends.pipeline.snapshots import Snapshot, save_snapshot
+from backends.pipeline.snapshots import save_averages
 from edm2_core.ema import beta, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 
-from .weights import canonical_name, dump
+from .weights import canonical_name, dump, tensors
+
+_TOGETHER = 1 << 24  # elements that are rounded at once: few kernels, and little memory beside the averages
 
 
 class PowerEMA:
@@ -30,22 +41,44 @@ class PowerEMA:
     snapshots hold them as they are. Averages stay float32 where parameters are narrower. Wrapping the module in DDP or
     torch.compile changes no name.
 
+    Args:
+        module: what is averaged; its parameters stay the same tensors while it trains.
+        sigma_rels: relative lengths.
+        trainable_only: only parameters that require a gradient now, as of a LoRA; then snapshots hold nothing else.
+        device: where the averages are; None: beside each parameter. On the CPU beside weights on an accelerator,
+            ``update`` waits for the weights to arrive; otherwise it waits for nothing.
+        dtype: of the averages, torch.bfloat16 to save memory; None: float32, or wider where parameters are.
+
     Raises:
-        InputError: a length outside (0, 0.2887), or none.
+        InputError: a length outside (0, 0.2887), or none; a dtype that is neither bfloat16 nor wider.
     """
 
-    def __init__(self, module: nn.Module, *, sigma_rels: Sequence[float] = (0.05, 0.10)):
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        sigma_rels: Sequence[float] = (0.05, 0.10),
+        trainable_only: bool = False,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         if not sigma_rels:
             raise InputError(
                 "PowerEMA needs one or more sigma_rels, got none: (0.05, 0.10) lets you choose any afterwards"
             )
         for sigma_rel in sigma_rels:
             sigma_rel_to_gamma(sigma_rel)
+        if dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+            raise InputError(
+                f"dtype must be torch.bfloat16, float32 or float64, got {dtype}: choose one of them, or None"
+            )
         self.time = 0
-        self._tracked = {canonical_name(n): p for n, p in module.named_parameters() if p.is_floating_point()}
-        self._buffers = {canonical_name(n): b for n, b in module.named_buffers()}
+        self._tracked = _tracked(module, trainable_only=trainable_only)
+        self._same, self._buffers = ({}, {}) if trainable_only else _besides(module, self._tracked)
         self.averages = {
-            float(sigma_rel): {name: _wide(p.detach()).clone() for name, p in self._tracked.items()}
+            float(sigma_rel): {
+                name: p.detach().to(device, dtype or _wide(p.dtype), copy=True) for name, p in self._tracked.items()
+            }
             for sigma_rel in sigma_rels
         }
 
@@ -56,24 +89,77 @@ class PowerEMA:
         Raises:
             InputError: unless 0 < delta <= time.
         """
-        live = [_wide(p.detach()) for p in self._tracked.values()]
-        for sigma_rel, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), live, 1 - beta(sigma_rel, t_next=time, t_delta=delta))
+        shares = [1 - beta(sigma_rel, t_next=time, t_delta=delta) for sigma_rel in self.averages]
+        live = self._live()
+        for index, (share, average) in enumerate(zip(shares, self.averages.values(), strict=True)):
+            _move(list(average.values()), live, share, seed=(time, index))
         self.time = time
 
+    def _live(self) -> list[Tensor]:
+        """The weights, on the devices of their averages, in the dtype that is computed in."""
+        pairs = list(zip(self._tracked.values(), next(iter(self.averages.values())).values(), strict=True))
+        live = [p.detach().to(average.device, non_blocking=True) for p, average in pairs]
+        coming = {p.device for p, average in pairs if average.device.type == "cpu" != p.device.type}
+        for device in coming:  # what the CPU reads before copies have arrived is anything
+            torch.accelerator.current_stream(device).synchronize()
+        return [weight.to(_wide(average.dtype)) for weight, (_, average) in zip(live, pairs, strict=True)]
+
     def arrays(self, sigma_rel: float) -> dict[str, Tensor]:
-        """One average and the module's buffers, by name: what ``load_state_dict`` takes."""
-        return {**self.averages[sigma_rel], **self._buffers}
+        """One average and the module's buffers, by name: what ``load_state_dict`` takes.
+
+        Those of ``trainable_only`` are fewer: ``load_state_dict(..., strict=False)``.
+        """
+        average = self._average(sigma_rel)
+        return {**average, **{name: average[first] for name, first in self._same.items()}, **self._buffers}
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module, /, *, sigma_rel: float) -> None:
+        """Write one average over the parameters of ``module``, the averaged one or another of its kind.
+
+        Raises:
+            InputError: a length that is not tracked, or a module without these parameters; nothing is written then.
+        """
+        for parameter, average in self._pairs(module, sigma_rel):
+            parameter.copy_(average)
+
+    @contextmanager
+    def applied(self, sigma_rel: float, module: nn.Module, /) -> Iterator[None]:
+        """``with ema.applied(0.10, model):`` it has the average; afterwards, come what may, its own weights again.
+
+        For evaluation only: what training would do inside is lost. Raises InputError as :meth:`copy_to`.
+        """
+        parameters = [parameter for parameter, _ in self._pairs(module, sigma_rel)]
+        kept = [parameter.detach().clone() for parameter in parameters]
+        try:
+            self.copy_to(module, sigma_rel=sigma_rel)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, weight in zip(parameters, kept, strict=True):
+                    parameter.copy_(weight)
+
+    def _pairs(self, module: nn.Module, sigma_rel: float) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter of ``module`` that is averaged, with its average."""
+        found, average = tensors(module), self._average(sigma_rel)
+        for name, tensor in average.items():
+            if name not in found or found[name].shape != tensor.shape:
+                got = tuple(found[name].shape) if name in found else "none"
+                raise InputError(
+                    f"the module must have {name} of shape {tuple(tensor.shape)}, got {got}: give the one averaged"
+                )
+        return [(found[name], tensor) for name, tensor in average.items()]
+
+    def _average(self, sigma_rel: float) -> dict[str, Tensor]:
+        if sigma_rel not in self.averages:
+            raise InputError(
+                f"the length must be one of those tracked, {', '.join(map(str, self.averages))}, got {sigma_rel}: "
+                "reconstruct makes others from what was saved"
+            )
+        return self.averages[sigma_rel]
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write one snapshot per average into ``folder``, atomically; returns their paths."""
-        paths = []
-        for sigma_rel in self.averages:
-            path = Path(folder) / f"{self.time:012d}-{sigma_rel:.3f}.safetensors"  # in full: clocks may count steps
-            params = dump(self.arrays(sigma_rel))
-            save_snapshot(path, Snapshot(params=params, config=None, nimg=self.time, sigma_rel=sigma_rel))
-            paths.append(path)
-        return paths
+        return save_averages(folder, ((s, dump(self.arrays(s))) for s in self.averages), time=self.time)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: the clock and the averages. Goes through ``torch.save`` with weights only."""
@@ -81,13 +167,12 @@ class PowerEMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict()``. Raises InputError, and changes nothing, unless lengths and names are the same."""
-        ours = {sigma_rel: set(average) for sigma_rel, average in self.averages.items()}
-        theirs = {sigma_rel: set(average) for sigma_rel, average in state["averages"].items()}
-        if ours != theirs:
+        """Restore ``state_dict()``. Raises InputError, and changes nothing, unless lengths, names and shapes are the
+        same."""
+        if _shapes(self.averages) != _shapes(state["averages"]):
             raise InputError(
-                f"state must track the same lengths and parameters, got lengths {sorted(theirs)} for {sorted(ours)}: "
-                "build PowerEMA with the module and sigma_rels that it was saved with"
+                f"state must track the same lengths and parameters, got lengths {sorted(state['averages'])} for "
+                f"{sorted(self.averages)}: build PowerEMA with the module and sigma_rels that it was saved with"
             )
         self.time = state["time"]
         for sigma_rel, average in self.averages.items():
@@ -104,5 +189,64 @@ def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None
     return {name: torch.from_numpy(array) for name, array in snapshot.params.items()}
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _tracked(module: nn.Module, *, trainable_only: bool) -> dict[str, Tensor]:
+    return {
+        canonical_name(name): p
+        for name, p in module.named_parameters()
+        if p.is_floating_point() and (p.requires_grad or not trainable_only)
+    }
+
+
+def _besides(module: nn.Module, tracked: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What ``load_state_dict`` wants too: second names of tied parameters, and what is not averaged."""
+    first = {id(p): name for name, p in tracked.items()}
+    others = {name: t for name, t in tensors(module).items() if name not in tracked and isinstance(t, Tensor)}
+    same = {name: first[id(t)] for name, t in others.items() if id(t) in first}
+    return same, {name: t for name, t in others.items() if name not in same}
+
+
+def _shapes(averages: Mapping[float, Mapping[str, Tensor]]) -> dict[float, dict[str, torch.Size]]:
+    return {sigma_rel: {name: t.shape for name, t in average.items()} for sigma_rel, average in averages.items()}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _move(averages: list[Tensor], live: list[Tensor], share: float, *, seed: tuple[int, int]) -> None:
+    """Bring ``averages`` the part ``share`` of the way to ``live``, in place. ``seed``: of the rounding to bfloat16."""
+    if all(average.dtype != torch.bfloat16 for average in averages):
+        torch._foreach_lerp_(averages, live, share)
+        return
+    for index, group in enumerate(_groups(averages)):
+        narrow = [averages[i] for i in group]
+        wide = torch.cat([average.flatten() for average in narrow]).float()
+        wide.lerp_(torch.cat([live[i].flatten() for i in group]), share)
+        parts = _rounded(wide, seed=(*seed, index)).split([average.numel() for average in narrow])
+        torch._foreach_copy_(narrow, [part.view_as(average) for part, average in zip(parts, narrow, strict=True)])
+
+
+def _groups(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Places of neighbours that lie on one device, of no more than _TOGETHER elements together where they can."""
+    group: list[int] = []
+    room = 0
+    for i, tensor in enumerate(tensors):
+        if group and (tensor.numel() > room or tensor.device != tensors[group[0]].device):
+            yield group
+            group = []
+        room = (room if group else _TOGETHER) - tensor.numel()
+        group.append(i)
+    if group:
+        yield group
+
+
+def _rounded(x: Tensor, *, seed: Sequence[int]) -> Tensor:
+    """float32 ``x`` in bfloat16, up or down at random so that its expectation is ``x``.
+
+    bfloat16 is float32 without its last 16 bits: add 16 random bits, and cut them off.
+    """
+    generator = torch.Generator(x.device)
+    generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) >> 1)
+    noise = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    up_or_down = (x.view(torch.int32) + noise & -(1 << 16)).view(torch.float32)
+    return torch.where(x.isfinite(), up_or_down, x).to(torch.bfloat16)  # adding bits to a NaN would make a number

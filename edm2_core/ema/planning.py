@@ -27,7 +27,8 @@ KIMG = 1000  # files are named by thousands of images
 _TARGETS, _CANDIDATES = 24, 96  # lengths in the range that are looked at, and times that may be chosen
 _SHARP = 4  # residuals count with this power: the worst count most, but not alone
 _STEPS = (1.5, 1.2, 1.08)  # by which tracked lengths are varied, coarse to fine
-_PHASES = 5  # ends between two storage times that an open plan is tried at
+_PHASES = (0.0, 0.02, 0.25, 0.5, 0.75)  # ends between two storage times that an open plan is tried at; just after one
+# of them is worst, since two averages that are nearly the same amplify what storage rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,8 @@ class TimedPlan:
     range: tuple[float, float]
     dtype: str = "float16"
 
-    def due(self, before: int, now: int) -> tuple[float, ...]:
-        """The lengths to be stored when the clock has gone from ``before`` to ``now``."""
+    def due(self, before: int, now: int, *, end: bool = False) -> tuple[float, ...]:
+        """The lengths to be stored when the clock has gone from ``before`` to ``now``, which may be the run's end."""
         pairs = zip(self.sigma_rels, self.times, strict=True)
         return tuple(length for length, times in pairs if any(before < time <= now for time in times))
 
@@ -75,7 +76,8 @@ class TimedPlan:
 class OpenPlan:
     """For a run that may end any time: the averages ``sigma_rels`` are stored whenever the time has grown by ``ratio``.
 
-    Of each, the latest ``kept`` stay; all are stored at the end, too. Other fields as in :class:`TimedPlan`.
+    Of each, the latest stays and ``kept`` before it; all are stored at the end, too. Other fields as in
+    :class:`TimedPlan`.
     """
 
     sigma_rels: tuple[float, ...]
@@ -84,18 +86,18 @@ class OpenPlan:
     range: tuple[float, float]
     dtype: str = "float16"
 
-    def due(self, before: int, now: int) -> tuple[float, ...]:
+    def due(self, before: int, now: int, *, end: bool = False) -> tuple[float, ...]:
         """As :meth:`TimedPlan.due`."""
-        return self.sigma_rels if self._count(now) > self._count(before) else ()
+        return self.sigma_rels if end or self._count(now) > self._count(before) else ()
 
     def _count(self, time: int) -> int:
         return floor(log(time / KIMG) / log(self.ratio) + 1e-9) if time >= KIMG else -1
 
     def stale(self, stored: Iterable[tuple[int, float]], /) -> list[tuple[int, float]]:
-        """Which of the (time, length) stored may go: all but the latest ``kept`` of each length."""
+        """Which of the (time, length) stored may go: of each length, all but the latest and ``kept`` before it."""
         found = list(stored)
         by_length = (sorted((t, s) for t, s in found if s == length) for length in {s for _, s in found})
-        return [pair for pairs in by_length for pair in pairs[: -self.kept]]
+        return [pair for pairs in by_length for pair in pairs[: -self.kept - 1]]
 
     def stored_at(self, duration: float, /) -> tuple[np.ndarray, np.ndarray]:
         """As :meth:`TimedPlan.stored_at`; ``duration`` is where the run ended."""
@@ -113,7 +115,7 @@ class OpenPlan:
 
     def error(self, sigma_rels: np.ndarray, /) -> ReconstructionError:
         """The worst, over ends of a long run, that averages of these lengths are predicted to be off by."""
-        found = [self._error_of_phase(sigma_rels, phase) for phase in np.arange(_PHASES) / _PHASES]
+        found = [self._error_of_phase(sigma_rels, phase) for phase in _PHASES]
         worst = np.argmax([error.total for error in found], axis=0)
         columns = range(len(sigma_rels))
         return ReconstructionError(

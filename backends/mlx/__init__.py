@@ -1,0 +1,1 @@
+"""The MLX port: averages of any module; on Apple silicon and CPU."""
