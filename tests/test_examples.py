@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("torch", reason="the examples are in PyTorch")
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -23,8 +21,13 @@ def run(example, *options):
     return {name: [float(number.rstrip("%")) for number in numbers] for name, *numbers in rows}
 
 
-def test_posthoc_ema_finds_a_length_between_the_extremes_that_beats_the_raw_weights(tmp_path):
-    table = run("posthoc_ema", "--images", 16_000, "--folder", tmp_path)
+POSTHOC = ("torch", "jax", "mlx")
+
+
+@pytest.mark.parametrize("framework", POSTHOC)
+def test_posthoc_ema_finds_a_length_between_the_extremes_that_beats_the_raw_weights(tmp_path, framework):
+    pytest.importorskip(framework, reason=f"{framework} is not installed")
+    table = run(f"posthoc_ema_{framework}", "--images", 16_000, "--folder", tmp_path)
     loss = {name: row[0] for name, row in table.items()}
     raw, lengths = loss.pop("raw"), list(loss)
     assert len(lengths) == 10
@@ -36,8 +39,9 @@ def test_posthoc_ema_finds_a_length_between_the_extremes_that_beats_the_raw_weig
     assert stored == {"0.050", "0.100"}  # the other eight were made afterwards
 
 
-def test_posthoc_ema_is_short_enough_to_copy():
-    text = (ROOT / "examples" / "posthoc_ema.py").read_text()
+@pytest.mark.parametrize("framework", POSTHOC)
+def test_posthoc_ema_is_short_enough_to_copy(framework):
+    text = (ROOT / "examples" / f"posthoc_ema_{framework}.py").read_text()
     assert len(text.splitlines()) < 60
     assert not re.search(r"network|edm2_core", "".join(re.findall(r"^(?:from|import) .*", text, re.MULTILINE)))
 

@@ -5,7 +5,7 @@ import pytest
 
 from backends.pipeline.snapshots import load_snapshot
 from edm2_core.ema import beta as exact_beta
-from edm2_core.ema import profile
+from edm2_core.ema import profile, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
