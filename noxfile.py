@@ -1,4 +1,4 @@
-"""Every check of the project, each in an environment of its own: ``nox`` runs all, ``nox -s NAME`` one.
+"""Every check of the project, each in an environment of its own: ``nox`` runs all but benchmarks, ``nox -s NAME`` one.
 
 Arguments after ``--`` go to pytest: ``nox -s conformance -- -k EMA``.
 """
@@ -46,6 +46,13 @@ def examples(session: nox.Session) -> None:
     """The examples do what they say."""
     session.install("-e", ".[test,torch,jax,mlx]")
     session.run("pytest", "tests/test_examples.py", *session.posargs)
+
+
+@nox.session(default=False)
+def bench_ema(session: nox.Session) -> None:
+    """Reconstruction beside ema-pytorch's; writes docs/benchmarks.md. Wants a quiet machine and 10 GB of disk."""
+    session.install("-e", ".[test,torch]", "ema-pytorch>=0.8")
+    session.run("python", "-m", "benchmarks.ema_reconstruct", *session.posargs)
 
 
 @nox.session

@@ -17,7 +17,6 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from math import isclose
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -61,18 +60,15 @@ def reconstruct(
         InputError: nothing stored, ``nimg`` before the first snapshot or after the last, a length outside
             (0, 0.2887), a pattern without match, or files that are damaged or not of one network.
     """
-    with TemporaryDirectory() as workplace:
-        recipe = Recipe.of(
-            open_sources(source, workplace=Path(workplace)), time=nimg, sigma_rels=sigma_rels, overrides=overrides
-        )
-        arrays = [recipe.empty() for _ in sigma_rels]
+    recipe = Recipe.of(open_sources(source), time=nimg, sigma_rels=sigma_rels, overrides=overrides)
+    arrays = [recipe.empty() for _ in sigma_rels]
 
-        def keep(block: Block, values: np.ndarray) -> None:
-            for of_one, row in zip(arrays, values, strict=True):
-                of_one[block.name].reshape(-1)[block.start : block.stop] = row
+    def keep(block: Block, values: np.ndarray) -> None:
+        for of_one, row in zip(arrays, values, strict=True):
+            of_one[block.name].reshape(-1)[block.start : block.stop] = row
 
-        for _ in run(recipe, keep, memory=memory):
-            pass
+    for _ in run(recipe, keep, memory=memory):
+        pass
     return [
         Snapshot(params=params, config=recipe.config, nimg=recipe.time, sigma_rel=float(length))
         for params, length in zip(arrays, sigma_rels, strict=True)
@@ -219,12 +215,13 @@ class Recipe:
         with np.errstate(all="ignore"):
             for start in range(0, size, _PIECE):
                 piece = slice(start, min(start + _PIECE, size))
-                total = 0
-                for dtype, factors, stored in groups:
+                for index, (dtype, factors, stored) in enumerate(groups):
                     values = wide[: len(stored) * (piece.stop - start)].reshape(len(stored), -1)
                     widen(stored[:, piece], dtype, values)
-                    total += factors @ values
-                result[:, piece] = total
+                    if index:
+                        result[:, piece] += factors @ values
+                    else:
+                        np.matmul(factors, values, out=result[:, piece])
             suspect = not np.isfinite(result.sum())  # the sum alone, which is cheap, may overflow where all are finite
         if suspect and not np.isfinite(result).all():
             self._find_nonfinite(block)

@@ -222,9 +222,7 @@ def _planned(options: TrainOptions) -> dict[str, Any]:
     """What a plan decides. Raises InputError: no such file, no plan, or something else that decides it too."""
     for name in ("sigma_rels", "snapshot"):
         if (other := getattr(options, name)) is not None:
-            raise InputError(
-                f"{flag(name)} must be left to --snapshot-plan, got {_text(other)} too: give one of them"
-            )
+            raise InputError(f"{flag(name)} must be left to --snapshot-plan, got {_text(other)} too: give one of them")
     path = Path(str(options.snapshot_plan))
     try:
         text = path.read_text(encoding="utf-8")

@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any, Protocol
+from weakref import finalize
 
 import numpy as np
 
@@ -123,12 +126,11 @@ def open_sources(
     *,
     described: Described | None = None,
     skip: Callable[[Broken], None] | None = None,
-    workplace: Path | None = None,
 ) -> list[Source]:
     """The averages in a run folder, in any folder of files, or at these paths; in order of time, then of length.
 
     All hold the same arrays, of one network. What does not fit most of the others is broken. ``skip`` is told of broken
-    files, which are left out; without it they raise. ``workplace`` is where official pickles may be kept as snapshots.
+    files, which are left out; without it they raise.
 
     Raises:
         InputError: nothing there, or a broken file: damaged, foreign, of other arrays or of another network.
@@ -137,7 +139,7 @@ def open_sources(
     found = []
     for path in paths:
         try:
-            found.append(_open(path, described or Described(), workplace))
+            found.append(_open(path, described or Described()))
         except InputError as error:
             if skip is None or not isinstance(error, Broken):
                 raise
@@ -163,14 +165,14 @@ def _paths(source: str | Path | Iterable[str | Path]) -> list[Path]:
     raise InputError(f"a folder must hold snapshots, got none in {folder}: choose a run that has some, or train longer")
 
 
-def _open(path: Path, described: Described, workplace: Path | None) -> Source:
+def _open(path: Path, described: Described) -> Source:
     try:
         if path.suffix == ".pt":
             index, time = _index_and_step(path)
             reader: Reader = _TorchFile(path)
             sigma_rel, config = None, None
         else:
-            reader = TensorFile(_imported(path, workplace) if path.suffix == ".pkl" else path)
+            reader = _imported(path) if path.suffix == ".pkl" else TensorFile(path)
             index, time, sigma_rel, config = 0, *_time_length_config(reader)
     except InputError as error:
         raise Broken(path, str(error) if str(path) in str(error) else f"{path}: {error}") from error
@@ -194,16 +196,20 @@ def _step(path: Path) -> int:
     return int(numbers[-1])
 
 
-def _imported(path: Path, workplace: Path | None) -> Path:
+def _imported(path: Path) -> TensorFile:
+    """An official pickle as a snapshot of ours, in a file that lasts as long as this object."""
     from .official import read_official
 
-    if workplace is None:
-        raise InputError(
-            f"{path} is an official pickle: edm2 import makes a snapshot of it, edm2 reconstruct takes folders"
-        )
-    copy = workplace / f"{path.stem}.safetensors"
-    save_snapshot(copy, read_official(path))
-    return copy
+    snapshot = read_official(path)
+    folder = Path(mkdtemp(prefix="edm2-"))
+    try:
+        save_snapshot(folder / f"{path.stem}.safetensors", snapshot)
+        file = TensorFile(folder / f"{path.stem}.safetensors")
+    except BaseException:
+        rmtree(folder)
+        raise
+    finalize(file, rmtree, folder)
+    return file
 
 
 class _TorchFile:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from backends.pipeline.commands import Interrupts
@@ -83,18 +82,17 @@ def run(options: Options) -> int:
     if not options.sigma_rels:
         raise InputError("a length must be wanted, got none: add --sigma-rels 0.05 0.10, say")
     dropped: set[Path] = set()
-    with TemporaryDirectory(prefix="edm2-") as workplace:
-        while True:
-            try:
-                return _reconstruct(options, dropped, Path(workplace))
-            except Broken as error:
-                if not options.skip_broken or error.path in dropped:
-                    raise
-                _drop(dropped)(error)
+    while True:
+        try:
+            return _reconstruct(options, dropped)
+        except Broken as error:
+            if not options.skip_broken or error.path in dropped:
+                raise
+            _drop(dropped)(error)
 
 
-def _reconstruct(options: Options, dropped: set[Path], workplace: Path) -> int:
-    sources = open_described(options, dropped, workplace)
+def _reconstruct(options: Options, dropped: set[Path]) -> int:
+    sources = open_described(options, dropped)
     recipe = Recipe.of(sources, time=options.at, sigma_rels=options.sigma_rels or (), overrides=options.override or ())
     _say(recipe, options.max_error)
     if options.dry_run:
@@ -131,7 +129,7 @@ def _reconstruct(options: Options, dropped: set[Path], workplace: Path) -> int:
     return 0
 
 
-def open_described(options: SourceOptions, dropped: set[Path], workplace: Path | None = None) -> list[Source]:
+def open_described(options: SourceOptions, dropped: set[Path]) -> list[Source]:
     """The sources that ``options`` name and describe, but for those ``dropped``, to which broken ones are added."""
     described = Described(
         sigma_rels=options.source_sigma_rels or (),
@@ -140,7 +138,7 @@ def open_described(options: SourceOptions, dropped: set[Path], workplace: Path |
         update_every=1 if options.source_update_every is None else options.source_update_every,
     )
     skip = _drop(dropped) if options.skip_broken else None
-    found = open_sources(options.source, described=described, skip=skip, workplace=workplace)
+    found = open_sources(options.source, described=described, skip=skip)
     return [source for source in found if source.path not in dropped]
 
 
