@@ -24,6 +24,8 @@ def main() -> None:
 
     check(bool(conformance.__doc__), "conformance is missing")
     check(len(open_dataset("digits")) == 1797, "the digits are missing")
+    shown = subprocess.run([Path(sys.executable).parent / "edm2"], capture_output=True, text=True).stdout
+    check("edm2 reconstruct" in shown, "the command edm2 is missing")
     missing = subprocess.run([sys.executable, "-m", "backends.torch.train"], capture_output=True, text=True)
     if missing.returncode:  # without the extra: one line that says how to get it
         check(missing.returncode == 2, f"exit status {missing.returncode} without PyTorch")
