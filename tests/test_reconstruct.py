@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backends.pipeline.reconstruct import Recipe, reconstruct, run, widen
+from backends.pipeline.reconstruct import Recipe, reconstruct, run
 from backends.pipeline.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_name
 from backends.pipeline.sources import Described, open_sources
 from backends.pipeline.tensorfiles import DTYPES, TensorFile, layout
@@ -121,14 +121,6 @@ def test_raw_weights_are_no_average_to_reconstruct_from(folder):
     save_snapshot(raw, Snapshot(params={"w": np.zeros(7)}, config=None, nimg=128, sigma_rel=None))
     with pytest.raises(InputError, match=f"{raw} does not say what was averaged"):
         reconstruct(folder, sigma_rels=[0.1])
-
-
-def test_every_float16_is_widened_exactly_one_by_one_and_many_at_once():
-    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
-    for halves in (every, every[np.isfinite(every)], every[:0]):
-        widen(halves, "F16", wide := np.empty(halves.shape, np.float32))
-        assert np.array_equal(wide, halves.astype(np.float32), equal_nan=True)
-        assert np.array_equal(np.signbit(wide), np.signbit(halves))
 
 
 def test_files_of_several_dtypes_are_added_up(tmp_path):

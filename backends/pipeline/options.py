@@ -141,7 +141,7 @@ class TrainOptions:
     snapshot: Images = None
     """How often to store the averages. Default: the preset's."""
     snapshot_plan: Location = None
-    """File of edm2 plan that says which averages to store when, instead of --sigma-rels and --snapshot."""
+    """File of edm2 plan that says which averages to store when, for --sigma-rels and --snapshot. Default: none."""
     checkpoint: Images = None
     """How often to store the state to resume from. Default: a quarter of the duration, at most 128Mi."""
     status: Images = None

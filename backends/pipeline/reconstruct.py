@@ -7,7 +7,6 @@ compute; a block is one product of matrices in float32, on one thread, so the re
 """
 
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from edm2_core.ema import ReconstructionError, coefficients, reconstruction_erro
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
 
+from .halves import widen
 from .snapshots import Snapshot
 from .sources import Broken, Source, open_sources
 from .tensorfiles import DTYPES
@@ -266,26 +266,6 @@ class Room(threading.local):
         if kept is None or kept.size < rows * columns:
             kept = self._kept[name] = np.empty(rows * columns, dtype)
         return kept[: rows * columns].reshape(rows, columns)
-
-
-def widen(stored: np.ndarray, dtype: str, values: np.ndarray, /) -> None:
-    """Copy ``stored``, what a file calls ``dtype``, into the float32 ``values`` of the same shape.
-
-    NumPy converts float16 one by one; here the bits are moved to their places in float32, all at once, several times as
-    fast: the sign spreads over what was shifted, and all but one copy of it is masked; the exponent's bias differs by
-    112. That makes infinity and nan large numbers, so what is so large is converted again.
-    """
-    if dtype == "BF16":
-        np.left_shift(stored, 16, out=values.view(np.uint32), dtype=np.uint32)
-        return
-    if dtype == "F16" and sys.byteorder == "little":
-        bits = values.view(np.int32)
-        np.left_shift(stored.view(np.int16), 13, out=bits, dtype=np.int32)
-        np.bitwise_and(bits, np.int32(-0x70000001), out=bits)
-        np.multiply(values, np.float32(2.0**112), out=values)
-        if values.min(initial=0) > -65536 and values.max(initial=0) < 65536:
-            return
-    values[:] = stored
 
 
 def run(
