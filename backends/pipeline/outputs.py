@@ -17,7 +17,6 @@ import numpy as np
 from edm2_core.errors import InputError
 
 from .files import write_bytes, write_error
-from .halves import narrow
 from .reconstruct import Block, Recipe
 from .snapshots import Metadata, snapshot_metadata
 from .tensorfiles import DTYPES, Entry, layout, read_header
@@ -144,10 +143,7 @@ class Writer:
             raise InputError(
                 f"values of {block.name} must be within {np.finfo(dtype).max:g}, got {largest:g}: use --dtype float32"
             )
-        if dtype == np.float16:
-            narrow(np.ascontiguousarray(values), stored := np.empty(values.shape, np.float16))
-        else:
-            stored = values.astype(dtype, order="C")
+        stored = values.astype(dtype, order="C")
         at = entry.offset + block.start * dtype.itemsize
         try:
             for descriptor, start, row in zip(self._descriptors, self._starts, stored, strict=True):
