@@ -1,5 +1,6 @@
 """The ports under test, by name; each is driven only through the PORT object of ``backends.NAME.port``."""
 
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -7,7 +8,8 @@ from typing import Any
 
 import pytest
 
-FRAMEWORKS = {"torch": "torch"}  # our ports and the package without which they cannot run
+FRAMEWORKS = {"torch": "torch", "jax": "jax"}  # our ports and the package without which they cannot run
+COMPILED = ("jax",)  # each new network takes seconds to compile: not for hundreds of random ones
 
 
 @lru_cache
@@ -21,9 +23,11 @@ def _absent(framework: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(find_spec(framework) is None, reason=f"{framework} is not installed")
 
 
-# a port whose framework is not installed skips and says so; one that is broken fails
-each_port = pytest.mark.parametrize(
-    "port",
-    [pytest.param(name, id=name, marks=_absent(framework)) for name, framework in FRAMEWORKS.items()],
-    indirect=True,
-)
+def _each(names: Iterable[str]) -> pytest.MarkDecorator:
+    """A port whose framework is not installed skips and says so; one that is broken fails."""
+    params = [pytest.param(name, id=name, marks=_absent(FRAMEWORKS[name])) for name in names]
+    return pytest.mark.parametrize("port", params, indirect=True)
+
+
+each_port = _each(FRAMEWORKS)
+each_eager_port = _each(name for name in FRAMEWORKS if name not in COMPILED)

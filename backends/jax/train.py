@@ -1,0 +1,34 @@
+"""python -m backends.jax.train: train EDM2 with JAX on TPU, GPU or CPU; on digits with no argument.
+
+All devices of a host share each batch. Several hosts: start the command on each; where JAX_COORDINATOR_ADDRESS is set,
+or on a Cloud TPU pod, they find each other.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from backends.pipeline.commands import command
+from backends.pipeline.options import TrainOptions, parse
+from backends.pipeline.training import run_training
+
+PROG = "python -m backends.jax.train"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(TrainOptions, argv, prog=PROG, description="Train EDM2 with JAX; with no argument, on digits.")
+    import jax  # takes a second to import: help and wrong flags do without it
+
+    from . import device
+    from .port import Port
+    from .trainer import JaxTrainer
+
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        jax.distributed.initialize()
+    sampler = Port(device=device.choose(options.device)[0], matmul=None).sampler
+    return run_training(options, JaxTrainer, sampler, prog=PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""What the training loop drives: a network in training on a mesh of devices, with noise of its own."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+
+from backends.pipeline.options import TrainOptions
+from backends.pipeline.settings import Settings
+from backends.pipeline.state import State as Stored
+from edm2_core.errors import InputError
+from edm2_core.loss import noise_level
+from edm2_core.network import initialize
+
+from . import device as devices
+from .step import Batch, Metrics, State, from_stored, init, make_step, to_stored
+from .weights import to_nhwc
+
+
+class JaxTrainer:
+    """A :class:`~backends.pipeline.training.Trainer`: noise is drawn inside the compiled step, a function of
+    (seed, images seen) however many devices share the batch."""
+
+    def __init__(self, settings: Settings, options: TrainOptions):
+        self._start = time.monotonic()
+        self._settings = settings
+        self._mesh = devices.mesh_of(devices.choose(options.device))
+        self.rank, self.world = jax.process_index(), jax.process_count()
+        self.device = devices.describe(list(self._mesh.devices.flat))
+        if settings.batch % self._mesh.size:
+            raise InputError(
+                f"--batch must be divisible by the number of devices, got {settings.batch} for {self._mesh.size}: "
+                "change --batch"
+            )
+        microbatch = None if options.batch_per_device is None else options.batch_per_device * self._mesh.size
+        self._microbatch = microbatch
+        self._step = self._compiled(settings, microbatch)
+        params = initialize(settings.network, seed=settings.seed)
+        self._place(init(settings.network, params, sigma_rels=settings.sigma_rels))
+        self._metrics: list[Metrics] = []
+
+    def _compiled(self, settings: Settings, microbatch: int | None) -> Any:
+        step = make_step(
+            settings.network,
+            loss_scaling=settings.loss_scaling,
+            microbatch=microbatch,
+            dtype=getattr(jnp, settings.precision),
+        )
+
+        def train_step(
+            state: State, images: Array, labels: Array | None, lr: Array, key: Array
+        ) -> tuple[State, Metrics]:
+            normal, noise, dropout = jax.random.split(key, 3)
+            sigma = noise_level(
+                jax.random.normal(normal, (len(images), 1, 1, 1)), P_mean=settings.P_mean, P_std=settings.P_std
+            )
+            batch = Batch(images, jax.random.normal(noise, images.shape), sigma, labels)
+            return step(state, batch, lr, dropout)
+
+        return jax.jit(train_step, donate_argnums=0)
+
+    def _place(self, state: State) -> None:
+        self._state = jax.device_put(state, devices.state_sharding(self._mesh, state))
+
+    def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> None:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._settings.seed), nimg >> 31), nimg & 0x7FFFFFFF)
+        try:
+            self._state, metrics = self._step(
+                self._state, self._global(to_nhwc(images)), self._global(labels), jnp.float32(lr), key
+            )
+            if self._start:
+                jax.block_until_ready(metrics)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            half = max((self._microbatch or self._settings.batch) // self._mesh.size // 2, 1)
+            raise InputError(
+                f"the step must fit into memory, got none left on {self.device}: try --batch-per-device {half}"
+            ) from error
+        if self._start:
+            if self.rank == 0:
+                print(f"first step after {time.monotonic() - self._start:.1f} s, compilation included", file=sys.stderr)
+            self._start = 0.0
+        self._metrics.append(metrics)
+
+    def _global(self, array: np.ndarray | None) -> Any:
+        """This process's share of a batch as part of the whole."""
+        if array is None:
+            return None
+        return jax.make_array_from_process_local_data(devices.batch_sharding(self._mesh), np.ascontiguousarray(array))
+
+    def metrics(self) -> Mapping[str, float]:
+        found, self._metrics = jax.device_get(self._metrics), []
+        return {"loss": float(np.mean([m.loss for m in found])), "nonfinite": int(sum(m.nonfinite for m in found))}
+
+    def _whole(self) -> Stored:
+        state = self._state
+        if self.world > 1:
+            state = multihost_utils.process_allgather(state, tiled=True)
+        return to_stored(state)
+
+    def parameters(self) -> Mapping[str, np.ndarray]:
+        return self._whole().params
+
+    def averages(self) -> Mapping[float, Mapping[str, np.ndarray]]:
+        return self._whole().averages
+
+    def state(self) -> Stored:
+        return self._whole()
+
+    def load_state(self, state: Stored, /) -> None:
+        self._place(from_stored(self._settings.network, state))
+
+    def agree(self, stop: bool, /) -> bool:
+        if self.world == 1:
+            return stop
+        return bool(np.any(multihost_utils.process_allgather(np.array(stop))))

@@ -1,0 +1,220 @@
+"""The JAX port: its network against the reference, its step however divided, its commands as a person runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backends.pipeline.state import load_state
+from conformance import strategies as draw
+from conformance import tolerance
+from edm2_core import reference
+from edm2_core.network import NetworkConfig
+from edm2_core.presets import preset
+
+jax = pytest.importorskip("jax", reason="jax is not installed")
+pytest.importorskip("optax", reason="optax is not installed")
+
+from backends.jax import network, weights  # noqa: E402
+from backends.jax.port import PORT  # noqa: E402
+from backends.jax.step import Batch, init, make_step, to_stored  # noqa: E402
+
+CONFIGS = {
+    "plain": NetworkConfig(
+        img_resolution=8, img_channels=1, model_channels=6, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(),
+        channels_per_head=6, logvar_channels=5,
+    ),
+    "attention, labels, filter": NetworkConfig(
+        img_resolution=12, img_channels=3, label_dim=4, model_channels=10, channel_mult=(1, 1.5, 2), num_blocks=1,
+        attn_resolutions=(6, 3), channels_per_head=5, resample_filter=(1, 3, 3, 1), clip_act=2.0, logvar_channels=5,
+        concat_balance=0.3, sigma_data=1.0,
+    ),
+}  # fmt: skip
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+TRAIN, SAMPLE = ("-m", "backends.jax.train"), ("-m", "backends.jax.sample")
+SMALL = ("--duration", "384", "--batch", "64", "--snapshot", "1000", "--status", "128", "--checkpoint", "1Ki")
+
+
+def arguments(config):
+    batch = draw.random_batch(config, 3, size=4)
+    return draw.random_parameters(config, 1), batch
+
+
+@each_config
+def test_the_network_is_the_reference(config):
+    params, batch = arguments(config)
+    got = PORT.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
+    wanted = reference.denoise(config, draw.wide(params), *draw.wide((batch.noisy, batch.sigma, batch.labels)))
+    for g, w in zip(got, wanted, strict=True):
+        assert tolerance.relative(g, w) < 4 * tolerance.network(config)
+
+
+@each_config
+def test_jit_changes_no_more_than_rounding(config):
+    params, batch = arguments(config)
+    compiled, _ = PORT.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
+    with jax.default_matmul_precision("highest"):
+        native = weights.load(config, params)
+        plain, _ = network.denoise(config, native, weights.to_nhwc(batch.noisy), batch.sigma, batch.labels)
+    assert tolerance.relative(compiled, weights.to_nchw(plain)) < tolerance.network(config)
+
+
+@each_config
+def test_the_derivative_along_a_direction_is_a_finite_difference(config):
+    """In float64 arithmetic of the difference; forward mode in float32."""
+    params, batch = arguments(config)
+    native = weights.load(config, params)
+    direction = np.random.default_rng(0).standard_normal(batch.noisy.shape).astype(np.float32)
+
+    def run(x):
+        return network.denoise(config, native, x, batch.sigma, batch.labels)[0]
+
+    with jax.default_matmul_precision("highest"):
+        _, got = jax.jvp(run, (weights.to_nhwc(batch.noisy),), (weights.to_nhwc(direction),))
+    h = 1e-6
+    sides = (
+        reference.denoise(
+            config,
+            draw.wide(params),
+            batch.noisy + s * h * direction.astype(np.float64),
+            *draw.wide((batch.sigma, batch.labels)),
+        )[0]
+        for s in (1, -1)
+    )
+    wanted = np.subtract(*sides) / (2 * h)
+    assert tolerance.relative(weights.to_nchw(got), wanted) < 1e-4
+
+
+def test_layouts_go_there_and_back():
+    for shape in ((), (5,), (3, 4), (2, 3, 5, 7)):
+        array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        native = weights.to_native(array)
+        assert native.shape[-1:] == shape[:1] or len(shape) < 2
+        assert np.array_equal(weights.to_canonical(native), array)
+
+
+def one_step(config, params, batch, **options):
+    step = jax.jit(make_step(config, **options))
+    state = init(config, params, sigma_rels=(0.05,))
+    native = Batch(weights.to_nhwc(batch.images), weights.to_nhwc(batch.unit_noise), batch.sigma, batch.labels)
+    state, metrics = step(state, native, np.float32(0.01), jax.random.key(0))
+    return to_stored(state), metrics
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    config = CONFIGS["attention, labels, filter"]
+    params, batch = arguments(config)
+    whole, _ = one_step(config, params, batch)
+    parts, _ = one_step(config, params, batch, microbatch=2)
+    for name, array in whole.moments1.items():
+        assert np.allclose(parts.moments1[name], array, rtol=1e-3, atol=1e-5 * np.abs(array).max() + 1e-7)
+
+
+def test_gradients_that_are_not_finite_are_zeroed_and_counted():
+    config = CONFIGS["plain"]
+    params, batch = arguments(config)
+    images = batch.images.copy()
+    images[0, 0, 0, 0] = np.inf
+    stored, metrics = one_step(config, params, batch._replace(images=images))
+    assert int(metrics.nonfinite) > 0
+    assert all(np.isfinite(array).all() for array in stored.params.values())
+
+
+def test_half_precision_keeps_parameters_in_float32_and_comes_near():
+    config = CONFIGS["plain"]
+    params, batch = arguments(config)
+    half, metrics = one_step(config, params, batch, dtype=jax.numpy.bfloat16)
+    full, exact = one_step(config, params, batch)
+    assert float(metrics.loss) == pytest.approx(float(exact.loss), rel=0.05)
+    assert all(array.dtype == np.float32 for array in half.params.values())
+    assert full.params.keys() == half.params.keys()
+
+
+def test_64_bit_numbers_stay_off():
+    assert not jax.config.jax_enable_x64
+
+
+def run(*args, cwd, status=0, **environment):
+    done = subprocess.run(
+        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A short run, as far as it goes without stopping."""
+    folder = tmp_path_factory.mktemp("short")
+    done = run(*TRAIN, *SMALL, "--outdir", "whole", cwd=folder)
+    assert "first step after" in done.stderr
+    return folder
+
+
+def state_of(run_folder):
+    return load_state(run_folder / "state" / "state.safetensors", preset("digits").network, (0.05, 0.10))
+
+
+def samples(cwd, command, *args):
+    run(*command, *args, "--format", "npz", "--outdir", "out", cwd=cwd)
+    with np.load(cwd / "out" / "samples.npz") as file:
+        return dict(file)
+
+
+def test_resuming_is_not_stopping(short):
+    run(*TRAIN, *SMALL, "--duration", "192", "--outdir", "parts", cwd=short)
+    assert "resumed" in run(*TRAIN, "--outdir", "parts", "--duration", "384", cwd=short).stdout
+    paths = (short / name / "state" / "state.safetensors" for name in ("whole", "parts"))
+    assert len({path.read_bytes() for path in paths}) == 1
+
+
+def test_eight_devices_do_as_one(short):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = run(*TRAIN, *SMALL, "--outdir", "eight", cwd=short, **flags)
+    assert "8 x cpu" in done.stdout
+    one, eight = state_of(short / "whole"), state_of(short / "eight")
+    # six steps of Adam, each of which moves a weight by lr at most, whatever the rounding of its gradient
+    assert tolerance.relative_all(eight.params, one.params, 1.0)[0] < 1e-4
+    done = run(*TRAIN, *SMALL, "--batch", "60", "--outdir", "odd", cwd=short, status=2, **flags)
+    assert "divisible by the number of devices, got 60 for 8" in done.stderr
+    run(*TRAIN, "--outdir", "eight", "--duration", "512", cwd=short)  # a state of eight devices loads on one
+
+
+def test_snapshots_and_states_cross_between_ports(short):
+    pytest.importorskip("torch", reason="torch is not installed")
+    options = ("--run", "whole", "--seeds", "0-7", "--steps", 6)
+    ours, theirs = samples(short, SAMPLE, *options), samples(short, ("-m", "backends.torch.sample"), *options)
+    assert np.abs(ours["images"].astype(int) - theirs["images"]).max() <= 1
+    run(*TRAIN, *SMALL, "--duration", "192", "--outdir", "crossed", cwd=short)
+    run("-m", "backends.torch.train", "--outdir", "crossed", "--duration", "384", cwd=short)
+    run(*TRAIN, "--outdir", "crossed", "--duration", "512", cwd=short)
+    assert state_of(short / "crossed").nimg == 512
+
+
+def test_other_precision_dropout_and_guidance_run(short):
+    run(
+        *TRAIN,
+        *SMALL,
+        "--precision",
+        "bfloat16",
+        "--dropout",
+        "0.1",
+        "--batch-per-device",
+        16,
+        "--outdir",
+        "b",
+        cwd=short,
+    )
+    log = [json.loads(line) for line in (short / "b" / "log.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(record["loss"]) for record in log)
+    assert len(samples(short, SAMPLE, "--run", "b", "--seeds", "0-2", "--steps", 3, "--guidance", 2)["images"]) == 3
+
+
+def test_a_device_that_is_not_here_is_one_line(short):
+    done = run(*TRAIN, "--device", "tpu", cwd=short, status=2)
+    assert done.stderr.startswith("error: --device must be one that is here (cpu")
+    assert Path(short / "runs").exists() is False
