@@ -157,6 +157,18 @@ def changed(**values):
         changed(extra=1),
         changed(dtype="int8"),
         changed(version=2),
+        changed(version=True),
+        changed(times=[[float("inf")], [9000]]),
+        changed(times=[[5000.7, 9000], [9000]]),
+        changed(times=["59", [9000]]),
+        changed(times=[[], []]),
+        changed(times=[[5000], [6000]]),
+        changed(times=[[5000, 5001, 9000], [9000]]),
+        changed(duration=float("inf")),
+        changed(duration=9000.0),
+        changed(range=[0.2, 0.03]),
+        changed(range=[0.03, 0.1, 0.2]),
+        "[" * 100_000,
     ],
 )
 def test_what_is_no_plan_is_refused_by_name(text):

@@ -198,22 +198,29 @@ def plan_from_json(text: str, *, name: str) -> SnapshotPlan:
         values = dict(json.loads(text))
         if values.pop("format") != FORMAT:
             raise ValueError("another format")
-        if (version := values.pop("version")) != VERSION:
+        if _whole(version := values.pop("version")) != VERSION:
             raise InputError(f"{name} must be a plan of version {VERSION}, got {version!r}: install a newer edm2")
         values["sigma_rels"] = tuple(map(float, values["sigma_rels"]))
-        values["range"] = (float(values["range"][0]), float(values["range"][1]))
+        low, high = map(float, values["range"])
+        values["range"] = (low, high)
         if "times" in values:
-            values["times"] = tuple(tuple(map(int, times)) for times in values["times"])
-            plan: SnapshotPlan = TimedPlan(**values)
+            values["times"] = tuple(tuple(map(_whole, times)) for times in values["times"])
+            plan: SnapshotPlan = TimedPlan(**values | {"duration": _whole(values["duration"])})
         else:
-            plan = OpenPlan(**values)
+            plan = OpenPlan(**values | {"kept": _whole(values["kept"])})
         _check_plan(plan)
         return plan
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         if isinstance(error, InputError) and str(error).startswith(name):
             raise
         why = (str(error).splitlines() or [""])[0]
         raise InputError(f"{name} must be a plan as edm2 plan writes it, got a fault: {why}: make it again") from error
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r}, which is no whole number")
+    return value
 
 
 def _to_json(plan: SnapshotPlan) -> str:
@@ -245,6 +252,8 @@ def _check_plan(plan: SnapshotPlan) -> None:
         sigma_rel_to_gamma(length)
     if len({f"{length:.3f}" for length in plan.sigma_rels}) < len(plan.sigma_rels) or not plan.sigma_rels:
         raise ValueError("lengths that do not differ in their first three digits")
+    if plan.range[0] > plan.range[1]:
+        raise ValueError(f"a range from {plan.range[0]} to {plan.range[1]}")
     if plan.dtype not in STORAGE:
         raise ValueError(f"dtype {plan.dtype!r}")
     if isinstance(plan, OpenPlan):
@@ -256,6 +265,10 @@ def _check_plan(plan: SnapshotPlan) -> None:
     for times in plan.times:
         if list(times) != sorted(set(times)) or (times and not 0 < times[0] <= times[-1] <= plan.duration):
             raise ValueError("times that are not in order within the duration")
+        if len({time // KIMG for time in times}) < len(times):
+            raise ValueError("two times within the same thousand images, which have one file name")
+    if not any(plan.duration in times for times in plan.times):
+        raise ValueError("no file at the end of the run")
 
 
 def _error(times: np.ndarray, lengths: np.ndarray, end: float, wanted: np.ndarray, dtype: str) -> ReconstructionError:
