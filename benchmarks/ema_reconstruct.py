@@ -2,10 +2,11 @@
 
     python -m benchmarks.ema_reconstruct [--folder FOLDER] [--repeats 3]
 
-64 snapshots of an 11M-parameter network in float16, the same values for both sides: ours in ``edm2 reconstruct``,
-theirs in ``PostHocEMA.synthesize_ema_model``, called once per output. Each side runs in a process of its own, with what
-it needs imported before the clock starts, and its results are written and synchronized to the disk. ``reading`` is
-safetensors' ``load_file`` of every file in turn. Files are in the page cache; ``cold`` rows drop them from it first.
+64 snapshots of an 11M-parameter network in float16, the same values for both sides: ours in ``reconstruct``, theirs in
+``PostHocEMA.synthesize_ema_model``, called once per output; both end with the averages in memory. ``edm2 reconstruct``
+also writes them and waits for the disk. Each side runs in a process of its own, with what it needs imported before the
+clock starts. ``reading`` is safetensors' ``load_file`` of every file in turn. Files are in the page cache, but for
+``cold`` runs, which drop them from it first. Runs of all sides alternate, so that what else the machine does meets all.
 """
 
 import json
@@ -39,24 +40,25 @@ def main(*, folder: Path | None = None, repeats: int = 3) -> None:
 
 
 def _report(folder: Path, repeats: int) -> str:
-    stored = _make(folder / "64", files=64)
-    reading = {cold: _measure(repeats, "read", stored, cold) for cold in (False, True)}
-    ours = {(n, cold): _measure(repeats, "ours", stored, cold, n) for n in (1, 25) for cold in (False, True)}
-    theirs = {
-        n: _measure(1 if n > 1 else repeats, "theirs", _make_torch(folder / "torch", 64), False, n) for n in (1, 25)
-    }
-    rows = "\n".join(_row(n, reading, ours, theirs[n]) for n in (1, 25))
-    files = {n: _measure(repeats, "ours", _make(folder / str(n), files=n), False, 25) for n in (16, 32)} | {
-        64: ours[25, False]
-    }
+    stored, torch_stored = _make(folder / "64", files=64), _make_torch(folder / "torch", 64)
+    jobs: dict[tuple[Any, ...], tuple[Any, ...]] = {("read", cold): ("read", stored, cold) for cold in (False, True)}
+    for n in (1, 25):
+        jobs |= {("command", n, cold): ("command", stored, cold, n) for cold in (False, True)}
+        jobs |= {("ours", n): ("ours", stored, False, n), ("theirs", n): ("theirs", torch_stored, False, n)}
+    found = _measure_all(repeats, jobs)
+    rows = ["\n".join(row(n, found) for n in (1, 25)) for row in (_memory_row, _file_row)]
+    files = _measure_all(repeats, {n: ("command", _make(folder / str(n), files=n), False, 25) for n in (16, 32, 64)})
     linear = "\n".join(
         f"| {n} | {row['seconds']:.2f} s | {1000 * row['seconds'] / n:.0f} ms |" for n, row in files.items()
     )
-    big = _measure(1, "ours", _make(folder / "big", files=16, times=10), False, 4)
-    small = _measure(1, "ours", _make(folder / "16", files=16), False, 4)
-    flat = "\n".join(
-        f"| {name} | {row['seconds']:.2f} s | {row['peak']:.0f} MB |" for name, row in (("11 M", small), ("110 M", big))
+    sizes = _measure_all(
+        repeats,
+        {
+            "11 M": ("command", _make(folder / "16", files=16), False, 4),
+            "110 M": ("command", _make(folder / "big", files=16, times=10), False, 4),
+        },
     )
+    flat = "\n".join(f"| {name} | {row['seconds']:.2f} s | {row['peak']:.0f} MB |" for name, row in sizes.items())
     return f"""# Benchmarks
 
 Measured by `nox -s bench_ema` on {_machine()}; medians of {repeats} runs, times in seconds.
@@ -64,14 +66,22 @@ Measured by `nox -s bench_ema` on {_machine()}; medians of {repeats} runs, times
 ## Reconstruction of averages
 
 64 snapshots of an 11M-parameter network in float16, 1.4 GB. Reading every file with safetensors takes
-{reading[False]["seconds"]:.2f} s from the page cache and {reading[True]["seconds"]:.2f} s from the disk; `x reading`
-is the ratio to that. ema-pytorch is {_version("ema_pytorch")}'s `synthesize_ema_model`, once per output, from the page
-cache, as are ours in `x faster`. Outputs of both are on the disk at the end. Peak memory is that of the process, with
-Python and what it imports; ours ran with `--memory 1Gi`.
+{found["read", False]["seconds"]:.2f} s from the page cache and {found["read", True]["seconds"]:.2f} s from the disk;
+`x reading` is the ratio to that.
 
-| outputs | ours, cached | x reading | ours, from disk | x reading | ema-pytorch | x faster | our peak | its peak |
-|---|---|---|---|---|---|---|---|---|
-{rows}
+Averages in memory, from the page cache: `backends.pipeline.reconstruct.reconstruct` beside `synthesize_ema_model` of
+{_version("ema_pytorch")}, which is called once per output.
+
+| outputs | ours | ema-pytorch | x faster | its peak |
+|---|---|---|---|---|
+{rows[0]}
+
+Averages in files, on the disk at the end: `edm2 reconstruct --memory 1Gi`. Peak memory is that of the process, with
+Python and what it imports.
+
+| outputs | cached | x reading | from disk | x reading | peak |
+|---|---|---|---|---|---|
+{rows[1]}
 
 25 outputs, by the number of files:
 
@@ -87,19 +97,26 @@ Python and what it imports; ours ran with `--memory 1Gi`.
 """
 
 
-def _row(n: int, reading: dict[bool, Any], ours: dict[tuple[int, bool], Any], theirs: dict[str, float]) -> str:
+def _memory_row(n: int, found: dict[Any, dict[str, float]]) -> str:
+    ours, theirs = found["ours", n], found["theirs", n]
+    ratio = theirs["seconds"] / ours["seconds"]
+    return f"| {n} | {ours['seconds']:.2f} s | {theirs['seconds']:.1f} s | {ratio:.1f} | {theirs['peak']:.0f} MB |"
+
+
+def _file_row(n: int, found: dict[Any, dict[str, float]]) -> str:
     cells = [str(n)]
     for cold in (False, True):
-        seconds = ours[n, cold]["seconds"]
-        cells += [f"{seconds:.2f} s", f"{seconds / reading[cold]['seconds']:.2f}"]
-    cells += [f"{theirs['seconds']:.1f} s", f"{theirs['seconds'] / ours[n, False]['seconds']:.1f}"]
-    cells += [f"{side['peak']:.0f} MB" for side in (ours[n, False], theirs)]
-    return "| " + " | ".join(cells) + " |"
+        seconds = found["command", n, cold]["seconds"]
+        cells += [f"{seconds:.2f} s", f"{seconds / found['read', cold]['seconds']:.2f}"]
+    return f"| {' | '.join(cells)} | {found['command', n, False]['peak']:.0f} MB |"
 
 
-def _measure(repeats: int, *job: Any) -> dict[str, float]:
-    runs = [_child(*job) for _ in range(repeats)]
-    return {key: statistics.median(run[key] for run in runs) for key in ("seconds", "peak")}
+def _measure_all(repeats: int, jobs: dict[Any, tuple[Any, ...]]) -> dict[Any, dict[str, float]]:
+    """Medians over ``repeats`` runs of each job, all jobs once before any again."""
+    runs = [{key: _child(*job) for key, job in jobs.items()} for _ in range(repeats)]
+    return {
+        key: {what: statistics.median(run[key][what] for run in runs) for what in ("seconds", "peak")} for key in jobs
+    }
 
 
 def _child(*job: Any) -> dict[str, float]:
@@ -112,6 +129,7 @@ def _child(*job: Any) -> dict[str, float]:
 def _run_child(kind: str, folder: str, cold: str, outputs: str = "1") -> None:
     jobs: dict[str, Callable[[Path, list[float], Path], Callable[[], None]]] = {
         "read": _read,
+        "command": _command,
         "ours": _ours,
         "theirs": _theirs,
     }
@@ -150,8 +168,12 @@ def _read(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
     return work
 
 
-def _ours(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
-    import backends.tools.reconstruct  # noqa: F401  what the command imports when it is called
+def _command(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
+    # what the command imports when it is called, and tyro when it first parses
+    import array_api_compat.numpy  # noqa: F401
+    import typeguard  # noqa: F401
+
+    import backends.tools.reconstruct  # noqa: F401
     from backends.tools.cli import main as edm2
 
     words = ["reconstruct", str(folder), "--sigma-rels", *map(str, targets), "--outdir", str(out), "--memory", "1Gi"]
@@ -163,20 +185,25 @@ def _ours(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
     return work
 
 
+def _ours(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
+    import array_api_compat.numpy  # noqa: F401
+
+    from backends.pipeline.reconstruct import reconstruct
+
+    def work() -> None:
+        reconstruct(folder, sigma_rels=targets)
+
+    return work
+
+
 def _theirs(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
-    import torch
     from ema_pytorch import PostHocEMA
 
     ema = PostHocEMA(_module(), sigma_rels=LENGTHS, checkpoint_folder=str(folder), checkpoint_every_num_steps="manual")
 
     def work() -> None:
         for target in targets:
-            made = ema.synthesize_ema_model(sigma_rel=target)
-            state = {name: tensor.half() for name, tensor in made.ema_model.state_dict().items()}
-            with open(out / f"{target}.pt", "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
+            ema.synthesize_ema_model(sigma_rel=target)
 
     return work
 

@@ -55,6 +55,16 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
 
 
+def test_every_float16_is_read_and_written_exactly(tmp_path):
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)].reshape(2, -1)
+    path = tmp_path / f"{1000:012d}-{0.05:.3f}.safetensors"
+    save_snapshot(path, snapshot({"w": halves.astype(np.float32)}, 1000, 0.05))
+    assert command(tmp_path, "--sigma-rels", 0.05, "--outdir", tmp_path / "out") == 0
+    for made in (path, tmp_path / "out" / path.name):
+        assert np.array_equal(load_snapshot(made).params["w"], halves)
+
+
 def test_many_averages_are_written_in_one_pass_and_are_the_functions(folder, tmp_path, capsys):
     assert command(folder, "--sigma-rels", 0.03, 0.05, 0.2, "--outdir", tmp_path / "out", "--dtype", "float32") == 0
     expected = reconstruct(folder, sigma_rels=[0.03, 0.05, 0.2])
