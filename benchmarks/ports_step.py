@@ -85,16 +85,17 @@ def _torch() -> Callable[[], Any]:
 def _jax() -> Callable[[], Any]:
     import jax
 
-    from backends.jax.step import Batch, init, make_step
+    from backends.jax.step import Batch, compiled, init, make_step
     from backends.jax.weights import to_nhwc
 
     images, noise, sigma = _arrays()
     batch = Batch(*map(jax.device_put, (to_nhwc(images), to_nhwc(noise), sigma)))
-    step = jax.jit(make_step(CONFIG), donate_argnums=0)
+    rest = (batch, jax.numpy.float32(0.01), jax.random.key(0))
     state = [init(CONFIG, initialize(CONFIG, seed=0), sigma_rels=(0.05, 0.10))]
+    step = compiled(make_step(CONFIG), state[0], *rest, cpu=True)
 
     def run() -> float:
-        state[0], metrics = step(state[0], batch, jax.numpy.float32(0.01), jax.random.key(0))
+        state[0], metrics = step(state[0], *rest)
         return float(metrics.loss)
 
     return run

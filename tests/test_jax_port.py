@@ -5,14 +5,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from socket import socket
 
 import numpy as np
 import pytest
 
+from backends.pipeline.datasets import open_dataset
+from backends.pipeline.options import TrainOptions
+from backends.pipeline.settings import resolve
 from backends.pipeline.state import load_state
 from conformance import strategies as draw
 from conformance import tolerance
 from edm2_core import reference
+from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
 from edm2_core.presets import preset
 
@@ -87,6 +92,25 @@ def test_the_derivative_along_a_direction_is_a_finite_difference(config):
     )
     wanted = np.subtract(*sides) / (2 * h)
     assert tolerance.relative(weights.to_nchw(got), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (3, 5)])
+def test_the_kernels_gradient_is_that_of_a_convolution_however_it_is_computed(kernel):
+    rng = np.random.default_rng(0)
+    x, g = (rng.standard_normal((2, 6, 5, c)).astype(np.float32) for c in (3, 4))
+    w = rng.standard_normal((*kernel, 3, 4)).astype(np.float32)
+
+    def plain(x, w):
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def gradients(convolution):
+        return jax.grad(lambda x, w: (convolution(x, w) * g).sum(), argnums=(0, 1))(x, w)
+
+    for got, wanted in zip(gradients(network.convolution), gradients(plain), strict=True):
+        assert tolerance.relative(got, wanted) < 4 * tolerance.eps("float32") * tolerance.reduction(2 * 6 * 5 * 4)
+    each = jax.vmap(jax.grad(lambda x, w: network.convolution(x[None], w).sum(), argnums=1), (0, None))(x, w)
+    assert each.shape == (2, *w.shape)  # gradients of each image, too
+    assert tolerance.relative(network.by_products(x, w), plain(x, w)) < 1e-5
 
 
 def test_layouts_go_there_and_back():
@@ -182,6 +206,41 @@ def test_eight_devices_do_as_one(short):
     done = run(*TRAIN, *SMALL, "--batch", "60", "--outdir", "odd", cwd=short, status=2, **flags)
     assert "divisible by the number of devices, got 60 for 8" in done.stderr
     run(*TRAIN, "--outdir", "eight", "--duration", "512", cwd=short)  # a state of eight devices loads on one
+
+
+def test_two_processes_do_as_one(short):
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    command = [sys.executable, *TRAIN, *SMALL, "--outdir", "two"]
+    both = [
+        subprocess.Popen(command, cwd=short, env={**environment, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE)
+        for i in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    one, two = state_of(short / "whole"), state_of(short / "two")
+    assert tolerance.relative_all(two.params, one.params, 1.0)[0] < 1e-4
+
+
+def test_processes_that_cannot_meet_are_one_line(short):
+    done = run(*TRAIN, cwd=short, status=2, JAX_COORDINATOR_ADDRESS="127.0.0.1:1", JAX_NUM_PROCESSES="none")
+    assert done.stderr.startswith("error: processes must meet at JAX_COORDINATOR_ADDRESS 127.0.0.1:1")
+
+
+def test_too_little_memory_names_the_batch_to_try(monkeypatch):
+    """Where the device says so; a CPU's memory is never said to be exhausted."""
+    from backends.jax import trainer as room
+
+    def exhausted(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
+
+    monkeypatch.setattr(room, "compiled", exhausted)
+    dataset = open_dataset("digits")
+    trainer = room.JaxTrainer(resolve(TrainOptions(batch=64), dataset), TrainOptions(batch=64))
+    images, labels = np.zeros((64, 1, 8, 8), np.float32), np.zeros((64, 10), np.float32)
+    with pytest.raises(InputError, match=r"must fit into memory.*try --batch-per-device 32"):
+        trainer.step(images, labels, nimg=0, lr=0.01)
 
 
 def test_snapshots_and_states_cross_between_ports(short):

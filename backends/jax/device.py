@@ -13,6 +13,28 @@ from edm2_core.errors import InputError
 AXIS = "data"
 
 
+def join() -> None:
+    """Meet the other processes of this job, where ``JAX_COORDINATOR_ADDRESS`` says that there are any.
+
+    ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` say how many, and which this one is; on clusters that JAX knows, such
+    as Slurm and Cloud TPU, they may be left out.
+
+    Raises:
+        InputError: numbers that are none, or a coordinator that nobody is at.
+    """
+    if not (address := os.environ.get("JAX_COORDINATOR_ADDRESS")):
+        return
+    count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    try:
+        jax.distributed.initialize(address, int(count) if count else None, int(index) if index else None)
+    except (ValueError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(
+            f"processes must meet at JAX_COORDINATOR_ADDRESS {address}, got '{why}': "
+            "set JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0 on"
+        ) from error
+
+
 def choose(name: str | None, /) -> list[Any]:
     """The devices of the kind ``name``, cpu, gpu or tpu, as 'gpu:1' one of them; None: all of JAX's own choice.
 

@@ -6,18 +6,21 @@ plain functions.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod, sqrt
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from edm2_core import mp
 from edm2_core.network import Block, NetworkConfig, plan
 from edm2_core.precond import precondition
 
 Params = Mapping[str, Array]
+PRODUCT = "product"  # the name of what is kept for the way back: all else is cheaper to compute again than to store
 _EPS = 1e-4
 
 
@@ -44,11 +47,40 @@ def effective_weight(weight: Array, gain: Any = 1.0) -> Array:
 def layer(x: Array, weight: Array, gain: Any = 1.0) -> Array:
     """A linear layer [N, C], or a convolution [N, H, W, C] that keeps the size."""
     w = effective_weight(weight, gain).astype(x.dtype)
-    if w.ndim == 2:
-        return x @ w
-    if w.shape[:2] == (1, 1):
-        return x @ w[0, 0]
+    product = x @ w.reshape(w.shape[-2:]) if prod(w.shape[:-2]) == 1 else convolution(x, w)
+    return checkpoint_name(product, PRODUCT)
+
+
+@jax.custom_jvp
+def convolution(x: Array, w: Array) -> Array:
+    """[N, H, W, C] with a kernel [kh, kw, C, D] of odd sizes, keeping the size.
+
+    Its derivative along the kernel is said in matrix products on CPUs, so that the kernel's gradient is such a sum too:
+    as a convolution, whose windows are as large as images, it takes twice as long there.
+    """
     return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@convolution.defjvp
+def _convolution_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, w), (dx, dw) = primals, tangents
+    along_w = lax.platform_dependent(x, dw, cpu=by_products, default=convolution)
+    return convolution(x, w), convolution(dx, w) + along_w
+
+
+def by_products(x: Array, w: Array) -> Array:
+    """:func:`convolution`, image by image, as a product of the pixels' neighbourhoods and the kernel."""
+    kh, kw = w.shape[:2]
+    matrix = w.reshape(-1, w.shape[-1])
+
+    @jax.checkpoint  # keeps x for the way back, not all its shifted copies
+    def one(image: Array) -> Array:
+        height, width, _ = image.shape
+        padded = jnp.pad(image, ((kh // 2,) * 2, (kw // 2,) * 2, (0, 0)))
+        shifted = [padded[i : i + height, j : j + width] for i in range(kh) for j in range(kw)]
+        return jnp.concatenate(shifted, axis=-1) @ matrix
+
+    return lax.map(one, x)
 
 
 def denoise(
@@ -101,6 +133,7 @@ def embedding(config: NetworkConfig, params: Params, c_noise: Array, labels: Arr
     return mp.mp_silu(emb)
 
 
+@partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT), static_argnums=(0, 2))
 def run_block(
     config: NetworkConfig, params: Params, block: Block, x: Array, emb: Array, dropout: Array | None
 ) -> Array:
@@ -135,7 +168,7 @@ def attention(x: Array, weight: Array, heads: int) -> Array:
     q, k, v = (qkv[..., i] for i in range(3))
     scores = jnp.einsum("nqhc,nkhc->nhqk", q, k, preferred_element_type=jnp.float32) / sqrt(c // heads)
     shares = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-    return jnp.einsum("nhqk,nkhc->nqhc", shares, v).reshape(n, h, w, c)
+    return checkpoint_name(jnp.einsum("nhqk,nkhc->nqhc", shares, v), PRODUCT).reshape(n, h, w, c)
 
 
 def resample(x: Array, mode: str, taps: tuple[float, ...]) -> Array:

@@ -1,10 +1,9 @@
 """python -m backends.jax.train: train EDM2 with JAX on TPU, GPU or CPU; on digits with no argument.
 
-All devices of a host share each batch. Several hosts: start the command on each; where JAX_COORDINATOR_ADDRESS is set,
-or on a Cloud TPU pod, they find each other.
+All devices of a host share each batch. Several hosts: start the command on each, with JAX_COORDINATOR_ADDRESS set to
+the first one's address and port, JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0 on.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -24,9 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .port import Port
     from .trainer import JaxTrainer
 
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        jax.distributed.initialize()
-    sampler = Port(device=device.choose(options.device)[0], matmul=None).sampler
+    device.join()
+    own = next(one for one in device.choose(options.device) if one.process_index == jax.process_index())
+    sampler = Port(device=own, matmul=None).sampler
     return run_training(options, JaxTrainer, sampler, prog=PROG)
 
 

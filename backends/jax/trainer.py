@@ -19,7 +19,7 @@ from edm2_core.loss import noise_level
 from edm2_core.network import initialize
 
 from . import device as devices
-from .step import Batch, Metrics, State, from_stored, init, make_step, to_stored
+from .step import Batch, Metrics, State, compiled, from_stored, init, make_step, to_stored
 from .weights import to_nhwc
 
 
@@ -40,12 +40,13 @@ class JaxTrainer:
             )
         microbatch = None if options.batch_per_device is None else options.batch_per_device * self._mesh.size
         self._microbatch = microbatch
-        self._step = self._compiled(settings, microbatch)
+        self._train_step = self._noisy_step(settings, microbatch)
+        self._step: Any = None  # compiled for its first arguments
         params = initialize(settings.network, seed=settings.seed)
         self._place(init(settings.network, params, sigma_rels=settings.sigma_rels))
         self._metrics: list[Metrics] = []
 
-    def _compiled(self, settings: Settings, microbatch: int | None) -> Any:
+    def _noisy_step(self, settings: Settings, microbatch: int | None) -> Any:
         step = make_step(
             settings.network,
             loss_scaling=settings.loss_scaling,
@@ -63,17 +64,19 @@ class JaxTrainer:
             batch = Batch(images, jax.random.normal(noise, images.shape), sigma, labels)
             return step(state, batch, lr, dropout)
 
-        return jax.jit(train_step, donate_argnums=0)
+        return train_step
 
     def _place(self, state: State) -> None:
         self._state = jax.device_put(state, devices.state_sharding(self._mesh, state))
 
     def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> None:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._settings.seed), nimg >> 31), nimg & 0x7FFFFFFF)
+        given = (self._state, self._global(to_nhwc(images)), self._global(labels), jnp.float32(lr), key)
         try:
-            self._state, metrics = self._step(
-                self._state, self._global(to_nhwc(images)), self._global(labels), jnp.float32(lr), key
-            )
+            if self._step is None:
+                cpu = self._mesh.devices.flat[0].platform == "cpu"
+                self._step = compiled(self._train_step, *given, cpu=cpu)
+            self._state, metrics = self._step(*given)
             if self._start:
                 jax.block_until_ready(metrics)
         except jax.errors.JaxRuntimeError as error:
