@@ -1,9 +1,9 @@
 """The EDM2 network as MLX modules that walk the plan, in MLX's own layout: images NHWC, weights [out, kh, kw, in].
 
 Parameters have the canonical names. A call is pure: no weight is written and randomness comes from a key that is
-given, so ``mx.grad``, ``mx.jvp`` and ``mx.compile`` see a plain function; forced weight normalization belongs to the step.
-Fourier constants are frozen parameters. Activations run in ``dtype``; the noise-conditioned path, weights and norms in
-float32.
+given, so ``mx.grad``, ``mx.jvp`` and ``mx.compile`` see a plain function; forced weight normalization belongs to the
+step. Fourier constants are frozen parameters. Activations run in ``dtype``; the noise-conditioned path, weights and
+norms in float32.
 
 Constants of magnitude-preserving functions (1/0.596 of mp_silu, the blend of mp_sum) ride on the gain of the next or
 last convolution, where they cost nothing, instead of on the activations, where each is a pass over memory.

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx import nn, optimizers
+from mlx import optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
 from backends.pipeline.state import State
