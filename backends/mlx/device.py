@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx import nn
+from mlx.utils import tree_flatten
 
 from edm2_core.errors import InputError
 
@@ -83,13 +84,13 @@ class Processes:
             group = mx.distributed.init(strict=True)
         return cls(group.rank(), group.size())
 
-    def average(self, gradients: Any) -> Any:
-        """The mean of each array of a tree over the processes, in messages of a few megabytes. Evaluated."""
+    def average(self, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The mean of each array over the processes, in messages of a few megabytes."""
         if self.world == 1:
             return gradients
         mx.eval(gradients)
         with _meeting():
-            found = nn.average_gradients(gradients, all_reduce_size=_BUCKET)
+            found = dict(tree_flatten(nn.average_gradients(gradients, all_reduce_size=_BUCKET)))
             mx.eval(found)
         return found
 
@@ -98,7 +99,7 @@ class Processes:
         if self.world == 1:
             return value
         with _meeting():
-            return float(mx.distributed.all_sum(mx.array(value)).item()) / self.world
+            return float(mx.distributed.all_sum(mx.array(value))) / self.world
 
 
 @contextmanager

@@ -191,11 +191,11 @@ class Network(nn.Module):
         """
         c = precondition(sigma, sigma_data=self.config.sigma_data)
         c_noise = c.c_noise.reshape(-1)
-        output = self.unet((x * c.c_in).astype(self.dtype), c_noise, labels, self.keys(dropout)).astype(x.dtype)
+        output = self.unet((x * c.c_in).astype(self.dtype), c_noise, labels, self.block_keys(dropout)).astype(x.dtype)
         logvar = self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
         return c.c_skip * x + c.c_out * output, logvar
 
-    def keys(self, dropout: mx.array | None) -> Keys:
+    def block_keys(self, dropout: mx.array | None) -> Keys:
         """A key for each block in running order, or None."""
         if dropout is None or not self.config.dropout:
             return repeat(None)

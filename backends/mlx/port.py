@@ -76,7 +76,7 @@ class Port:
         with self._place():
             training = Training(self._network(config, params), betas=betas, sigma_rels=sigma_rels)
             losses = [
-                training.step(_batch(*batch), lr=lr)[0].item()
+                float(training.step(_batch(*batch), lr=lr)[0])
                 for batch, lr in zip(batches, learning_rates, strict=True)
             ]
             state = training.state()

@@ -39,7 +39,8 @@ class Batch(NamedTuple):
         """This batch in parts of ``size`` images, the last maybe smaller; None: in one."""
         size = size or len(self.images)
         for start in range(0, len(self.images), size):
-            yield Batch(*(None if x is None else x[start : start + size] for x in self))
+            parts: list[Any] = [None if x is None else x[start : start + size] for x in self]
+            yield Batch(*parts)
 
 
 def batch_loss(network: Network, batch: Batch, *, dropout: mx.array | None = None) -> mx.array:
@@ -140,7 +141,7 @@ class Training:
         self.steps += 1
         return loss / batch.images.size, nonfinite
 
-    def _part(self, count: int, key: mx.array | None, *arrays: mx.array | None) -> tuple[mx.array, Gradients]:
+    def _part(self, count: int, key: mx.array | None, *arrays: Any) -> tuple[mx.array, Gradients]:
         """The summed loss of a part of ``count`` images, and its share of the gradients of the mean, scaled."""
         batch = Batch(*arrays)  # a compiled function is given plain tuples
         loss, gradients = gradients_of(self.network, batch, scale=self.loss_scaling / count, dropout=key)
@@ -181,5 +182,5 @@ class Training:
     @property
     def _moments(self) -> dict[str, dict[str, mx.array]]:
         """Adam's pair of each trained parameter, by name: the optimizer's own, to read and to write."""
-        found = tree_flatten(self.optimizer.state, is_leaf=lambda node: isinstance(node, dict) and "m" in node)
+        found: Any = tree_flatten(self.optimizer.state, is_leaf=lambda node: isinstance(node, dict) and "m" in node)
         return {name: pair for name, pair in found if isinstance(pair, dict)}

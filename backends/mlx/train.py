@@ -7,6 +7,7 @@ them.
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from backends.pipeline.commands import command
 from backends.pipeline.options import TrainOptions, count_text, parse
@@ -16,7 +17,7 @@ from edm2_core.presets import Ki
 
 PROG = "python -m backends.mlx.train"
 # What minutes on MLX's slow CPU build are enough for: more steps of fewer images than the preset's
-SMALLER = {"duration": 8 * Ki, "batch": 64, "rampup": Ki, "snapshot": Ki}
+SMALLER: dict[str, Any] = {"duration": 6 * Ki, "batch": 32, "rampup": Ki, "snapshot": Ki}
 
 
 @command

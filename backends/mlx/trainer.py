@@ -51,7 +51,7 @@ class MLXTrainer:
             raise InputError(
                 f"the step must fit into memory, got none left on {self.device}: try --batch-per-device {half}"
             ) from error
-        self._metrics.append((loss.item(), nonfinite.item()))
+        self._metrics.append((float(loss), int(nonfinite)))
 
     def _batch(self, images: np.ndarray, labels: np.ndarray | None, nimg: int) -> tuple[Batch, mx.array | None]:
         """Noise is drawn for the whole batch and cut to this process's share, so their number changes nothing."""
