@@ -34,8 +34,15 @@ def choose(name: str | None, /) -> mx.Device:
 
 
 def describe(device: mx.Device, /) -> str:
-    info, limit = mx.device_info(device), mx.get_memory_limit() / 2**30
+    info, limit = mx.device_info(device), _memory_limit() / 2**30
     return f"{_kind(device)} ({info.get('device_name', info['architecture'])}, memory limit {limit:.1f} GiB)"
+
+
+def _memory_limit() -> int:
+    """Bytes that MLX may take: what setting the limit answers, in all its versions."""
+    limit = mx.set_memory_limit(1 << 50)
+    mx.set_memory_limit(limit)
+    return int(limit)
 
 
 def _kind(device: mx.Device, /) -> str:
