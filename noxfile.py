@@ -14,10 +14,12 @@ nox.options.error_on_missing_interpreters = True
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Formatting and lint."""
-    session.install("ruff>=0.6")
+    """Formatting and lint, of the workflows too."""
+    session.install("ruff>=0.6", "check-jsonschema>=0.29")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
+    workflows = map(str, Path(".github/workflows").glob("*.yml"))
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
 
 
 @nox.session

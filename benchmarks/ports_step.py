@@ -1,6 +1,6 @@
 """A training step of each port on the same network and batch, side by side: time and memory.
 
-    python -m benchmarks.ports_step [--steps 8] [--ports torch jax]
+    python -m benchmarks.ports_step [--steps 8] [--ports torch jax mlx]
 
 32x32x3, 64 channels x1,2,3, two blocks, attention at 16 and 8, batch 16, float32, on the CPU; each port in a process of
 its own. Times are medians of steps after the first two; memory is the process's peak, with Python and its framework.
@@ -32,7 +32,7 @@ CONFIG = NetworkConfig(
 BATCH = 16
 
 
-def main(*, steps: int = 8, ports: tuple[str, ...] = ("torch", "jax")) -> None:
+def main(*, steps: int = 8, ports: tuple[str, ...] = ("torch", "jax", "mlx")) -> None:
     """Print a row for each of PORTS, after STEPS timed steps."""
     rows = {name: _child(name, steps) for name in ports}
     base = rows[ports[0]]
@@ -53,7 +53,7 @@ def _child(name: str, steps: int) -> dict[str, float]:
 
 def _run_child(name: str, steps: int) -> None:
     start = time.perf_counter()
-    step = {"torch": _torch, "jax": _jax}[name]()
+    step = {"torch": _torch, "jax": _jax, "mlx": _mlx}[name]()
     step()
     first, seconds = time.perf_counter() - start, []
     for _ in range(steps + 1):
@@ -99,6 +99,19 @@ def _jax() -> Callable[[], Any]:
         return float(metrics.loss)
 
     return run
+
+
+def _mlx() -> Callable[[], Any]:
+    import mlx.core as mx
+
+    from backends.mlx.step import Batch, Training
+    from backends.mlx.weights import build, to_nhwc
+
+    mx.set_default_device(mx.cpu)
+    images, noise, sigma = _arrays()
+    training = Training(build(CONFIG, initialize(CONFIG, seed=0)))
+    batch = Batch(to_nhwc(images), to_nhwc(noise), mx.array(sigma))
+    return lambda: float(training.step(batch, lr=0.01)[0])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-FRAMEWORKS = {"torch": "torch", "jax": "jax"}  # our ports and the package without which they cannot run
+FRAMEWORKS = {"torch": "torch", "jax": "jax", "mlx": "mlx"}  # our ports and the package without which they cannot run
 COMPILED = ("jax",)  # each new network takes seconds to compile: not for hundreds of random ones
 
 

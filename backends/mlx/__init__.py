@@ -1,1 +1,1 @@
-"""The MLX port: averages of any module; on Apple silicon and CPU."""
+"""The MLX port: training and sampling on Apple silicon and CPUs; averages of any module."""

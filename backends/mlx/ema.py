@@ -131,6 +131,13 @@ def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None
     return {name: mx.array(array) for name, array in snapshot.params.items()}
 
 
+def moved(average: mx.array, weight: mx.array, share: mx.array) -> mx.array:
+    """From ``average`` the part ``share`` (1 - beta, 0-d) of the way to ``weight``, measured from the nearer end: exact
+    at both. What a compiled step does, where ``share`` is no Python number. Source: Eq. 127."""
+    way = weight - average
+    return mx.where(share < 0.5, average + share * way, weight - (1 - share) * way)
+
+
 def _flat(tree: Tree) -> dict[str, mx.array]:
     return dict(tree_flatten(tree))
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import signal
 import sys
 import threading
@@ -25,10 +26,10 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
             return main(*args, **kwargs) or 0
         except InputError as error:
             return _fail(str(error))
-        except ModuleNotFoundError as error:
-            if error.name not in _FRAMEWORKS:
+        except ImportError as error:
+            if (framework := _missing(error)) is None:
                 raise
-            return _fail(f"this command needs {error.name}, which is not installed: pip install 'edm2[{error.name}]'")
+            return _fail(f"this command needs {framework}, which is not installed: {_to_install(framework)}")
         except BrokenPipeError:  # whoever read our output has enough; what Python still holds of it goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
@@ -41,6 +42,21 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
             return 128 + signal.SIGINT
 
     return run
+
+
+def _missing(error: ImportError) -> str | None:
+    """The framework that is not here, if it is that: mlx on Linux may be there without what it computes with."""
+    if isinstance(error, ModuleNotFoundError):
+        return error.name if error.name in _FRAMEWORKS else None
+    return "mlx" if "libmlx" in str(error) else None
+
+
+def _to_install(framework: str) -> str:
+    system, machine = platform.system(), platform.machine()
+    if framework == "mlx" and system != "Linux" and (system, machine) != ("Darwin", "arm64"):
+        return f"there is none for {system} on {machine}, take backends.torch or backends.jax"
+    for_cpu = " (mlx[cpu] is what it brings on Linux)" if framework == "mlx" and system == "Linux" else ""
+    return f"pip install 'edm2[{framework}]'{for_cpu}"
 
 
 def _fail(message: str) -> int:

@@ -1,0 +1,42 @@
+"""python -m backends.mlx.sample: images from a trained network, of any averaging length, with any guide."""
+
+import sys
+from collections.abc import Sequence
+
+from backends.pipeline.commands import command
+from backends.pipeline.options import SampleOptions, parse
+from backends.pipeline.runs import newest
+from backends.pipeline.sampling import run_sampling
+from edm2_core.errors import InputError
+
+PROG = "python -m backends.mlx.sample"
+TRAIN = "python -m backends.mlx.train"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(SampleOptions, argv, prog=PROG, description="Sample with MLX; by default, the newest run.")
+    if options.run is None and options.net is None and not _any_run():
+        return 2
+    from . import device  # MLX takes a moment to import: help and wrong flags do without it
+    from .port import Port
+
+    port = Port(device=options.device, precision=options.precision or "float32")
+    run_sampling(options, port.sampler, prog=PROG)
+    device.report(options.device)
+    return 0
+
+
+def _any_run() -> bool:
+    """Whether there is a run to take; if not, says in two lines how to come by one."""
+    try:
+        newest(train=TRAIN)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        print("or copy a snapshot here that any port wrote, on CUDA say, and name it with --net FILE", file=sys.stderr)
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

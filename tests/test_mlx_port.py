@@ -1,0 +1,383 @@
+"""The MLX port: its network against the reference, its step however divided, its commands as a person runs them."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_port import PRESET, ToySampler
+
+from backends.pipeline.options import TrainOptions
+from backends.pipeline.snapshots import Snapshot, load_snapshot, save_snapshot
+from backends.pipeline.state import load_state
+from backends.pipeline.training import run_training
+from conformance import strategies as draw
+from conformance import tolerance
+from edm2_core import reference
+from edm2_core.errors import InputError
+from edm2_core.network import NetworkConfig, initialize, plan
+from edm2_core.presets import PRESETS
+
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+
+from backends.mlx import convolution, step, weights  # noqa: E402
+from backends.mlx import device as devices  # noqa: E402
+from backends.mlx.port import PORT, Port  # noqa: E402
+from backends.mlx.trainer import MLXTrainer  # noqa: E402
+
+CONFIGS = {
+    "plain": NetworkConfig(
+        img_resolution=8, img_channels=1, model_channels=6, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(),
+        channels_per_head=6, logvar_channels=5,
+    ),
+    "attention, labels, filter": NetworkConfig(
+        img_resolution=12, img_channels=3, label_dim=4, model_channels=10, channel_mult=(1, 1.5, 2), num_blocks=1,
+        attn_resolutions=(6, 3), channels_per_head=5, resample_filter=(1, 3, 3, 1), clip_act=2.0, logvar_channels=5,
+        concat_balance=0.3, sigma_data=1.0,
+    ),
+}  # fmt: skip
+SMALL = NetworkConfig(
+    img_resolution=4, img_channels=1, label_dim=3, model_channels=4, channel_mult=(1,), num_blocks=1,
+    attn_resolutions=(), channels_per_head=4, logvar_channels=4,
+)  # fmt: skip
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+TRAIN, SAMPLE = ("-m", "backends.mlx.train"), ("-m", "backends.mlx.sample")
+
+
+def arguments(config, size=4):
+    return draw.random_parameters(config, 1), draw.random_batch(config, 3, size=size)
+
+
+def native(batch):
+    labels = None if batch.labels is None else mx.array(batch.labels)
+    return step.Batch(weights.to_nhwc(batch.images), weights.to_nhwc(batch.unit_noise), mx.array(batch.sigma), labels)
+
+
+def trained(config, params, batch, *, steps=1, dtype=mx.float32, key=None, **options):
+    training = step.Training(weights.build(config, params, dtype=dtype), **options)
+    found = [training.step(native(batch), lr=0.01, dropout=key) for _ in range(steps)]
+    return training, found[-1]
+
+
+# ---- the network
+
+
+@each_config
+def test_the_network_is_the_reference(config):
+    params, batch = arguments(config)
+    got = PORT.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
+    wanted = reference.denoise(config, draw.wide(params), *draw.wide((batch.noisy, batch.sigma, batch.labels)))
+    for g, w in zip(got, wanted, strict=True):
+        assert tolerance.relative(g, w) < tolerance.network(config)
+
+
+@each_config
+def test_the_derivative_along_a_direction_is_a_finite_difference(config):
+    """In float64 arithmetic of the difference; forward mode in float32."""
+    params, batch = arguments(config)
+    direction = np.random.default_rng(0).standard_normal(batch.noisy.shape).astype(np.float32)
+    with mx.stream(mx.cpu):
+        network, given = weights.build(config, params), native(batch)
+        inputs = [weights.to_nhwc(array) for array in (batch.noisy, direction)]
+        _, (got,) = mx.jvp(lambda x: network(x, given.sigma, given.labels)[0], inputs[:1], inputs[1:])
+    h, exact = 1e-6, draw.wide((params, batch.noisy, batch.sigma, batch.labels))
+    ahead, behind = (reference.denoise(config, exact[0], exact[1] + s * direction, *exact[2:])[0] for s in (h, -h))
+    assert tolerance.relative(weights.to_nchw(got), (ahead - behind) / (2 * h)) < 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("images", [1, 5])
+def test_both_ways_to_convolve_are_one(size, images, monkeypatch):
+    monkeypatch.setattr(convolution, "_WORTH_A_CORE", 1)  # so that the cores share it
+    x, w = mx.random.normal((images, 6, 5, 3), key=mx.random.key(0)), mx.random.normal((4, size, size, 3))
+
+    def squared(convolve):
+        return lambda x, w: mx.square(convolve(x, w)).sum()
+
+    def library(x, w):
+        return mx.conv2d(x, w, padding=size // 2)
+
+    for way in (lambda f: [f(x, w)], lambda f: mx.grad(squared(f), argnums=(0, 1))(x, w)):
+        for got, wanted in zip(way(convolution.by_taps), way(library), strict=True):
+            assert tolerance.relative(got, wanted) < 27 * tolerance.eps("float32")
+
+
+def test_layouts_go_there_and_back_once():
+    for shape in ((), (5,), (3, 4), (2, 3, 3, 3), (2, 5, 3, 3)):
+        array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        there = weights.to_native(array)
+        assert there.shape == ((shape[0], *shape[2:], shape[1]) if len(shape) == 4 else shape)
+        assert weights.to_native(there) is there
+        back = weights.to_canonical(there)
+        assert np.array_equal(back, array)
+        assert back.flags.c_contiguous
+        assert weights.to_canonical(back) is back
+
+
+def test_parameters_have_the_canonical_names_and_fourier_constants_are_not_trained():
+    config = CONFIGS["attention, labels, filter"]
+    network = weights.build(config, initialize(config, seed=0))
+    table = plan(config).parameters
+    assert weights.tensors(network).keys() == table.keys()
+    gradients = step.gradients_of(network, native(arguments(config)[1]), scale=1.0)[1]
+    assert gradients.keys() == {name for name, parameter in table.items() if parameter.trained}
+
+
+# ---- the step
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    config = CONFIGS["attention, labels, filter"]
+    whole, parts = (trained(config, *arguments(config), microbatch=m)[0].state() for m in (None, 3))
+    for name, array in whole.moments1.items():
+        assert np.allclose(parts.moments1[name], array, rtol=1e-3, atol=1e-5 * np.abs(array).max() + 1e-7)
+
+
+def test_loss_scaling_changes_nothing_in_float32():
+    params, batch = arguments(SMALL)
+    plain, scaled = (trained(SMALL, params, batch, loss_scaling=s)[0].state().params for s in (1.0, 1024.0))
+    assert all(np.array_equal(plain[name], scaled[name]) for name in plain)  # a power of two
+
+
+def test_gradients_that_are_not_finite_are_zeroed_and_counted():
+    params, batch = arguments(SMALL)
+    batch.images[0, 0, 0, 0] = np.inf
+    training, (_, nonfinite) = trained(SMALL, params, batch)
+    assert int(nonfinite) > 0
+    assert all(np.isfinite(array).all() for array in training.state().params.values())
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_half_precision_keeps_parameters_in_float32_and_comes_near(dtype):
+    params, batch = arguments(SMALL)
+    half, (loss, _) = trained(SMALL, params, batch, dtype=dtype)
+    _, (exact, _) = trained(SMALL, params, batch)
+    assert float(loss) == pytest.approx(float(exact), rel=20 * mx.finfo(dtype).eps)
+    assert {array.dtype for array in weights.tensors(half.network).values()} == {mx.float32}
+    assert {a.dtype for average in half.ema.averages.values() for a in average.values()} == {mx.float32}
+
+
+def test_dropout_is_a_function_of_its_key_and_acts_in_training_only():
+    config = replace(SMALL, dropout=0.5)
+    params, batch = arguments(config)
+    losses = [float(trained(config, params, batch, key=k and mx.random.key(k))[1][0]) for k in (1, 1, 2, None)]
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+    assert losses[3] == float(trained(SMALL, params, batch)[1][0])
+
+
+def test_state_goes_on_exactly():
+    params, batch = arguments(SMALL)
+    whole, _ = trained(SMALL, params, batch, steps=4)
+    resumed, _ = trained(SMALL, draw.random_parameters(SMALL, 2), batch)
+    resumed.load_state(trained(SMALL, params, batch, steps=2)[0].state())
+    for _ in range(2):
+        resumed.step(native(batch), lr=0.01)
+    ours, theirs = resumed.state(), whole.state()
+    assert (ours.nimg, ours.steps) == (theirs.nimg, theirs.steps)
+    for part, arrays in theirs.parts().items():
+        assert all(np.array_equal(ours.parts()[part][name], array) for name, array in arrays.items()), part
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU, compiled functions need g++")
+def test_compiled_with_its_state_a_step_is_the_same(monkeypatch):
+    """Of what moves state; the gradients too take minutes where every kernel is a run of g++."""
+    params, batch = arguments(SMALL)
+    plain, _ = trained(SMALL, params, batch, steps=3)
+    monkeypatch.setattr(step, "compiled", lambda f, **state: mx.compile(f, **state) if state["outputs"] else f)
+    compiled, _ = trained(SMALL, params, batch, steps=3)
+    for part, arrays in plain.state().parts().items():
+        assert tolerance.relative_all(compiled.state().parts()[part], arrays, 1e-3)[0] < 1e-4, part
+
+
+def test_memory_stays_flat():
+    params, batch = arguments(SMALL, size=2)
+    training, _ = trained(SMALL, params, batch, steps=2)
+    taken = []
+    for _ in range(2):
+        mx.reset_peak_memory()
+        for _ in range(100):
+            training.step(native(batch), lr=0.01)
+        taken.append((mx.get_active_memory(), mx.get_peak_memory()))
+    assert all(later <= 1.01 * earlier for earlier, later in zip(*taken, strict=True))
+
+
+# ---- runs
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Where short runs on a toy's network may be made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "toy", PRESET)
+    return tmp_path
+
+
+def run(outdir, duration, trainer=MLXTrainer, **options):
+    if not Path(outdir).exists():
+        options |= {"preset": "toy", "data": "digits"}
+    options |= {"outdir": Path(outdir), "duration": duration}
+    assert run_training(TrainOptions(**options), trainer, ToySampler(), prog="python -m backends.toy.train") == 0
+    return load_state(Path(outdir) / "state" / "state.safetensors", PRESET.network, (0.05, 0.10))
+
+
+def test_resuming_is_not_stopping(toy):
+    run("whole", 192)
+    run("parts", 128)
+    run("parts", 192)
+    assert len({(toy / name / "state" / "state.safetensors").read_bytes() for name in ("whole", "parts")}) == 1
+
+
+def test_states_of_other_ports_go_on(toy):
+    pytest.importorskip("torch", reason="torch is not installed")
+    from backends.torch.trainer import TorchTrainer
+
+    run("crossed", 128, TorchTrainer)
+    run("crossed", 192)
+    assert run("crossed", 256, TorchTrainer).steps == 4
+
+
+@pytest.mark.parametrize("stored_by", ["torch", "jax", "mlx"])
+def test_snapshots_cross_and_show_the_same_images(tmp_path, stored_by):
+    names = ("torch", "jax", "mlx")
+    for name in names:
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    from conformance.ports import load
+
+    config = SMALL
+    params, batch = arguments(config)
+    _, _, averages = load(stored_by).train(config, params, [batch] * 2, learning_rates=[0.01] * 2)
+    path = tmp_path / "0000000-0.100.safetensors"
+    save_snapshot(path, Snapshot(params=averages[0.10], config=config, nimg=8, sigma_rel=0.10))
+    stored = load_snapshot(path)
+    images = [
+        load(name).sample(config, stored.params, batch.unit_noise, batch.labels, num_steps=4, guidance=1.5)
+        for name in names
+    ]
+    for other in images[1:]:
+        assert tolerance.relative(other, images[0]) < 1e-4
+
+
+def launch(script, *, timeout=300, cwd):
+    """``script`` in two processes, over loopback."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1] - 1  # two in a row are wanted
+    command = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
+    command += ["-n", "2", "--backend", "ring", "--starting-port", port, "--", sys.executable, "-c", script]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "EDM2_TIMEOUT": str(timeout)}
+    return subprocess.run(map(str, command), cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def test_two_processes_train_what_one_does(toy):
+    script = """
+from pathlib import Path
+from test_mlx_port import PRESET, PRESETS, run, devices
+PRESETS["toy"] = PRESET
+devices._BUCKET = 1000
+run("two", 192, batch_per_device=16)
+"""
+    done = launch(script, cwd=toy)
+    assert "2 processes" in done.stdout, done.stdout + done.stderr
+    one, two = run("one", 192), load_state(toy / "two/state/state.safetensors", PRESET.network, (0.05, 0.10))
+    assert two.nimg == one.nimg
+    # three steps of Adam, each of which moves a weight by lr at most, whatever the rounding of its gradient
+    assert tolerance.relative_all(two.params, one.params, 1.0)[0] < 1e-4
+
+
+@pytest.mark.parametrize("end", ["time.sleep(60)", "os._exit(0)"], ids=["silent", "gone"])
+def test_a_process_that_waits_for_another_in_vain_says_so(tmp_path, end):
+    script = f"""
+import os, sys, time
+from backends.mlx.device import Processes
+from backends.pipeline.commands import command
+@command
+def main():
+    here = Processes.here()
+    here.mean(1.0)
+    if here.rank == 1:
+        {end}
+    here.mean(1.0)
+sys.exit(main())
+"""
+    start = time.monotonic()
+    done = launch(script, timeout=2, cwd=tmp_path)
+    assert re.search("error: (processes must meet within 2 s|all processes must stay)", done.stdout + done.stderr)
+    assert time.monotonic() - start < 50
+
+
+# ---- bad input
+
+
+def command(*args, cwd, status=2):
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def test_without_a_run_two_lines_say_how_to_come_by_a_snapshot(tmp_path):
+    done = command(*SAMPLE, cwd=tmp_path)
+    assert done.stderr.startswith("error: a run must exist under runs/")
+    assert "python -m backends.mlx.train" in done.stderr
+    assert "--net FILE" in done.stderr
+    assert done.stderr.count("\n") == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((*TRAIN, "--device", "tpu"), r"--device must be one that is here \(.*cpu\), got tpu"),
+        ((*TRAIN, "--precision", "float64"), "--precision must be one of float32, bfloat16, float16, got 'float64'"),
+        ((*TRAIN, "--batch", 100, "--batch-per-device", 64), "--batch must be divisible.*100 and 64"),
+        ((*TRAIN, "--data", "nowhere"), "nowhere"),
+        ((*SAMPLE, "--net", "absent.safetensors"), "absent.safetensors"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, args, says):
+    done = command(*args, cwd=tmp_path)
+    assert re.fullmatch(f"error: .*{says}.*\n", done.stderr), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_float64_is_refused_before_the_gpu_is_asked():
+    with pytest.raises(InputError, match="precision must be one of float32, bfloat16, float16, got float64"):
+        Port(precision="float64")
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "fault", "says"),
+    [
+        ("Linux", "x86_64", "ModuleNotFoundError('', name='mlx')", r"pip install 'edm2\[mlx\]' \(mlx\[cpu\]"),
+        ("Linux", "x86_64", "ImportError('libmlx.so: cannot open')", r"pip install 'edm2\[mlx\]' \(mlx\[cpu\]"),
+        ("Darwin", "arm64", "ModuleNotFoundError('', name='mlx')", r"pip install 'edm2\[mlx\]'\n"),
+        ("Windows", "AMD64", "ModuleNotFoundError('', name='mlx')", "there is none for Windows on AMD64"),
+    ],
+)
+def test_where_mlx_is_missing_one_line_says_how_to_install_it(tmp_path, system, machine, fault, says):
+    script = f"""
+import platform, sys
+platform.system, platform.machine = lambda: {system!r}, lambda: {machine!r}
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "mlx":
+            raise {fault}
+sys.meta_path.insert(0, Absent())
+from backends.mlx.train import main
+sys.exit(main([]))
+"""
+    done = command("-c", script, cwd=tmp_path)
+    assert re.fullmatch(f"error: this command needs mlx, which is not installed: {says}.*", done.stderr, re.DOTALL)
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_is_said_of_the_device_is_here():
+    said = devices.describe(devices.choose(None))
+    assert re.fullmatch(r"(gpu|cpu) \(.*, memory limit \d+\.\d GiB\)", said)
