@@ -218,7 +218,8 @@ def test_two_processes_do_as_one(short):
         subprocess.Popen(command, cwd=short, env={**environment, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE)
         for i in range(2)
     ]
-    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
     one, two = state_of(short / "whole"), state_of(short / "two")
     assert tolerance.relative_all(two.params, one.params, 1.0)[0] < 1e-4
 

@@ -21,6 +21,7 @@ from edm2_core.precond import precondition
 
 Params = Mapping[str, Array]
 PRODUCT = "product"  # the name of what is kept for the way back: all else is cheaper to compute again than to store
+_PIXELS = 1 << 12  # whose neighbourhoods are laid out at a time
 _EPS = 1e-4
 
 
@@ -69,18 +70,20 @@ def _convolution_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]
 
 
 def by_products(x: Array, w: Array) -> Array:
-    """:func:`convolution`, image by image, as a product of the pixels' neighbourhoods and the kernel."""
-    kh, kw = w.shape[:2]
+    """:func:`convolution`, a few images at a time, as a product of the pixels' neighbourhoods and the kernel."""
+    (n, height, width, channels), (kh, kw) = x.shape, w.shape[:2]
     matrix = w.reshape(-1, w.shape[-1])
+    some = max(c for c in range(1, n + 1) if n % c == 0 and (c == 1 or c * height * width <= _PIXELS))
 
     @jax.checkpoint  # keeps x for the way back, not all its shifted copies
-    def one(image: Array) -> Array:
-        height, width, _ = image.shape
-        padded = jnp.pad(image, ((kh // 2,) * 2, (kw // 2,) * 2, (0, 0)))
-        shifted = [padded[i : i + height, j : j + width] for i in range(kh) for j in range(kw)]
+    def convolved(images: Array) -> Array:
+        padded = jnp.pad(images, ((0, 0), (kh // 2,) * 2, (kw // 2,) * 2, (0, 0)))
+        shifted = [padded[:, i : i + height, j : j + width] for i in range(kh) for j in range(kw)]
         return jnp.concatenate(shifted, axis=-1) @ matrix
 
-    return lax.map(one, x)
+    if some == n:
+        return convolved(x)
+    return lax.map(convolved, x.reshape(-1, some, height, width, channels)).reshape(n, height, width, -1)
 
 
 def denoise(
