@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conformance import tolerance
-from conformance.cases import CASES, Case
+from conformance.cases import CORE_CASES as CASES
+from conformance.core_cases import Case
 from conformance.libraries import Library, check_same_kind, each_half, each_library, flat, to_numpy
 from edm2_core import ema, errors, loss, mp, precond, sampler, schedule
 
