@@ -37,6 +37,11 @@ class Case:
     flushed: float = 16.0
 
     @property
+    def by_host(self) -> bool:
+        """Whether the function computes in float64 on the host, wherever its arguments are."""
+        return self.function.__module__.startswith("edm2_core.ema") and self.function not in (ema.start, ema.advance)
+
+    @property
     def floor(self) -> float:
         return self.flushed * tolerance.TINY
 

@@ -34,6 +34,7 @@ def torch_gradients(
         import torch
     except ModuleNotFoundError as error:
         raise OracleMissing("the oracle of whole gradients differentiates with PyTorch: install it too") from error
+    torch.set_num_threads(1)  # in networks this small threads wait for each other, and on a busy machine for long
     names, kind = trained_names(config), getattr(torch, dtype)
     tensors = {name: torch.tensor(value, dtype=kind) for name, value in params.items()}
     for name in names:

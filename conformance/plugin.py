@@ -129,17 +129,16 @@ def _mark_known(session: Session, items: list[pytest.Item]) -> None:
 def port(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The port of that name.
 
-    PyTorch, where a port brings it, computes on one thread meanwhile: in networks this small threads wait for each
+    PyTorch, for a port or as an oracle, computes on one thread meanwhile: in networks this small threads wait for each
     other, and on a busy machine for long.
     """
     import sys
 
-    subject = request.config.stash[_KEY].subjects[request.param]
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch else 0
     if torch:
         torch.set_num_threads(1)
-    yield subject
+    yield request.config.stash[_KEY].subjects[request.param]
     if torch:
         torch.set_num_threads(threads)
 

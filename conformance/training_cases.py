@@ -113,7 +113,7 @@ def first_step(port: Subject, config: NetworkConfig, seed: int) -> None:
         start = mp.force_weight_norm(wide(params[name])) if parameter.normalized else params[name]
         moved = float(np.abs(trained[name] - start).max())
         bound = 0.01 + 16 * tolerance.eps("float32") * float(np.abs(start).max())
-        measure.within(moved, bound, what=f"the first step of {name}", why="lr, the first step of Adam, and rounding")
+        measure.holds(moved <= bound, f"the first step must move {name} by lr at most", got=moved, wanted=bound)
 
 
 def _state(config: NetworkConfig, params: Params, seed: int) -> Any:
@@ -126,8 +126,8 @@ def _state(config: NetworkConfig, params: Params, seed: int) -> Any:
     averages = {s: draw.random_parameters(config, seed + i) | constants for i, s in ((3, 0.05), (4, 0.10))}
     return State(
         params=params,
-        moments1={name: first[name] * np.float32(0.01) for name in names},
-        moments2={name: np.square(second[name]) * np.float32(1e-4) for name in names},
+        moments1={name: np.asarray(first[name] * np.float32(0.01)) for name in names},
+        moments2={name: np.asarray(np.square(second[name]) * np.float32(1e-4)) for name in names},
         averages=averages,
         nimg=32,
         steps=16,
