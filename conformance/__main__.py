@@ -1,4 +1,4 @@
-"""``python -m conformance --port pkg.adapter:PORT``: prove ports; ask one question again; write what is made by machine.
+"""``python -m conformance --port pkg.adapter:PORT``: prove ports; ask one question again; write what machines write.
 
 Whatever is not listed by ``--help`` goes to pytest.
 """

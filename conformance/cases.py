@@ -23,7 +23,9 @@ _ARRAYS = "float32 arrays without subnormals, to 1e4"
 _NETWORK, _SAMPLED = network_cases.NETWORK, network_cases.SAMPLED
 
 CONTRACT = (
-    Clause("API-1", "the arguments of each function", "the same call on float64 NumPy", "that of the function's clause"),
+    Clause(
+        "API-1", "the arguments of each function", "the same call on float64 NumPy", "that of the function's clause"
+    ),
     Clause("API-2", "Python numbers", "closed forms", "8 eps of float64"),
     Clause("API-3", "read-only arrays", "no exception, no import", "exact"),
     Clause("API-4", "input that breaks a rule", "the message", "exact"),
@@ -35,7 +37,9 @@ CONTRACT = (
     Clause("MP-6", "weights, gains; Gaussian inputs", "rows of norm gain; variance gain^2", "MP-1; 6 standard errors"),
     Clause("MP-7", "weights, upstream gradients", "central differences along the weight", "e / (e + rms) + 8 eps / h"),
     Clause("MP-8", "weights", "forcing twice; the layer before", "e^2 + MP-1; 2 e"),
-    Clause("MP-9", "images, filters of any even length", "the filter's matrix and its transpose", "8 eps of magnitudes"),
+    Clause(
+        "MP-9", "images, filters of any even length", "the filter's matrix and its transpose", "8 eps of magnitudes"
+    ),
     Clause("EMA-1", "gamma to 1e6, lengths from 1e-6", "moments of the profile in 40 digits", "16 eps x condition"),
     Clause("EMA-2", "lengths, end times", "tanh-sinh quadrature", "1e-9"),
     Clause("EMA-3", "lengths, any sequence of intervals", "the profile's integral", "8 eps (1 + gamma) x updates"),

@@ -73,7 +73,8 @@ def _jax(port: Any) -> Extras:
             step = compiled(config)
             for batch, lr in zip(batches, learning_rates, strict=True):
                 images, noise, sigma, labels = batch
-                native = steps.Batch(weights.to_nhwc(images), weights.to_nhwc(noise), sigma, labels)
+                given = None if labels is None else jnp.asarray(labels)
+                native = steps.Batch(*map(jnp.asarray, (weights.to_nhwc(images), weights.to_nhwc(noise), sigma)), given)
                 moving, metrics = step(moving, native, jnp.float32(lr), jax.random.key(0))
                 losses.append(float(metrics.loss))
             return losses, steps.to_stored(moving)
@@ -92,7 +93,6 @@ def _jax(port: Any) -> Extras:
 
 def _mlx(port: Any) -> Extras:
     import mlx.core as mx
-
     from backends.mlx.step import Batch, Training
     from backends.mlx.weights import build, to_nchw, to_nhwc
 

@@ -1,4 +1,4 @@
-"""What is a case? One statement of the specification, with what to draw, whom to ask, and how to say what went wrong."""
+"""What is a case? One statement of the specification, with what to draw, whom to ask, and how to say what is wrong."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -67,7 +67,8 @@ class PortCase:
     def prove(self, subject: Subject) -> int:
         """Ask as often as the profile says; returns how often. A port that compiles each network gets few of them."""
         few = subject.compiles and profiles.current() != "deep"
-        draws = {name: draw.FEW.get(name, how) if few else how for name, how in self.draws.items()}
+        narrowed = draw.few(dearest=self.cost > 5) if few else {}
+        draws = {name: narrowed.get(name, how) for name, how in self.draws.items()}
         own = profiles.fewer(self.cost * (10 if few else 1), least=2 if few else 4)
         if few:  # smaller examples would be compiled one by one
             own = settings(own, phases=[phase for phase in own.phases if phase is not Phase.shrink])

@@ -52,7 +52,9 @@ def read(port: str, path: str | None = None) -> dict[str, Failure]:
         entries = [Failure(**entry) for entry in tomllib.loads(file.read_text(encoding="utf-8")).get("failure", [])]
         found = {failure.id: failure for failure in entries if failure.applies}
     except (OSError, TypeError, ValueError, AttributeError, InvalidSpecifier, metadata.PackageNotFoundError) as error:
-        raise KnownError(f"{file} must list failures with id, reason, link and versions, got {error}: see docs") from error
+        raise KnownError(
+            f"{file} must list failures with id, reason, link and versions, got {error}: see docs"
+        ) from error
     if unknown := sorted({failure.id for failure in entries} - {case.name for case in PORT_CASES}):
         raise KnownError(f"{file}: no case is called {unknown[0]!r}: correct the id or remove the entry")
     return found

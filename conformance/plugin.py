@@ -82,8 +82,9 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "port" in metafunc.fixturenames and _ours(Path(str(metafunc.module.__file__))):
         session = metafunc.config.stash[_KEY]
-        names = list(session.subjects) or [pytest.param(None, marks=pytest.mark.skip(reason="no port is installed"))]
-        metafunc.parametrize("port", names, indirect=True, ids=list(session.subjects) or ["none"])
+        none = pytest.param(None, id="none", marks=pytest.mark.skip(reason="no port is installed"))
+        names = [pytest.param(name, id=name) for name in session.subjects] or [none]
+        metafunc.parametrize("port", names, indirect=True)
 
 
 def _subject_of(item: pytest.Item) -> str:
@@ -201,15 +202,17 @@ def _result(item: pytest.Item, report: pytest.TestReport) -> dict[str, Any]:
     from conformance import cases
 
     record, params = item.stash[_RECORD], getattr(getattr(item, "callspec", None), "params", {})
-    case = params.get("case")
+    case: Any = params.get("case")
     clauses = cases.opening(getattr(item, "function").__doc__)  # noqa: B009
     if _subject_of(item) != CORE and case is not None:
         clauses = tuple(case.clauses.split())
     elif hasattr(case, "clause"):
         clauses = (*clauses, case.clause)
-    outcome, why = report.outcome, ""
+    outcome: str = report.outcome
+    why = ""
     if report.skipped:
-        why = str(getattr(report, "wasxfail", "") or report.longrepr[-1]).removeprefix("Skipped: ")
+        words: Any = report.longrepr
+        why = str(getattr(report, "wasxfail", "") or words[-1]).removeprefix("Skipped: ")
         outcome = "known failure" if hasattr(report, "wasxfail") else "not checked"
         outcome = "not implemented" if why.startswith("not implemented") else outcome
     failure = dict(record.failure)
@@ -289,8 +292,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     state = config.stash[_KEY]
     if not state.started:
         return
-    for name, why in state.absent.items():
-        terminalreporter.write_line(f"port {name} is absent: {why}")
+    for name, missing in state.absent.items():
+        terminalreporter.write_line(f"port {name} is absent: {missing}")
     if why := _shortfall(state):
         terminalreporter.write_line(f"conformance failed: {why}", red=True)
     if folder := config.getoption("report"):

@@ -24,8 +24,8 @@ def test_every_clause_is_proved(row: cases.Clause) -> None:
 def test_every_case_names_its_clause() -> None:
     """API-4: one that SPEC.md has; names of cases are theirs alone."""
     named = {
-        **{case.name: (case.clause,) for case in CORE_CASES},
-        **{case.name: tuple(case.clauses.split()) for case in PORT_CASES},
+        **{f"function {case.name}": (case.clause,) for case in CORE_CASES},
+        **{f"port {case.name}": tuple(case.clauses.split()) for case in PORT_CASES},
         **cases.property_tests(),
     }
     assert len(named) == len(CORE_CASES) + len(PORT_CASES) + len(cases.property_tests())

@@ -63,9 +63,7 @@ def gradients(port: Subject, config: NetworkConfig, seed: int) -> None:
     _, wanted = oracle.torch_gradients(config, params, batch)
     allowed = GRADIENT_SHARE * tolerance.gradient(config, batch.sigma, batch.images)
     why = f"{GRADIENT_SHARE} x ({GRADIENT}), of the tensors' root mean square at least"
-    measure.close_all(
-        got, wanted, allowed, what="the gradient", why=why, floor=tolerance.gradient_floor(wanted)
-    )
+    measure.close_all(got, wanted, allowed, what="the gradient", why=why, floor=tolerance.gradient_floor(wanted))
 
 
 def training(
@@ -90,10 +88,10 @@ def training(
     pairs |= {f"average {s}": (averages[s], wanted.averages[s]) for s in sigma_rels}
     for part, (arrays, wants) in pairs.items():
         measure.same_names(arrays, wants, what=part)
-        for name, want in wants.items():  # each step rounds the weight, and forcing it a few times more
-            rounding = len(sizes) * 8 * tolerance.eps("float32") * float(np.linalg.norm(want.ravel()))
+        for name, array in wants.items():  # each step rounds the weight, and forcing it a few times more
+            rounding = len(sizes) * 8 * tolerance.eps("float32") * float(np.linalg.norm(array.ravel()))
             allowed = rounding + float(np.linalg.norm(wanted.weight_slack.get(name, np.zeros(1)).ravel()))
-            off = float(np.linalg.norm((arrays[name] - want).ravel()))
+            off = float(np.linalg.norm((arrays[name] - array).ravel()))
             measure.within(off, allowed, what=f"{name} of the {part} after {len(sizes)} steps", why=ADAM)
 
 
@@ -189,8 +187,12 @@ CASES = (
     ),
     PortCase("gradients", "STEP-1", BACKWARD | SEED, gradients, AUTOGRAD, GRADIENT, ("loss_and_gradients",), cost=2),
     PortCase("first-step", "STEP-3", BACKWARD | SEED, first_step, "lr, and equality", "exact", ("train",), cost=4),
-    PortCase("training", "STEP-2 STEP-3 EMA-3", BACKWARD | SEED | SIZES | ADAMS, training, TRAINING, ADAM, ("train",), cost=5),
-    PortCase("state-file", "STEP-4", BACKWARD | SEED, state_file, "the bytes themselves", "exact", ("advance",), cost=5),
+    PortCase(
+        "training", "STEP-2 STEP-3 EMA-3", BACKWARD | SEED | SIZES | ADAMS, training, TRAINING, ADAM, ("train",), cost=5,
+    ),
+    PortCase(
+        "state-file", "STEP-4", BACKWARD | SEED, state_file, "the bytes themselves", "exact", ("advance",), cost=5
+    ),
     PortCase(
         "resuming", "STEP-4", BACKWARD | SEED | {"stop": st.integers(1, 3)}, resuming, "the port, without stopping",
         "exact", ("advance",), cost=10,

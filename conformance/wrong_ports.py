@@ -236,12 +236,7 @@ def _heads(order: str) -> Callable[..., Any]:
 
 
 def _attention_unscaled(block: Any, params: Any, x: Any) -> Any:
-    width = x.shape[1] // block.heads
-    return _ATTENTION(replace(block, heads=block.heads), params, x) if width == 1 else _with_scale(block, params, x)
-
-
-def _with_scale(block: Any, params: Any, x: Any) -> Any:
-    with mock.patch.object(reference, "sqrt", lambda value: 1.0):
+    with mock.patch.object(reference, "sqrt", return_value=1.0):
         return _ATTENTION(block, params, x)
 
 
@@ -443,8 +438,8 @@ def page() -> str:
     """docs/wrong_ports.md: every fault, the case that caught it, and what it said."""
     lines = [
         "# Wrong ports", "",
-        "Ports with one fault each (`conformance/wrong_ports.py`), run through the suite: each must be caught, by the case",
-        "named here. This page is made by `python -m conformance --wrong-ports docs/wrong_ports.md`; a test runs them all.",
+        "Ports with one fault each (`conformance/wrong_ports.py`), run through the suite: each must be caught, by the",
+        "case named here. A test runs them all. Made by `python -m conformance --wrong-ports docs/wrong_ports.md`.",
         "", "| port | fault | caught by | what it said |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     for fault in FAULTS:
