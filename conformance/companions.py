@@ -73,9 +73,8 @@ def _jax(port: Any) -> Extras:
             step = compiled(config)
             for batch, lr in zip(batches, learning_rates, strict=True):
                 images, noise, sigma, labels = batch
-                given = None if labels is None else jnp.asarray(labels)
-                native = steps.Batch(*map(jnp.asarray, (weights.to_nhwc(images), weights.to_nhwc(noise), sigma)), given)
-                moving, metrics = step(moving, native, jnp.float32(lr), jax.random.key(0))
+                native: Any = (weights.to_nhwc(images), weights.to_nhwc(noise), sigma, labels)
+                moving, metrics = step(moving, steps.Batch(*native), jnp.float32(lr), jax.random.key(0))
                 losses.append(float(metrics.loss))
             return losses, steps.to_stored(moving)
 

@@ -78,8 +78,8 @@ def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD) 
     )
 
 
-# Where each new network and shape is compiled for seconds: between them odd widths, one level and two, attention, labels
-# and none, each filter and both gain paths; batches of one size, and one choice of whatever compiles anew.
+# Where each new network and shape is compiled for seconds: between them odd widths, one level and two, attention,
+# labels and none, and a wide filter; batches of one size, and one choice of whatever compiles anew.
 FEW_CONFIGS = (
     NetworkConfig(
         img_resolution=4, img_channels=2, label_dim=3, model_channels=5, channel_mult=(1, 2), num_blocks=1,
@@ -105,7 +105,7 @@ def few(*, dearest: bool) -> dict[str, st.SearchStrategy[Any]]:
 
 
 def random_parameters(config: NetworkConfig, seed: int, *, max_gain: float = 2.0) -> dict[str, np.ndarray]:
-    """Parameters as training may leave them: weights off their spheres, gains away from zero; float32, read-only."""
+    """Parameters as training leaves them: weights off their spheres, gains away from zero; float32, read-only."""
     rng, params = np.random.default_rng(seed), {}
     for name, parameter in plan(config).parameters.items():
         value = {

@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,16 @@ from hypothesis import strategies as st
 from conformance import measure, narrow, tolerance
 from conformance.cases import CORE_CASES as CASES
 from conformance.core_cases import Case
-from conformance.libraries import Library, check_same_kind, each_half, each_library, each_wide_library, flat, to_numpy
+from conformance.libraries import (
+    LIBRARIES,
+    Library,
+    check_same_kind,
+    each_half,
+    each_library,
+    each_wide_library,
+    flat,
+    to_numpy,
+)
 from edm2_core import ema, errors, loss, mp, precond, sampler, schedule
 
 each_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
@@ -37,6 +47,14 @@ def test_case_in_library(library: Library, case: Case) -> None:
     check_case(library, case, "float32")
 
 
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if not case.by_host])
+def test_case_compiled(case: Case) -> None:
+    """API-1: the same function, traced and compiled by JAX."""
+    pytest.importorskip("jax", reason="jax is not installed")
+    (library,) = (library for library in LIBRARIES if library.name == "jax")
+    check_case(library, replace(case, call=library.compiled(case.call)), "float32", oracle=case.call)
+
+
 @each_wide_library
 @each_case
 def test_case_in_float64(library: Library, case: Case) -> None:
@@ -44,14 +62,14 @@ def test_case_in_float64(library: Library, case: Case) -> None:
     check_case(library, case, "float64", growth=2)
 
 
-def check_case(library: Library, case: Case, dtype: str, *, growth: float = 1) -> None:
+def check_case(library: Library, case: Case, dtype: str, *, growth: float = 1, oracle: Any = None) -> None:
     @given(case.arguments)
     def check(arguments: tuple[np.ndarray, ...]) -> None:
         given_arrays = [library.array(argument.astype(dtype)) for argument in arguments]
         result = case.call(*given_arrays)
         check_same_kind(result, given_arrays[0])
         exact = [argument.astype(np.float64) for argument in arguments]
-        wanted = flat(case.call(*exact))
+        wanted = flat((oracle or case.call)(*exact))
         scales = flat(case.scale(*exact)) if case.scale else [np.abs(array) for array in wanted]
         for out, want, scale in zip(flat(result), wanted, scales, strict=True):
             check_close(out, want, growth * case.growth * tolerance.eps(dtype) * scale + case.floor, what=case.name)

@@ -188,7 +188,8 @@ CASES = (
     PortCase("gradients", "STEP-1", BACKWARD | SEED, gradients, AUTOGRAD, GRADIENT, ("loss_and_gradients",), cost=2),
     PortCase("first-step", "STEP-3", BACKWARD | SEED, first_step, "lr, and equality", "exact", ("train",), cost=4),
     PortCase(
-        "training", "STEP-2 STEP-3 EMA-3", BACKWARD | SEED | SIZES | ADAMS, training, TRAINING, ADAM, ("train",), cost=5,
+        "training", "STEP-2 STEP-3 EMA-3", BACKWARD | SEED | SIZES | ADAMS, training, TRAINING, ADAM, ("train",),
+        cost=5,
     ),
     PortCase(
         "state-file", "STEP-4", BACKWARD | SEED, state_file, "the bytes themselves", "exact", ("advance",), cost=5
