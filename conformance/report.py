@@ -72,9 +72,13 @@ def cell(found: Mapping[str, Any]) -> str:
     """One cell in a few characters: cases, and the worst error over its tolerance."""
     if found["outcome"] in ("", "not implemented", "not checked"):
         return found["outcome"] or "—"
-    ratio = "" if found["worst"] is None else f" · {found['worst']:.2f}"
+    ratio = "" if found["worst"] is None else f" · {shown(found['worst'])}"
     mark = {"passed": "", "failed": "FAILED ", "known failure": "known "}[found["outcome"]]
     return f"{mark}{found['cases']}{ratio}"
+
+
+def shown(ratio: float) -> str:
+    return "<0.01" if 0 < ratio < 0.01 else f"{ratio:.2f}"
 
 
 def headings(report: Mapping[str, Any], subjects: list[str]) -> list[str]:
@@ -179,7 +183,7 @@ def _count_html(name: str, report: Mapping[str, Any]) -> str:
     failed = sum(r["outcome"] == "failed" for r in results)
     versions = report["subjects"].get(name, {"port": report["versions"]["suite"], "library": "five array libraries"})
     state = f"{failed} failed" if failed else "all held"
-    worst = "" if found["worst"] is None else f", worst ratio {found['worst']:.2f}"
+    worst = "" if found["worst"] is None else f", worst ratio {shown(found['worst'])}"
     what = "specification" if name == "core" else name
     return (
         f'<div class="card {"failed" if failed else "passed"}"><b>{escape(what)}</b> {escape(versions["port"])}<br>'
