@@ -5,12 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from conformance import contract, known, report
 from conformance.plugin import shortfall
 from conformance.strategies import FEW_CONFIGS
+from conformance.wrong_ports import FAULTS
 
 ADAPTER = """
 from conformance.examples.numpy_port.adapter import NumpyPort
@@ -152,3 +154,11 @@ def test_the_table_goes_between_its_marks(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "stale" not in text
+
+
+def test_the_page_of_wrong_ports_is_theirs():
+    page = (Path(__file__).parents[1] / "docs" / "wrong_ports.md").read_text()
+    rows = [f"| {fault.name} | {fault.says} | `{fault.caught_by}` |" for fault in FAULTS]
+    assert [row for row in rows if row not in page] == []
+    assert page.count("\n| ") == len(rows) + 2
+    assert "NOTHING" not in page
