@@ -60,7 +60,7 @@ def within(off: float, allowed: float, *, what: str, why: str, got: Any = None, 
             record.worst, record.at = ratio, what
     if not ratio <= 1:
         words = {"got": _shown(got), "wanted": _shown(wanted), "tolerance": f"{allowed:.3g}: {why}"}
-        raise Disagreement(f"{what} is off by {off:.3g}, {ratio:.3g} times the tolerance", words)
+        raise Disagreement(f"{what}: off by {off:.3g}, {ratio:.3g} times the tolerance", words)
 
 
 def close(got: Any, wanted: Any, allowed: float, *, what: str, why: str, floor: float = 0.0) -> None:

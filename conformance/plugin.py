@@ -152,7 +152,6 @@ def record(request: pytest.FixtureRequest) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Any:
-    """Cases that the port has no member for, or whose oracle is not at hand, say so and run nothing."""
     if _ours(item.path):
         from conformance import measure
 
@@ -162,6 +161,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Any:
+    """Comparisons are recorded. A case that the port lacks a member for, or that lacks its oracle, says so instead."""
     if not _ours(item.path):
         return (yield)
     from conformance import golden, measure

@@ -4,10 +4,11 @@ import pytest
 
 from conformance import wrong_ports
 from conformance.cases import PORT_CASES
-from conformance.wrong_ports import FAULTS, Fault
+from conformance.training_port import Fault, TrainingPort
+from conformance.wrong_ports import FAULTS
 
 pytest.importorskip("torch", reason="the wrong ports train by PyTorch's derivative of the reference")
-ASKED = [case.name for case in PORT_CASES if not case.golden and hasattr(wrong_ports.TrainingPort, case.needs[0])]
+ASKED = [case.name for case in PORT_CASES if not case.golden and hasattr(TrainingPort, case.needs[0])]
 
 
 @pytest.mark.parametrize("name", ASKED)

@@ -16,7 +16,8 @@ from conformance.wrong_ports import FAULTS
 
 ADAPTER = """
 from conformance.examples.numpy_port.adapter import NumpyPort
-from conformance.wrong_ports import FAULTS, TrainingPort
+from conformance.training_port import TrainingPort
+from conformance.wrong_ports import FAULTS
 
 class Empty:
     name = "empty"
