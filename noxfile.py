@@ -1,6 +1,6 @@
 """Every check of the project, each in an environment of its own: ``nox`` runs all but benchmarks, ``nox -s NAME`` one.
 
-Arguments after ``--`` go to pytest: ``nox -s conformance -- -k EMA``.
+Arguments after ``--`` go to pytest: ``nox -s conformance -- --port torch``.
 """
 
 from pathlib import Path
@@ -38,9 +38,13 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """The specification in five array libraries, and every port against the reference and the golden numbers."""
+    """The specification in every array library, every port against its oracles; the report in build/conformance.
+
+    ``nox -s conformance -- --port torch --profile deep``: one port, more examples.
+    """
     session.install("-e", ".[test,torch,jax,mlx]")
-    session.run("pytest", "conformance", "--hypothesis-profile=ci", *session.posargs)
+    options = ("--profile", "ci", "--report", "build/conformance")
+    session.run("pytest", "--pyargs", "conformance", *options, *session.posargs)
 
 
 @nox.session

@@ -19,6 +19,7 @@ class Library:
     name: str
     module: str
     halves: tuple[str, ...] = ()
+    device: str | None = None  # other than the default one
 
     @property
     def xp(self) -> Any:
@@ -27,7 +28,8 @@ class Library:
     def array(self, values: Any, dtype: str | None = None) -> Array:
         """``values`` as an array that shares no memory with them."""
         values = np.array(values, copy=True)
-        return self.xp.asarray(values, dtype=getattr(self.xp, dtype or str(values.dtype)))
+        where = {"device": self.xp.Device(self.device)} if self.device else {}
+        return self.xp.asarray(values, dtype=getattr(self.xp, dtype or str(values.dtype)), **where)
 
     def arrays(self, values: Any) -> Any:
         """The same for the values of a dict."""
@@ -41,10 +43,13 @@ class Library:
 LIBRARIES = (
     Library("numpy", "numpy", ("float16",)),
     Library("strict", "array_api_strict"),
+    Library("strict-device1", "array_api_strict", device="device1"),
+    Library("narrow", "conformance.narrow", ("float16",)),
     Library("torch", "torch", ("float16", "bfloat16")),
     Library("jax", "jax.numpy", ("float16", "bfloat16")),
     Library("mlx", "mlx.core", ("float16", "bfloat16")),
 )
+WIDE = ("numpy", "strict", "torch")  # those with float64
 
 
 def _absent(library: Library) -> pytest.MarkDecorator:
@@ -54,6 +59,9 @@ def _absent(library: Library) -> pytest.MarkDecorator:
 
 # those not installed skip and say so
 each_library = pytest.mark.parametrize("library", [pytest.param(x, id=x.name, marks=_absent(x)) for x in LIBRARIES])
+each_wide_library = pytest.mark.parametrize(
+    "library", [pytest.param(x, id=x.name, marks=_absent(x)) for x in LIBRARIES if x.name in WIDE]
+)
 each_half = pytest.mark.parametrize(
     ("library", "dtype"),
     [pytest.param(x, half, id=f"{x.name}-{half}", marks=_absent(x)) for x in LIBRARIES for half in x.halves],
@@ -64,6 +72,8 @@ def to_numpy(x: Any) -> np.ndarray:
     """Any library's array, or a number, as NumPy float64: for comparisons only, never what is under test."""
     if hasattr(x, "detach"):
         x = x.detach().cpu().double()
+    if hasattr(x, "to_device"):
+        x = x.to_device(import_module("array_api_strict").Device("CPU_DEVICE")) if "strict" in type(x).__module__ else x
     return np.asarray(x, dtype=np.float64)
 
 

@@ -1,33 +1,128 @@
-"""The ports under test, by name; each is driven only through the PORT object of ``backends.NAME.port``."""
+"""The ports under test: how they are found, what each of them can do, and what is left to draw for a slow one.
 
-from collections.abc import Iterable
-from functools import lru_cache
-from importlib import import_module
-from importlib.util import find_spec
+A port is any object with some of :data:`MEMBERS`, each taking and giving NumPy arrays; ``docs/adding_a_port.md`` says
+how. In-house ports are entry points of the group ``edm2.ports``; any other is named ``package.module:ATTRIBUTE``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from importlib import import_module, metadata
 from typing import Any
 
-import pytest
+GROUP = "edm2.ports"
+CORE = "core"  # what stands for the specification itself beside the ports
 
-FRAMEWORKS = {"torch": "torch", "jax": "jax", "mlx": "mlx"}  # our ports and the package without which they cannot run
-COMPILED = ("jax",)  # each new network takes seconds to compile: not for hundreds of random ones
+MEMBERS = {
+    "denoise": "(config, params, x, sigma, labels=None) -> (denoised, logvar)",
+    "loss_and_gradients": "(config, params, images, unit_noise, sigma, labels=None) -> (loss, gradients)",
+    "train": "(config, params, batches, *, learning_rates, betas, sigma_rels) -> (losses, params, averages)",
+    "sample": "(config, params, noise, labels=None, *, guide, guidance, num_steps, ...) -> images",
+    "jvp": "(config, params, x, sigma, labels, tangent) -> (denoised, its derivative along tangent)",
+    "advance": "(config, state, batches, *, learning_rates) -> (losses, state)",
+    "variants": "() -> {name: port}: the same port in other precision, compiled or not, on another device",
+}
+
+
+class PortError(Exception):
+    """A port that was asked for and cannot be used, in one line."""
+
+
+class NotImplementedByPort(Exception):
+    """The port lacks a member that the case needs."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A port under its name, with the members that the suite adds to an in-house port until it has them."""
+
+    name: str
+    port: Any
+    extras: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def member(self, name: str) -> Callable[..., Any]:
+        found = getattr(self.port, name, None) or self.extras.get(name)
+        if found is None:
+            raise NotImplementedByPort(f"not implemented: {name}{MEMBERS[name]}")
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        if name in MEMBERS:
+            return self.member(name)
+        raise AttributeError(name)
+
+    def require(self, needs: tuple[str, ...]) -> None:
+        """Raises NotImplementedByPort for the first of ``needs`` that the port lacks."""
+        for name in needs:
+            self.member(name)
+
+    @cached_property
+    def compiles(self) -> bool:
+        """Each new network and shape takes it seconds: random networks come from a few."""
+        return bool(getattr(self.port, "compiles", "compiles" in self.extras))
+
+    def versions(self) -> dict[str, str]:
+        """Of the port's distribution and of the library that it stands on, which a port names as ``library``."""
+        root = type(self.port).__module__.partition(".")[0]
+        distributions = metadata.packages_distributions().get(root, [])
+        if root in ("backends", "conformance"):  # which an editable installation does not list
+            distributions = ["edm2"]
+        own = getattr(self.port, "version", None) or (_version(distributions[0]) if distributions else "unknown")
+        library = getattr(self.port, "library", getattr(self.port, "name", root))
+        return {"port": str(own), "library": f"{library} {_version(library)}"}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 @lru_cache
-def load(name: str) -> Any:
-    """The port called ``name`` here, or the object at ``module:attribute`` anywhere."""
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module if attribute else f"backends.{module}.port"), attribute or "PORT")
+def registered() -> dict[str, metadata.EntryPoint]:
+    return {point.name: point for point in sorted(metadata.entry_points(group=GROUP))}
 
 
-def _absent(framework: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(find_spec(framework) is None, reason=f"{framework} is not installed")
+@lru_cache
+def load(name: str) -> Subject:
+    """The port registered as ``name``, or the object at ``module:attribute`` anywhere.
+
+    Raises:
+        PortError: there is none, or it cannot be imported.
+    """
+    target = registered()[name].value if name in registered() else name
+    module, colon, attribute = target.partition(":")
+    if not colon:
+        raise PortError(
+            f"a port must be one of {', '.join(registered()) or 'none'} or MODULE:ATTRIBUTE, got {name!r}: install "
+            "its package, or write where it is"
+        )
+    try:
+        port = getattr(import_module(module), attribute)
+    except Exception as error:
+        raise PortError(f"port {name} cannot be imported: {type(error).__name__}: {error}".splitlines()[0]) from error
+    from conformance import companions
+
+    return Subject(name, port, companions.of(port))
 
 
-def _each(names: Iterable[str]) -> pytest.MarkDecorator:
-    """A port whose framework is not installed skips and says so; one that is broken fails."""
-    params = [pytest.param(name, id=name, marks=_absent(FRAMEWORKS[name])) for name in names]
-    return pytest.mark.parametrize("port", params, indirect=True)
+def found() -> tuple[dict[str, Subject], dict[str, str]]:
+    """The registered ports that can run here, and why the others cannot: their package is not installed.
 
-
-each_port = _each(FRAMEWORKS)
-each_eager_port = _each(name for name in FRAMEWORKS if name not in COMPILED)
+    Raises:
+        PortError: a port's packages are there and it cannot be imported all the same.
+    """
+    here, absent = {}, {}
+    for name, point in registered().items():
+        try:
+            here[name] = load(name)
+        except PortError as error:
+            cause = error.__cause__
+            module = point.value.partition(":")[0]
+            missing = cause.name or "" if isinstance(cause, ModuleNotFoundError) else ""
+            # a piece of the port's own package that is missing is a fault, unless it is the port itself
+            if not missing or (missing.split(".")[0] == module.split(".")[0] and not module.startswith(missing)):
+                raise
+            absent[name] = f"{missing} is not installed"
+    return here, absent

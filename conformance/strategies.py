@@ -7,21 +7,16 @@ libraries compile for each.
 from typing import Any, NamedTuple
 
 import numpy as np
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from conformance.profiles import fewer as fewer
 from edm2_core.network import NetworkConfig, plan
 
 seeds = st.integers(0, 2**32 - 1)
 balances = st.floats(0.1, 0.9)
 IMAGES = (2, 3, 4, 6)  # the shape of NCHW arrays
 WEIGHTS = ((5, 7), (4, 3, 3, 3), (3, 1, 1, 1))
-
-
-def fewer(divisor: int) -> settings:
-    """Settings for tests that cost as much as ``divisor`` others: that many times fewer examples, and at least 4."""
-    return settings(max_examples=max(4, settings().max_examples // divisor))
 
 
 def floats(low: float, high: float) -> st.SearchStrategy[float]:
@@ -83,8 +78,35 @@ def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD) 
     )
 
 
+# Where each new network and shape is compiled for seconds: between them odd widths, one level and two, attention,
+# labels and none, and a wide filter; batches of one size, and one choice of whatever compiles anew. Differences want
+# networks that do not clip: that is the dearer one, so that it is compiled once.
+FEW_CONFIGS = (
+    NetworkConfig(
+        img_resolution=4, img_channels=2, label_dim=3, model_channels=5, channel_mult=(1, 2), num_blocks=1,
+        attn_resolutions=(2,), channels_per_head=5, resample_filter=(1, 3, 3, 1), label_balance=0.4, concat_balance=0.6,
+        res_balance=0.35, attn_balance=0.2, clip_act=None, sigma_data=1.0, logvar_channels=5,
+    ),
+    NetworkConfig(
+        img_resolution=3, img_channels=1, model_channels=7, channel_mult=(1,), channel_mult_noise=0.5, num_blocks=1,
+        attn_resolutions=(), channels_per_head=7, resample_filter=(1, 2), clip_act=2.0, logvar_channels=3,
+    ),
+)  # fmt: skip
+
+
+def few(*, dearest: bool) -> dict[str, st.SearchStrategy[Any]]:
+    """What stands for draws of these names then; the ``dearest`` cases get the smaller network alone."""
+    return {
+        "config": st.sampled_from(FEW_CONFIGS[1:] if dearest else FEW_CONFIGS),
+        "other": st.just(FEW_CONFIGS[1]),
+        "sizes": st.just((2, 2, 2, 2)),
+        "betas": st.just((0.9, 0.99)),
+        "sigma_rels": st.just((0.05, 0.10)),
+    }
+
+
 def random_parameters(config: NetworkConfig, seed: int, *, max_gain: float = 2.0) -> dict[str, np.ndarray]:
-    """Parameters as training might leave them: weights off their spheres, gains away from zero, float32."""
+    """Parameters as training leaves them: weights off their spheres, gains away from zero; float32, read-only."""
     rng, params = np.random.default_rng(seed), {}
     for name, parameter in plan(config).parameters.items():
         value = {
@@ -94,11 +116,11 @@ def random_parameters(config: NetworkConfig, seed: int, *, max_gain: float = 2.0
             "phases": lambda shape: 2 * np.pi * rng.uniform(size=shape),
         }[parameter.init](parameter.shape)
         params[name] = np.asarray(value, dtype=np.float32)
-    return params
+    return frozen(params)
 
 
 class Batch(NamedTuple):
-    """What a training step sees; float32."""
+    """What a training step sees; float32, read-only."""
 
     images: np.ndarray
     unit_noise: np.ndarray
@@ -107,7 +129,7 @@ class Batch(NamedTuple):
 
     @property
     def noisy(self) -> np.ndarray:
-        return self.images + self.unit_noise * self.sigma
+        return frozen(self.images + self.unit_noise * self.sigma)
 
 
 def random_batch(config: NetworkConfig, seed: int, *, size: int = 2, P_mean: float = -0.4, P_std: float = 1.0) -> Batch:
@@ -120,7 +142,7 @@ def random_batch(config: NetworkConfig, seed: int, *, size: int = 2, P_mean: flo
         else None
     )
     images = config.sigma_data * rng.standard_normal(shape)
-    return Batch(images.astype(np.float32), normal(seed + 1, *shape), sigma.astype(np.float32), labels)
+    return Batch(*map(frozen, (images.astype(np.float32), normal(seed + 1, *shape), sigma.astype(np.float32), labels)))
 
 
 def wide(params: Any) -> Any:
@@ -132,3 +154,11 @@ def wide(params: Any) -> Any:
     if isinstance(params, tuple):
         return tuple(wide(value) for value in params)
     return np.asarray(params, dtype=np.float64)
+
+
+def frozen(arrays: Any) -> Any:
+    """The same array, or dict of arrays, read-only."""
+    for array in arrays.values() if isinstance(arrays, dict) else [arrays]:
+        if array is not None:
+            array.setflags(write=False)
+    return arrays

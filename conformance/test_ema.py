@@ -117,6 +117,17 @@ def test_many_updates_are_one(s: float, start: float, delta: float, count: int) 
     assert keep == pytest.approx(once, abs=16 * EPS * (1 + gamma) * count * (1 + start / delta))
 
 
+@given(lengths, st.floats(1e-3, 1e3), draw.seeds)
+def test_averages_are_self_similar_and_linear(s: float, unit: float, seed: int) -> None:
+    """EMA-3: in another unit of time the averages are the same, and those of a blend are the blend of averages."""
+    edges = np.cumsum([0.0, *np.random.default_rng(seed).uniform(0.1, 10, 8)])
+    a, b = np.random.default_rng(seed + 1).standard_normal((2, 8, 3))
+    allowed = 8 * EPS * 8 * (1 + ema.sigma_rel_to_gamma(s)) * 3 * max(np.abs(a).max(), np.abs(b).max())
+    assert np.allclose(track(a, edges * unit, s), track(a, edges, s), rtol=0, atol=allowed)
+    blend = 2 * track(a, edges, s) - track(b, edges, s)
+    assert np.allclose(track(2 * a - b, edges, s), blend, rtol=0, atol=allowed)
+
+
 @given(lengths, times)
 def test_first_update_copies(s: float, t: float) -> None:
     """EMA-3: beta is exactly 0 at t_delta = t_next."""

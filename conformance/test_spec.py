@@ -1,51 +1,39 @@
-"""Clauses and proofs belong together: each clause of SPEC.md is named by a test, each name in a test is a clause."""
+"""Clauses and cases belong together: each clause is one row of the contract and has cases, each case its clauses."""
 
-import ast
-import re
-from collections import Counter
-from pathlib import Path
+import pytest
 
-import edm2_core
-from conformance.cases import CASES
-from conformance.conftest import shortfall
-
-HERE = Path(__file__).parent
-SPEC = Path(edm2_core.__file__).parent / "SPEC.md"
-CLAUSE = re.compile(r"\b(?:API|MP|EMA|PRE|LOSS|LR|SAMPLE|NET|STEP)-\d+\b")
+from conformance import cases
+from conformance.cases import CONTRACT, CORE_CASES, PORT_CASES
+from conformance.ports import MEMBERS
 
 
-def clauses() -> list[str]:
-    return re.findall(r"^#### (\S+) · ", SPEC.read_text(encoding="utf-8"), re.MULTILINE)
+def test_the_contract_is_the_specification() -> None:
+    """API-4: every clause once, in order."""
+    assert [row.number for row in CONTRACT] == list(cases.spec_clauses())
+    assert all(row.draws and row.oracle and row.tolerance for row in CONTRACT)
 
 
-def named_by_tests() -> dict[str, set[str]]:
-    """For each test, the clauses that its docstring names before its first colon or line's end."""
-    tests = {}
-    for path in sorted(HERE.glob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                opening = re.split(r":|\n", ast.get_docstring(node) or "")[0]
-                tests[f"{path.name}::{node.name}"] = set(CLAUSE.findall(opening))
-    return tests
+@pytest.mark.parametrize("row", CONTRACT, ids=[row.number for row in CONTRACT])
+def test_every_clause_is_proved(row: cases.Clause) -> None:
+    """API-4: by a case or a test; of a port too, if the clause says what a port needs for it."""
+    assert cases.cases_of(row.number), "no case proves this clause"
+    of_ports = [case for case in PORT_CASES if row.number in case.clauses.split()]
+    assert {need for case in of_ports for need in case.needs} >= set(row.needs)
 
 
-def test_every_clause_is_proved() -> None:
-    """API-4: and numbered once."""
-    numbered = clauses()
-    proved = set().union(*named_by_tests().values(), {case.clause for case in CASES})
-    assert len(numbered) == len(set(numbered)) > 30
-    assert sorted(set(numbered) - proved) == [], "no test names these clauses"
-    assert sorted(proved - set(numbered)) == [], "SPEC.md has no such clauses"
+def test_every_case_names_its_clause() -> None:
+    """API-4: one that SPEC.md has; names of cases are theirs alone."""
+    named = {
+        **{f"function {case.name}": (case.clause,) for case in CORE_CASES},
+        **{f"port {case.name}": tuple(case.clauses.split()) for case in PORT_CASES},
+        **cases.property_tests(),
+    }
+    assert len(named) == len(CORE_CASES) + len(PORT_CASES) + len(cases.property_tests())
+    assert [name for name, clauses in named.items() if not clauses] == []
+    assert {clause for clauses in named.values() for clause in clauses} <= set(cases.spec_clauses())
+    assert {need for case in PORT_CASES for need in case.needs} == set(MEMBERS)
 
 
-def test_every_test_names_its_clause() -> None:
-    """API-4"""
-    assert [test for test, named in named_by_tests().items() if not named] == []
-
-
-def test_a_run_that_proved_nothing_fails() -> None:
-    """API-4: all skipped, or golden numbers present and skipped."""
-    assert shortfall(Counter(passed=3, skipped=1), []) is None
-    assert shortfall(Counter(), []) is None
-    assert "every conformance test was skipped" in (shortfall(Counter(skipped=2), []) or "")
-    assert "1 skipped though golden numbers are there" in (shortfall(Counter(passed=2, skipped=1), ["a"]) or "")
+def test_the_specification_shows_its_cases() -> None:
+    """API-4: as ``python -m conformance --contract`` writes them."""
+    assert cases.with_cases(cases.spec_text()) == cases.spec_text()

@@ -23,6 +23,11 @@ def main() -> None:
     from backends.pipeline.datasets import open_dataset
 
     check(bool(conformance.__doc__), "conformance is missing")
+    held = resources.files("conformance")
+    for name in ("report.html", "plugin.py", "examples/numpy_port/adapter.py"):
+        check(held.joinpath(name).is_file(), f"conformance/{name} is missing")
+    groups = {point.group for point in metadata.distribution("edm2").entry_points}
+    check({"pytest11", "edm2.ports"} <= groups, f"entry points of pytest11 or edm2.ports are missing: {groups}")
     check(len(open_dataset("digits")) == 1797, "the digits are missing")
     shown = subprocess.run([Path(sys.executable).parent / "edm2"], capture_output=True, text=True).stdout
     check("edm2 reconstruct" in shown, "the command edm2 is missing")

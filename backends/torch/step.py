@@ -136,10 +136,10 @@ class Training:
         for name, weight in self.weights.items():
             self.optimizer.state[weight] = {
                 "step": torch.tensor(float(state.steps)),
-                "exp_avg": torch.from_numpy(state.moments1[name]).to(weight.device),
-                "exp_avg_sq": torch.from_numpy(state.moments2[name]).to(weight.device),
+                "exp_avg": torch.tensor(state.moments1[name], device=weight.device),  # copies: Adam writes to its own
+                "exp_avg_sq": torch.tensor(state.moments2[name], device=weight.device),
             }
-        arrays = {s: {n: torch.from_numpy(a[n]) for n in self.weights} for s, a in state.averages.items()}
+        arrays = {s: {n: torch.tensor(a[n]) for n in self.weights} for s, a in state.averages.items()}
         self.ema.load_state_dict({"time": state.nimg, "averages": arrays})
         self.steps, self.nimg = state.steps, state.nimg
 

@@ -1,0 +1,236 @@
+"""Every public function of edm2_core that takes arrays, once: what to draw, how to call it, how far it may be off.
+
+:mod:`test_libraries` walks this table in each array library and compares with the same call on NumPy float64.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from conformance import strategies as draw
+from conformance import tolerance
+from edm2_core import ema, loss, mp, precond, sampler
+
+Draw = st.SearchStrategy[tuple[np.ndarray, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one public function.
+
+    ``growth`` is in eps, and multiplies ``scale`` (of the same arguments, in float64), the magnitude that roundings
+    are relative to; by default that of the result. ``flushed`` is the largest factor by which a result multiplies a
+    number that may have been flushed to zero.
+    """
+
+    name: str
+    clause: str
+    function: Callable[..., Any]
+    arguments: Draw
+    call: Callable[..., Any]
+    growth: float
+    scale: Callable[..., Any] | None = None
+    flushed: float = 16.0
+
+    @property
+    def by_host(self) -> bool:
+        """Whether the function computes in float64 on the host, wherever its arguments are."""
+        return self.function.__module__.startswith("edm2_core.ema") and self.function not in (ema.start, ema.advance)
+
+    @property
+    def floor(self) -> float:
+        return self.flushed * tolerance.TINY
+
+
+def _images(*channels: int) -> Draw:
+    n, c, h, w = draw.IMAGES
+    return st.tuples(*(draw.numbers(n, extra or c, h, w) for extra in channels))
+
+
+def _lengths(*shape: int, low: float = 0.01, high: float = 0.28) -> st.SearchStrategy[np.ndarray]:
+    return draw.numbers(*shape, low=low, high=high)
+
+
+def _magnitudes(call: Callable[..., Any]) -> Callable[..., Any]:
+    """For calls linear in each argument with positive constants: the call on magnitudes sums magnitudes."""
+    return lambda *arrays: call(*map(np.abs, arrays))
+
+
+def _mp_cases() -> list[Case]:
+    one, two, unequal = _images(0), _images(0, 0), _images(0, 5)
+    row, pixel = tolerance.reduction(4 * 9), tolerance.reduction(draw.IMAGES[1])
+    weight = st.tuples(draw.weights())
+    gained = st.tuples(draw.weights(), draw.numbers(low=-3, high=3))
+    angles = st.tuples(
+        draw.numbers(3, low=-2, high=2), draw.numbers(5, low=-20, high=20), draw.numbers(5, low=0, high=7)
+    )
+
+    def blend(a: Any, b: Any) -> Any:
+        return mp.mp_sum(a, b, t=0.3)
+
+    def joined(a: Any, b: Any) -> Any:
+        return mp.mp_cat(a, b, axis=1, t=0.3)
+
+    def angle(x: np.ndarray, freqs: np.ndarray, phases: np.ndarray) -> np.ndarray:
+        return sqrt(2) * (1 + np.abs(x[:, None] * freqs) + np.abs(phases))
+
+    cases = [
+        Case("normalize", "MP-1", mp.normalize, one, mp.normalize, 4 + tolerance.reduction(6 * 24)),
+        Case("normalize-pixel", "MP-1", mp.normalize, one, lambda x: mp.normalize(x, axis=1), 4 + pixel),
+        Case("mp_silu", "MP-2", mp.mp_silu, one, mp.mp_silu, 8, flushed=200.0),
+        Case("mp_sum", "MP-3", mp.mp_sum, two, blend, 4, _magnitudes(blend)),
+        Case("mp_cat", "MP-4", mp.mp_cat, unequal, joined, 4),
+        Case("mp_fourier", "MP-5", mp.mp_fourier, angles, mp.mp_fourier, 4, angle),
+        Case("mp_weight", "MP-6", mp.mp_weight, weight, mp.mp_weight, 4 + row),
+        Case("mp_weight-gain", "MP-6", mp.mp_weight, gained, lambda w, g: mp.mp_weight(w, gain=g), 6 + row),
+        Case("force_weight_norm", "MP-8", mp.force_weight_norm, weight, mp.force_weight_norm, 4 + row),
+    ]
+    for mode in ("keep", "up", "down"):
+        for taps in ((1, 1), (1, 3, 3, 1), (1, 2, 3, 4, 5, 6)):
+
+            def resampled(x: Any, mode: Any = mode, taps: Any = taps) -> Any:
+                return mp.resample(x, mode=mode, filter=taps)
+
+            name = f"resample-{mode}-{''.join(map(str, taps))}"
+            cases.append(Case(name, "MP-9", mp.resample, one, resampled, 8, _magnitudes(resampled)))
+    return cases
+
+
+def _ema_cases() -> list[Case]:
+    lengths = st.tuples(_lengths(6))
+    snapshots = st.tuples(_lengths(4, low=0.03, high=0.27))
+
+    # d ln gamma / d ln s: gamma ~ 1 / s at the short end, and -> 0 linearly at the long one
+    def slope(s: np.ndarray) -> np.ndarray:
+        gamma = ema.sigma_rel_to_gamma(s)
+        return 1 + np.abs(s / (ema.gamma_to_sigma_rel(gamma * (1 + 1e-6) + 1e-9) - s) * (gamma * 1e-6 + 1e-9))
+
+    def update(s: Any) -> Any:
+        return ema.beta(s, t_next=4.0, t_delta=0.5)
+
+    # the exponent gamma + 1 multiplies the relative error of what it is raised to, and carries its own
+    def exponent(s: np.ndarray) -> np.ndarray:
+        return update(s) * (1 + ema.sigma_rel_to_gamma(s))
+
+    def clock(t: Any) -> Any:
+        return ema.beta(0.1, t_next=t + 3, t_delta=t)
+
+    # 1 - t / (t + 3) cancels to 3 / (t + 3)
+    def cancelled(t: np.ndarray) -> np.ndarray:
+        return clock(t) * (1 + 8 * t / 3)
+
+    def profile(s: Any) -> Any:
+        return ema.profile(0.75, end_time=1.25, sigma_rel=s)
+
+    def product(s: Any) -> Any:
+        return ema.inner_product(time_a=0.75, sigma_rel_a=s, time_b=1.0, sigma_rel_b=0.1)
+
+    def combined(s: Any) -> Any:
+        return ema.coefficients(in_time=[1, 2, 3, 3.5], in_sigma_rel=s, out_time=[2.5, 3.5], out_sigma_rel=[0.1, 0.2])
+
+    def errors(s: Any) -> Any:
+        found = ema.reconstruction_error(in_time=[1, 2, 3, 4], in_sigma_rel=s, out_time=4, out_sigma_rel=[0.1, 0.2])
+        return found.amplification, found.rounding
+
+    def rebuilt(s: Any) -> Any:
+        return ema.reconstructed_profile([0.5, 3], in_time=[1, 2, 3, 4], in_sigma_rel=s, out_time=4, out_sigma_rel=0.1)
+
+    weights = st.tuples(draw.numbers(3, 4), draw.numbers(3, 4))
+
+    def begun(a: Any, b: Any) -> Any:
+        return tuple(average["a"] for average in ema.start({"a": a, "b": b}).values())
+
+    def moved(a: Any, b: Any) -> Any:
+        after = ema.advance(ema.start({"w": a}), {"w": b}, t_next=4.0, t_delta=0.5)
+        return tuple(average["w"] for average in after.values())
+
+    # an average lies between what it was and what it moves to, and rounds as the larger of them
+    def towards(a: Any, b: Any) -> Any:
+        return (np.abs(a) + np.abs(b),) * 2
+
+    return [
+        Case("sigma_rel_to_gamma", "EMA-1", ema.sigma_rel_to_gamma, lengths, ema.sigma_rel_to_gamma, 16, slope),
+        Case(
+            "gamma_to_sigma_rel",
+            "EMA-1",
+            ema.gamma_to_sigma_rel,
+            st.tuples(draw.numbers(6, low=0, high=1e4)),
+            ema.gamma_to_sigma_rel,
+            8,
+        ),
+        Case("beta", "EMA-3", ema.beta, lengths, update, 16, exponent),
+        Case("beta-clock", "EMA-3", ema.beta, st.tuples(draw.numbers(6, low=1, high=1e4)), clock, 16, cancelled),
+        Case("profile", "EMA-2", ema.profile, lengths, profile, 1),
+        Case("inner_product", "EMA-4", ema.inner_product, lengths, product, 1),
+        Case("start", "EMA-3", ema.start, weights, begun, 1),
+        Case("advance", "EMA-3", ema.advance, weights, moved, 8, towards),
+        Case("coefficients", "EMA-5", ema.coefficients, snapshots, combined, 1),
+        Case("reconstructed_profile", "EMA-8", ema.reconstructed_profile, snapshots, rebuilt, 1),
+        Case("reconstruction_error", "EMA-8", ema.reconstruction_error, snapshots, errors, 1),
+    ]
+
+
+def _other_cases() -> list[Case]:
+    n = draw.IMAGES[0]
+    sigmas = draw.numbers(n, 1, 1, 1, low=0.002, high=80)
+    images = draw.numbers(*draw.IMAGES, low=-10, high=10)
+    errors = st.tuples(images, images, sigmas, draw.numbers(n, 1, 1, 1, low=-3, high=3))
+
+    def steps(method: Any) -> Callable[..., Any]:
+        def run(x: Any, *churn: Any) -> Any:
+            denoise = sampler.guided(lambda x, s: x / (1 + s * s), lambda x, s: x / (1 + 2 * s * s), guidance=1.5)
+            return sampler.sample(denoise, x, num_steps=4, sigma_max=2.0, S_churn=1.0, churn_noise=churn, method=method)
+
+        return run
+
+    def log(sigma: np.ndarray) -> tuple[Any, ...]:
+        c = precond.precondition(sigma)
+        return c.c_skip, c.c_out, c.c_in, 1 + np.abs(c.c_noise)
+
+    def error_magnitude(d: Any, y: Any, sigma: Any, u: Any) -> Any:
+        return loss.loss(np.abs(d) + np.abs(y), 0 * y, sigma, u) * (1 + np.abs(u)) + np.abs(u)
+
+    def noise_magnitude(*noises: Any) -> Any:
+        return 2 * sum(map(np.abs, noises))
+
+    # four steps of two evaluations, of about eight roundings each, and nothing grows: 0 <= D <= x
+    noises = st.tuples(*[draw.numbers(*draw.IMAGES, low=-3, high=3)] * 5)
+    return [
+        Case(
+            "precondition",
+            "PRE-1",
+            precond.precondition,
+            st.tuples(sigmas),
+            lambda s: tuple(precond.precondition(s)),
+            8,
+            log,
+        ),
+        Case(
+            "noise_level",
+            "LOSS-1",
+            loss.noise_level,
+            st.tuples(draw.numbers(7, low=-5, high=5)),
+            loss.noise_level,
+            4,
+            lambda z: loss.noise_level(z) * (1 + np.abs(z)),
+        ),
+        Case("weight", "LOSS-2", loss.weight, st.tuples(sigmas), loss.weight, 8),
+        Case("loss", "LOSS-3", loss.loss, errors, loss.loss, 16, error_magnitude),
+        Case("sample-heun", "SAMPLE-2", sampler.sample, noises, steps("heun"), 64, noise_magnitude),
+        Case("sample-euler", "SAMPLE-2", sampler.sample, noises, steps("euler"), 64, noise_magnitude),
+        Case(
+            "guided",
+            "SAMPLE-5",
+            sampler.guided,
+            _images(0),
+            lambda x: sampler.guided(lambda x, s: x * s, lambda x, s: -x, guidance=3.0)(x, 0.5),
+            8,
+        ),
+    ]
+
+
+CASES = (*_mp_cases(), *_ema_cases(), *_other_cases())

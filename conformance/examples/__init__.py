@@ -1,0 +1,1 @@
+"""Ports written from docs/adding_a_port.md alone."""

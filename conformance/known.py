@@ -1,0 +1,64 @@
+"""Failures that are known: one TOML per port, read strictly, so that none outlives its cause.
+
+    [[failure]]
+    id = "variants"                        # the case, as the report names it
+    reason = "float16 sums in float16"
+    link = "https://.../issues/1"
+    versions = {tensorflow = "<2.20"}      # distributions and the versions of them that fail
+
+An entry counts where all its versions match what is installed. It must fail then: a pass is a fault, and so is an id
+that no case has. In-house ports have theirs in ``conformance/known_failures``.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+FOLDER = Path(__file__).parent / "known_failures"
+
+
+class KnownError(Exception):
+    """A file of known failures that cannot be taken at its word, in one line."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    id: str
+    reason: str
+    link: str
+    versions: dict[str, str]
+
+    @property
+    def applies(self) -> bool:
+        """Whether what is installed is what fails."""
+        return all(_version(name) in SpecifierSet(allowed, prereleases=True) for name, allowed in self.versions.items())
+
+
+def read(port: str, path: str | None = None) -> dict[str, Failure]:
+    """The known failures of a port that apply here, by id: those of ``path``, or of the port's own file if any.
+
+    Raises:
+        KnownError: no such file, not such a table, or an id that no case has.
+    """
+    from conformance.cases import PORT_CASES
+
+    file = Path(path) if path else FOLDER / f"{port}.toml"
+    if not path and not file.is_file():
+        return {}
+    try:
+        entries = [Failure(**entry) for entry in tomllib.loads(file.read_text(encoding="utf-8")).get("failure", [])]
+        found = {failure.id: failure for failure in entries if failure.applies}
+    except (OSError, TypeError, ValueError, AttributeError, InvalidSpecifier, metadata.PackageNotFoundError) as error:
+        raise KnownError(
+            f"{file} must list failures with id, reason, link and versions, got {error}: see docs"
+        ) from error
+    if unknown := sorted({failure.id for failure in entries} - {case.name for case in PORT_CASES}):
+        raise KnownError(f"{file}: no case is called {unknown[0]!r}: correct the id or remove the entry")
+    return found
+
+
+def _version(distribution: str) -> str:
+    return metadata.version(distribution)

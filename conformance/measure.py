@@ -1,0 +1,116 @@
+"""How far is a result from the oracle, how far may it be, and what does a reader need to know when it is too far?
+
+Every comparison of a case goes through :func:`within` or :func:`close`, which keep the worst ratio of error to
+tolerance for the report and raise a :class:`Disagreement` whose words stand alone.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from conformance import tolerance
+
+
+@dataclass
+class Record:
+    """What one case came to: comparisons made, examples drawn, the worst error over tolerance and where it was."""
+
+    examples: int = 0
+    comparisons: int = 0
+    worst: float = 0.0
+    at: str = ""
+    failure: dict[str, str] = field(default_factory=dict)
+
+
+_records: list[Record] = []  # the innermost is being written to
+
+
+@contextmanager
+def recording(record: Record) -> Iterator[Record]:
+    """Comparisons made inside are kept in ``record``."""
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records.pop()
+
+
+class Disagreement(AssertionError):
+    """A result outside its tolerance. ``words`` is what it says, by heading."""
+
+    def __init__(self, summary: str, words: Mapping[str, str]):
+        self.summary, self.words = summary, dict(words)
+        super().__init__(summary)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.words), default=0)
+        return "\n".join([self.summary, *(f"  {heading:{width}}  {text}" for heading, text in self.words.items())])
+
+
+def within(off: float, allowed: float, *, what: str, why: str, got: Any = None, wanted: Any = None) -> None:
+    """Keep the ratio of ``off`` to ``allowed``, and raise Disagreement unless it is at most 1."""
+    ratio = float(off) / allowed if allowed else (np.inf if off else 0.0)
+    if _records:
+        record = _records[-1]
+        record.comparisons += 1
+        if not ratio <= record.worst:
+            record.worst, record.at = ratio, what
+    if not ratio <= 1:
+        words = {"got": _shown(got), "wanted": _shown(wanted), "tolerance": f"{allowed:.3g}: {why}"}
+        raise Disagreement(f"{what}: off by {off:.3g}, {ratio:.3g} times the tolerance", words)
+
+
+def close(got: Any, wanted: Any, allowed: float, *, what: str, why: str, floor: float = 0.0) -> None:
+    """:func:`within` for arrays of float32: the Frobenius norm of the difference relative to that of ``wanted``."""
+    like_float32(got, np.shape(wanted), what=what)
+    at = _worst_element(got, wanted)
+    off = tolerance.relative(got, wanted, floor)
+    within(off, allowed, what=what, why=f"relative Frobenius norm, {why}", got=(got, at), wanted=(wanted, at))
+
+
+def close_all(
+    got: Mapping[str, Any], wanted: Mapping[str, Any], allowed: float, *, what: str, why: str, floor: float = 0.0
+) -> None:
+    """:func:`close` for each of two dicts' arrays; the names must be the same."""
+    same_names(got, wanted, what=what)
+    for name in wanted:
+        close(got[name], wanted[name], allowed, what=f"{what} of {name}", why=why, floor=floor)
+
+
+def holds(condition: bool, what: str, *, got: Any = "", wanted: Any = "") -> None:
+    """A statement without a tolerance."""
+    if _records:
+        _records[-1].comparisons += 1
+    if not condition:
+        raise Disagreement(what, {"got": str(got), "wanted": str(wanted), "tolerance": "0: holds exactly"})
+
+
+def same_names(got: Mapping[Any, Any], wanted: Any, *, what: str) -> None:
+    missing, unknown = set(wanted) - set(got), set(got) - set(wanted)
+    holds(not missing and not unknown, f"{what} must have the plan's names", got=f"{_few(unknown)} too many, "
+          f"{_few(missing)} missing", wanted=f"{len(set(wanted))} names")  # fmt: skip
+
+
+def like_float32(array: Any, shape: tuple[int, ...], *, what: str) -> None:
+    got = f"{type(array).__name__} {getattr(array, 'dtype', '')} {getattr(array, 'shape', '')}"
+    fits = isinstance(array, np.ndarray) and (array.dtype, array.shape) == (np.float32, shape)
+    holds(fits, f"{what} must be a float32 NumPy array of shape {shape}", got=got, wanted=f"ndarray float32 {shape}")
+
+
+def _few(names: set[Any]) -> str:
+    return ", ".join(map(str, sorted(names, key=str)[:3])) or "none"
+
+
+def _worst_element(got: Any, wanted: Any) -> tuple[int, ...]:
+    off = np.abs(np.asarray(got, np.float64) - np.asarray(wanted, np.float64))
+    return tuple(map(int, np.unravel_index(np.argmax(np.nan_to_num(off, nan=np.inf)), off.shape))) if off.ndim else ()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], tuple):
+        array, at = np.asarray(value[0]), value[1]
+        return f"{float(array[at]):.9g} at {list(at)} of {list(array.shape)}, where the difference is largest"
+    return f"{value:.9g}" if isinstance(value, float | np.floating) else str(value)

@@ -1,0 +1,220 @@
+"""Cases of the network and of sampling: what a port is asked, and what the float64 reference answers (NET, SAMPLE).
+
+Every input is read-only: a port that writes to one fails. Oracles are edm2_core.reference on float64 NumPy, and
+central differences of it.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from conformance import measure, oracle, tolerance
+from conformance import strategies as draw
+from conformance.contract import PortCase
+from conformance.ports import Subject
+from conformance.strategies import wide
+from edm2_core import reference, sampler
+from edm2_core.network import NetworkConfig, initialize
+
+NETWORK = "eps (4 layers + 8), tolerance.network"
+SAMPLED = "network x sqrt(evaluations) x exp(pi / 2 x gain), tolerance.sampled"
+
+
+def _same_answer(
+    got: Any, wanted: Any, allowed: float, *, what: str = "the denoised images", why: str = NETWORK
+) -> None:
+    """denoised and logvar; the uncertainty where it is near 0 to that of a unit sum."""
+    measure.close(got[0], wanted[0], allowed, what=what, why=why)
+    measure.close(got[1], wanted[1], allowed, what=f"logvar beside {what}", why=f"{why}, of 1 at least", floor=1.0)
+
+
+def denoise(port: Subject, config: NetworkConfig, seed: int) -> None:
+    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed, P_std=2.0)
+    got = port.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
+    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
+    _same_answer(got, wanted, tolerance.network(config))
+
+
+def network_answer(port: Subject, config: NetworkConfig, seed: int) -> None:
+    """F by itself: (D - c_skip x) / c_out at sigma = 80, where D is nearly all of it."""
+    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
+    sigma = draw.frozen(np.full_like(batch.sigma, 80.0))
+    x = draw.frozen(batch.unit_noise * sigma)
+    denoised, _ = port.denoise(config, params, x, sigma, batch.labels)
+    wanted, _ = reference.denoise(config, *wide((params, x, sigma, batch.labels)))
+    skip = config.sigma_data**2 / (80.0**2 + config.sigma_data**2) * wide(x)
+    got = (denoised - skip).astype(np.float32)
+    measure.close(got, wanted - skip, 2 * tolerance.network(config), what="c_out F", why=f"2 {NETWORK}")
+
+
+def fresh_network(port: Subject, config: NetworkConfig, seed: int) -> None:
+    """As initialized, where gains are 0: D is c_skip x, and u what its weights say."""
+    params, batch = draw.frozen(initialize(config, seed=seed)), draw.random_batch(config, seed)
+    got = port.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
+    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
+    _same_answer(got, wanted, tolerance.network(config), what="a fresh network's images")
+
+
+def batch_independence(port: Subject, config: NetworkConfig, seed: int) -> None:
+    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed, size=3)
+    together, u = port.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
+    for i in range(3):
+        one = slice(i, i + 1)
+        labels = None if batch.labels is None else batch.labels[one]
+        alone = port.denoise(config, params, batch.noisy[one], batch.sigma[one], labels)
+        _same_answer(alone, (together[one], u[one]), tolerance.network(config), what=f"image {i} of 3 by itself")
+
+
+def no_label(port: Subject, config: NetworkConfig, seed: int) -> None:
+    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
+    without = port.denoise(config, params, batch.noisy, batch.sigma, None)
+    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, np.zeros_like(batch.labels))))
+    _same_answer(without, wanted, tolerance.network(config), what="images without label")
+
+
+def jvp(port: Subject, config: NetworkConfig, seed: int) -> None:
+    config = replace(config, clip_act=None)  # a difference would straddle the bend
+    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
+    tangent = draw.frozen(draw.normal(seed + 2, *batch.images.shape))
+    denoised, got = port.jvp(config, params, batch.noisy, batch.sigma, batch.labels, tangent)
+    exact, _ = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
+    measure.close(denoised, exact, tolerance.network(config), what="the denoised images", why=NETWORK)
+    wanted = oracle.along(config, params, batch, tangent, h=1e-5)
+    why = "4 x network + the difference's h^2 and eps / h, as a gradient"
+    measure.close(got, wanted, 4 * tolerance.network(config) + 1e-5, what="the derivative of D", why=why)
+
+
+def variants(port: Subject, config: NetworkConfig, seed: int) -> None:
+    """In other precision and on other devices; half precision's gains are at most 1, as after training."""
+    params = draw.random_parameters(config, seed, max_gain=1.0)
+    batch = draw.random_batch(config, seed)
+    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
+    for name, other in port.variants().items():
+        dtype = name if name in ("bfloat16", "float16", "float64") else "float32"
+        allowed = tolerance.network(config, "float32" if dtype == "float64" else dtype)
+        got = other.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
+        why = f"eps of {dtype} (4 layers + 8)"
+        measure.close(got[0], wanted[0], allowed, what=f"the denoised images of the variant {name}", why=why)
+
+
+# ---- sampling
+
+
+def sample(
+    port: Subject, config: NetworkConfig, seed: int, n: int, sigma_min: float, sigma_max: float, rho: float
+) -> None:
+    params, batch = draw.random_parameters(config, seed, max_gain=1.0), draw.random_batch(config, seed)
+    options: Any = {"num_steps": n, "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    got = port.sample(config, params, batch.unit_noise, batch.labels, **options)
+    wanted = sampler.sample(oracle.denoiser(config, params, batch.labels), wide(batch.unit_noise), **options)
+    allowed = tolerance.sampled(config, evaluations=2 * n, gain=1.0)
+    measure.close(got, wanted, allowed, what="the sampled images", why=SAMPLED)
+
+
+def guide_of(config: NetworkConfig, other: NetworkConfig, same: bool) -> NetworkConfig:
+    """A guide that fits ``config``: of its own config, or one level of another."""
+    if same:
+        return config
+    return replace(
+        other,
+        img_resolution=config.img_resolution,
+        img_channels=config.img_channels,
+        label_dim=0,
+        channel_mult=(1,),
+        attn_resolutions=(),
+        channels_per_head=other.model_channels,
+    )
+
+
+def guided_sample(
+    port: Subject, config: NetworkConfig, other: NetworkConfig, seed: int, w: float, churn: float, same: bool
+) -> None:
+    """The guide a network of another config, or of the same (then its parameters are enough)."""
+    other = guide_of(config, other, same)
+    params = draw.random_parameters(config, seed, max_gain=0.5)
+    guide = draw.random_parameters(other, seed + 1, max_gain=0.5)
+    batch, n = draw.random_batch(config, seed), 4  # two of the levels are churned: the order of the noise matters
+    noise = batch.unit_noise
+    fresh = draw.frozen(np.stack([draw.normal(seed + i, *noise.shape) for i in range(n)]))
+    options: Any = {"num_steps": n, "sigma_max": 20.0, "S_churn": churn, "S_min": 0.01, "S_max": 10.0, "S_noise": 1.01}
+    given = guide if same else (other, guide)
+    got = port.sample(config, params, noise, batch.labels, guide=given, guidance=w, churn_noise=fresh, **options)
+    net, away = (
+        oracle.denoiser(config, params, batch.labels),
+        oracle.denoiser(other, guide, batch.labels),
+    )
+    wanted = sampler.sample(sampler.guided(net, away, guidance=w), wide(noise), churn_noise=wide(fresh), **options)
+    allowed = max(tolerance.sampled(c, evaluations=4 * n, gain=0.5, guidance=w) for c in (config, other))
+    measure.close(got, wanted, allowed, what="the guided images", why=f"{SAMPLED}, gain x (|w| + |w - 1|)")
+
+
+def sample_batch_independence(port: Subject, config: NetworkConfig, seed: int) -> None:
+    params, batch = draw.random_parameters(config, seed, max_gain=1.0), draw.random_batch(config, seed, size=3)
+    together = port.sample(config, params, batch.unit_noise, batch.labels, num_steps=3)
+    labels = None if batch.labels is None else batch.labels[1:2]
+    alone = port.sample(config, params, batch.unit_noise[1:2], labels, num_steps=3)
+    allowed = tolerance.sampled(config, evaluations=5, gain=1.0)
+    measure.close(alone, together[1:2], allowed, what="image 1 of 3 by itself", why=SAMPLED)
+
+
+def seeds(port: Subject, config: NetworkConfig, first: int) -> None:
+    """What a person sees: 8-bit pixels of seeded noise and labels, at most a level from the oracle's. So all ports
+    agree with each other to two levels, where rounding to a level falls on different sides."""
+    from backends.pipeline import seeds as seeded
+
+    params = draw.random_parameters(config, 0, max_gain=1.0)
+    chosen, shape = range(first, first + 2), (config.img_channels, *[config.img_resolution] * 2)
+    noise = draw.frozen(seeded.noise(chosen, shape))
+    labels = None
+    if config.label_dim:
+        labels = draw.frozen(seeded.one_hot(seeded.labels(chosen, config.label_dim), config.label_dim))
+    got = port.sample(config, params, noise, labels, num_steps=4)
+    wanted = sampler.sample(oracle.denoiser(config, params, labels), wide(noise), num_steps=4)
+    levels = [np.rint(np.clip(np.asarray(x, np.float64) * 127.5 + 128, 0, 255)) for x in (got, wanted)]
+    off = float(np.abs(levels[0] - levels[1]).max())
+    measure.within(off, 1.0, what="the pictures of two seeds", why="one of 256 levels, where rounding falls otherwise")
+
+
+CONFIG, SEED = {"config": draw.configs()}, {"seed": draw.seeds}
+LABELLED = {"config": draw.configs(labels=True)}
+BACKWARD = {"config": draw.configs(narrowest=draw.BACKWARD)}
+REFERENCE = "edm2_core.reference on float64 NumPy"
+SAMPLER = "edm2_core.sampler over edm2_core.reference, in float64"
+SCHEDULE = {
+    "n": st.integers(1, 4), "sigma_min": st.floats(0.002, 0.1), "sigma_max": st.floats(5, 80), "rho": st.floats(3, 9),
+}  # fmt: skip
+GUIDE = {"other": draw.configs(), "w": st.floats(0, 2), "churn": st.floats(0, 40), "same": st.booleans()}
+
+CASES = (
+    PortCase("denoise", "API-3 NET-5 NET-6", CONFIG | SEED, denoise, REFERENCE, NETWORK, ("denoise",)),
+    PortCase("network-answer", "NET-5", CONFIG | SEED, network_answer, REFERENCE, NETWORK, ("denoise",), cost=2),
+    PortCase("fresh-network", "NET-4 NET-5", CONFIG | SEED, fresh_network, REFERENCE, NETWORK, ("denoise",), cost=4),
+    PortCase(
+        "batch-independence", "NET-7", CONFIG | SEED, batch_independence, "the port, on each image alone", NETWORK,
+        ("denoise",), cost=6,
+    ),
+    PortCase("no-label", "NET-8", LABELLED | SEED, no_label, f"{REFERENCE} of zeros", NETWORK, ("denoise",), cost=4),
+    PortCase(
+        "jvp", "NET-5 STEP-1", BACKWARD | SEED, jvp, f"central differences of {REFERENCE}", "4 x network",
+        ("jvp",), cost=4,
+    ),
+    PortCase(
+        "variants", "API-1 NET-5", CONFIG | SEED, variants, REFERENCE, "eps of the precision (4 layers + 8)",
+        ("variants",), cost=8,
+    ),
+    PortCase("sample", "SAMPLE-1 SAMPLE-2", CONFIG | SEED | SCHEDULE, sample, SAMPLER, SAMPLED, ("sample",), cost=4),
+    PortCase(
+        "guided-sample", "SAMPLE-4 SAMPLE-5", CONFIG | SEED | GUIDE, guided_sample, SAMPLER, SAMPLED, ("sample",),
+        cost=4,
+    ),
+    PortCase(
+        "sample-batch-independence", "NET-7 SAMPLE-2", CONFIG | SEED, sample_batch_independence,
+        "the port, on one image alone", SAMPLED, ("sample",), cost=10,
+    ),
+    PortCase(
+        "seeds", "SAMPLE-6", CONFIG | {"first": st.integers(0, 10**6)}, seeds, SAMPLER, "one of 256 levels",
+        ("sample",), cost=10,
+    ),
+)  # fmt: skip

@@ -1,0 +1,35 @@
+"""How many examples, drawn how? ``dev`` while writing, ``ci`` the same ones each time, ``deep`` before a release."""
+
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+
+# No deadline: first calls compile. Drawing configs is slow by Hypothesis' standards, and right. Which lines ran
+# explains nothing about arithmetic. One failure at a time: the report shows the smallest.
+_COMMON: dict[str, Any] = {
+    "deadline": None,
+    "phases": [phase for phase in Phase if phase is not Phase.explain],
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+    "report_multiple_bugs": False,
+}
+PROFILES: dict[str, dict[str, Any]] = {
+    "dev": {"max_examples": 20},
+    "ci": {"max_examples": 100, "derandomize": True, "database": None},
+    "deep": {"max_examples": 2000},
+}
+for _name, _own in PROFILES.items():
+    settings.register_profile(_name, **_COMMON, **_own)
+
+
+def load(name: str) -> None:
+    """Make ``name`` the profile of all that follows. Tests are decorated after that."""
+    settings.load_profile(name)
+
+
+def current() -> str:
+    return settings.get_current_profile_name()
+
+
+def fewer(divisor: int, *, least: int = 4) -> settings:
+    """Settings for what costs as much as ``divisor`` others: that many times fewer examples, and at least ``least``."""
+    return settings(max_examples=max(least, settings().max_examples // divisor))

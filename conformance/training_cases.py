@@ -1,0 +1,201 @@
+"""Cases of training: gradients, whole runs, states that cross from port to port (LOSS, STEP, EMA, FILE)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from conformance import measure, oracle, tolerance
+from conformance import strategies as draw
+from conformance.contract import PortCase
+from conformance.network_cases import BACKWARD, SEED
+from conformance.oracle import GRADIENT_SHARE, Params, trained_names
+from conformance.ports import Subject
+from conformance.strategies import wide
+from edm2_core import mp, reference
+from edm2_core.network import NetworkConfig, plan
+
+GRADIENT = "4 x network + 4 eps x condition of the residual, tolerance.gradient"
+ADAM = "rounding + lr x the gradient's error over the root of its second moment, tolerance.adam"
+
+
+def loss(port: Subject, config: NetworkConfig, seed: int) -> None:
+    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
+    got, _ = port.loss_and_gradients(config, params, *batch)
+    wanted = reference.loss(config, wide(params), *wide(tuple(batch)))
+    allowed = tolerance.gradient(config, batch.sigma, batch.images)
+    measure.close(got, wanted, allowed, what="the loss of each element", why=GRADIENT)
+
+
+def directions(port: Subject, config: NetworkConfig, seed: int) -> None:
+    """(g + error) . v - g . v is N(0, |error|^2) for Gaussian v: within 6 of its standard deviations. The difference
+    itself is good to h^2 and eps / h, given that nothing is clipped: it would straddle the bend."""
+    config = replace(config, clip_act=None)
+    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
+    _, gradients = port.loss_and_gradients(config, params, *batch)
+    measure.same_names(gradients, trained_names(config), what="the gradients")
+    exact, allowed = wide(params), tolerance.gradient(config, batch.sigma, batch.images)
+
+    def objective(direction: Params, h: float) -> float:
+        moved = {name: value + h * direction.get(name, 0.0) for name, value in exact.items()}
+        return float(np.sum(reference.loss(config, moved, *wide(tuple(batch))))) / len(batch.images)
+
+    norm = sqrt(sum(float(np.sum(wide(g) ** 2)) for g in gradients.values()))
+    rng, h = np.random.default_rng(seed), 1e-5
+    for _ in range(2):
+        v = {name: rng.standard_normal(gradient.shape) for name, gradient in gradients.items()}
+        along = sum(float(np.sum(wide(g) * v[name])) for name, g in gradients.items())
+        wanted = (objective(v, h) - objective(v, -h)) / (2 * h)
+        bound = 6 * allowed * norm + 1e-5 * norm
+        why = f"6 standard deviations of |gradient| x ({GRADIENT}), and the difference's own h^2 + eps / h"
+        what = "the derivative of the loss along a random direction"
+        measure.within(abs(along - wanted), bound, what=what, why=why, got=along, wanted=wanted)
+
+
+def gradients(port: Subject, config: NetworkConfig, seed: int) -> None:
+    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
+    _, got = port.loss_and_gradients(config, params, *batch)
+    _, wanted = oracle.torch_gradients(config, params, batch)
+    allowed = GRADIENT_SHARE * tolerance.gradient(config, batch.sigma, batch.images)
+    why = f"{GRADIENT_SHARE} x ({GRADIENT}), of the tensors' root mean square at least"
+    measure.close_all(got, wanted, allowed, what="the gradient", why=why, floor=tolerance.gradient_floor(wanted))
+
+
+def training(
+    port: Subject,
+    config: NetworkConfig,
+    seed: int,
+    sizes: Sequence[int],
+    betas: tuple[float, float],
+    sigma_rels: tuple[float, ...],
+) -> None:
+    params = draw.random_parameters(config, seed)
+    batches = [draw.random_batch(config, seed + i, size=size) for i, size in enumerate(sizes)]
+    options: Any = {"learning_rates": (0.01, 0.02, 0.005, 0.01), "betas": betas, "sigma_rels": sigma_rels}
+    losses, trained, averages = port.train(config, params, batches, **options)
+    wanted = oracle.train(config, params, batches, **options)
+    measure.holds(len(losses) == len(sizes), "a loss for each step", got=len(losses), wanted=len(sizes))
+    for step, (got, want, allowed) in enumerate(zip(losses, wanted.losses, wanted.loss_slack, strict=True)):
+        what = f"the mean loss of step {step + 1}"
+        measure.within(abs(got - want), allowed, what=what, why=GRADIENT, got=float(got), wanted=want)
+    measure.same_names(averages, sigma_rels, what="the averages by length")
+    pairs = {"weights": (trained, wanted.weights)}
+    pairs |= {f"average {s}": (averages[s], wanted.averages[s]) for s in sigma_rels}
+    for part, (arrays, wants) in pairs.items():
+        measure.same_names(arrays, wants, what=part)
+        for name, array in wants.items():  # each step rounds the weight, and forcing it a few times more
+            rounding = len(sizes) * 8 * tolerance.eps("float32") * float(np.linalg.norm(array.ravel()))
+            allowed = rounding + float(np.linalg.norm(wanted.weight_slack.get(name, np.zeros(1)).ravel()))
+            off = float(np.linalg.norm((arrays[name] - array).ravel()))
+            measure.within(off, allowed, what=f"{name} of the {part} after {len(sizes)} steps", why=ADAM)
+
+
+def first_step(port: Subject, config: NetworkConfig, seed: int) -> None:
+    """Each trained number moves by at most lr; averages copy, Fourier constants stay, bit for bit."""
+    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
+    options: Any = {"betas": (0.9, 0.99), "sigma_rels": (0.05, 0.10)}
+    _, trained, averages = port.train(config, params, [batch], learning_rates=[0.01], **options)
+    for s, average in averages.items():
+        for name in params:
+            same = np.array_equal(average[name], trained[name])
+            measure.holds(same, f"average {s} must be the weights after the first step, {name} is not")
+    for name, parameter in plan(config).parameters.items():
+        if not parameter.trained:
+            measure.holds(np.array_equal(trained[name], params[name]), f"{name} must stay as it is")
+            continue
+        start = mp.force_weight_norm(wide(params[name])) if parameter.normalized else params[name]
+        moved = float(np.abs(trained[name] - start).max())
+        bound = 0.01 + 16 * tolerance.eps("float32") * float(np.abs(start).max())
+        measure.holds(moved <= bound, f"the first step must move {name} by lr at most", got=moved, wanted=bound)
+
+
+def _state(config: NetworkConfig, params: Params, seed: int) -> Any:
+    """A run between two steps, with moments and averages that are not each other's."""
+    from backends.pipeline.state import State
+
+    names = trained_names(config)
+    constants = {name: params[name] for name in params if name not in names}
+    first, second = (draw.random_parameters(config, seed + i) for i in (1, 2))
+    averages = {s: draw.random_parameters(config, seed + i) | constants for i, s in ((3, 0.05), (4, 0.10))}
+    return State(
+        params=params,
+        moments1={name: np.asarray(first[name] * np.float32(0.01)) for name in names},
+        moments2={name: np.asarray(np.square(second[name]) * np.float32(1e-4)) for name in names},
+        averages=averages,
+        nimg=32,
+        steps=16,
+    )
+
+
+def state_file(port: Subject, config: NetworkConfig, seed: int) -> None:
+    """Written, read, taken in by the port, given back, written: the same bytes. A file that each port gives back as it
+    was crosses between any two."""
+    from backends.pipeline.state import load_state, save_state
+
+    before = _state(config, draw.random_parameters(config, seed), seed)
+    with TemporaryDirectory() as folder:
+        first, second = Path(folder, "first"), Path(folder, "second")
+        save_state(first, before)
+        _, after = port.advance(config, load_state(first, config, (0.05, 0.10)), [], learning_rates=[])
+        save_state(second, after)
+        same = first.read_bytes() == second.read_bytes()
+    wrong = [f"{part}/{name}" for part, arrays in before.parts().items() for name in arrays
+             if not np.array_equal(arrays[name], after.parts().get(part, {}).get(name))]  # fmt: skip
+    got = f"{', '.join(wrong[:3]) or 'counters'} changed"
+    measure.holds(same, "a state file must come back from the port byte for byte", got=got, wanted="the same bytes")
+
+
+def resuming(port: Subject, config: NetworkConfig, seed: int, stop: int) -> None:
+    """Four steps are ``stop`` steps, a state that nothing but NumPy holds, and the rest: bit for bit."""
+    start = _state(config, draw.random_parameters(config, seed), seed)
+    batches = [draw.random_batch(config, seed + i) for i in range(4)]
+    rates = [0.01, 0.02, 0.005, 0.01]
+    losses, whole = port.advance(config, start, batches, learning_rates=rates)
+    before, between = port.advance(config, start, batches[:stop], learning_rates=rates[:stop])
+    after, parts = port.advance(config, between, batches[stop:], learning_rates=rates[stop:])
+    measure.holds([*before, *after] == list(losses), "losses after resuming", got=[*before, *after], wanted=losses)
+    counters = (parts.nimg, parts.steps)
+    measure.holds(counters == (whole.nimg, whole.steps) == (40, 20), "nimg, steps", got=counters, wanted=(40, 20))
+    for part, arrays in whole.parts().items():
+        measure.same_names(parts.parts()[part], arrays, what=part)
+        for name, array in arrays.items():
+            same = np.array_equal(parts.parts()[part][name], array)
+            measure.holds(same, f"{part}/{name} must be as without stopping")
+
+
+SIZES = {"sizes": st.just((2, 3, 1, 2))}
+ADAMS = {
+    "betas": st.sampled_from([(0.9, 0.99), (0.8, 0.95)]), "sigma_rels": st.sampled_from([(0.05, 0.10), (0.2,)]),
+}  # fmt: skip
+AUTOGRAD = "edm2_core.reference on float64 tensors, differentiated by PyTorch"
+TRAINING = f"the step in so many words in float64, over {AUTOGRAD}"
+
+CASES = (
+    PortCase(
+        "loss", "LOSS-3", BACKWARD | SEED, loss, "edm2_core.reference on float64 NumPy", GRADIENT,
+        ("loss_and_gradients",), cost=2,
+    ),
+    PortCase(
+        "gradient-along-directions", "STEP-1 LOSS-3", BACKWARD | SEED, directions,
+        "central differences of edm2_core.reference", f"6 standard deviations of {GRADIENT}", ("loss_and_gradients",),
+        cost=2,
+    ),
+    PortCase("gradients", "STEP-1", BACKWARD | SEED, gradients, AUTOGRAD, GRADIENT, ("loss_and_gradients",), cost=2),
+    PortCase("first-step", "STEP-3", BACKWARD | SEED, first_step, "lr, and equality", "exact", ("train",), cost=4),
+    PortCase(
+        "training", "STEP-2 STEP-3 EMA-3", BACKWARD | SEED | SIZES | ADAMS, training, TRAINING, ADAM, ("train",),
+        cost=5,
+    ),
+    PortCase(
+        "state-file", "STEP-4", BACKWARD | SEED, state_file, "the bytes themselves", "exact", ("advance",), cost=5
+    ),
+    PortCase(
+        "resuming", "STEP-4", BACKWARD | SEED | {"stop": st.integers(1, 3)}, resuming, "the port, without stopping",
+        "exact", ("advance",), cost=10,
+    ),
+)  # fmt: skip
