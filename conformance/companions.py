@@ -92,6 +92,7 @@ def _jax(port: Any) -> Extras:
 
 def _mlx(port: Any) -> Extras:
     import mlx.core as mx
+
     from backends.mlx.step import Batch, Training
     from backends.mlx.weights import build, to_nchw, to_nhwc
 
