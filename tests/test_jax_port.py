@@ -162,6 +162,15 @@ def test_64_bit_numbers_stay_off():
     assert not jax.config.jax_enable_x64
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Commands keep what they compile: most train the same network, and compiling takes longest."""
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+        yield folder
+
+
 def run(*args, cwd, status=0, **environment):
     done = subprocess.run(
         [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
@@ -187,6 +196,13 @@ def samples(cwd, command, *args):
     run(*command, *args, "--format", "npz", "--outdir", "out", cwd=cwd)
     with np.load(cwd / "out" / "samples.npz") as file:
         return dict(file)
+
+
+def test_what_is_compiled_is_kept_where_that_is_asked_for(short, cache):
+    kept = {path.name for path in cache.iterdir()}
+    assert any("train_step" in name for name in kept)
+    run(*TRAIN, *SMALL, "--outdir", "again", cwd=short)
+    assert {path.name for path in cache.iterdir() if "train_step" in path.name} <= kept
 
 
 def test_resuming_is_not_stopping(short):
