@@ -5,7 +5,7 @@ how. In-house ports are entry points of the group ``edm2.ports``; any other is n
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import import_module, metadata
 from typing import Any
@@ -34,14 +34,13 @@ class NotImplementedByPort(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """A port under its name, with the members that the suite adds to an in-house port until it has them."""
+    """A port under its name."""
 
     name: str
     port: Any
-    extras: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def member(self, name: str) -> Callable[..., Any]:
-        found = getattr(self.port, name, None) or self.extras.get(name)
+        found: Callable[..., Any] | None = getattr(self.port, name, None)
         if found is None:
             raise NotImplementedByPort(f"not implemented: {name}{MEMBERS[name]}")
         return found
@@ -59,7 +58,7 @@ class Subject:
     @cached_property
     def compiles(self) -> bool:
         """Each new network and shape takes it seconds: random networks come from a few."""
-        return bool(getattr(self.port, "compiles", "compiles" in self.extras))
+        return bool(getattr(self.port, "compiles", False))
 
     def versions(self) -> dict[str, str]:
         """Of the port's distribution and of the library that it stands on, which a port names as ``library``."""
@@ -102,9 +101,7 @@ def load(name: str) -> Subject:
         port = getattr(import_module(module), attribute)
     except Exception as error:
         raise PortError(f"port {name} cannot be imported: {type(error).__name__}: {error}".splitlines()[0]) from error
-    from conformance import companions
-
-    return Subject(name, port, companions.of(port))
+    return Subject(name, port)
 
 
 def found() -> tuple[dict[str, Subject], dict[str, str]]:

@@ -1,7 +1,7 @@
 """The adapter through which the conformance suite, and anything else that speaks NumPy, drives this port."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf
 from typing import Any
@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from backends.pipeline.state import State
 from edm2_core import sampler
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
 
 from . import weights
 from .network import denoise
-from .step import Batch, batch_loss, init, make_step, to_stored
+from .step import Batch, batch_loss, from_stored, init, make_step, to_stored
+from .step import State as Moving
 from .weights import to_nchw, to_nhwc
 
 Params = Mapping[str, np.ndarray]
@@ -63,6 +65,22 @@ class Port:
             gradients, loss = _gradients(config, self.precision)(state.params, state.constants, batch)
         return to_nchw(loss), weights.dump(gradients)
 
+    def jvp(
+        self,
+        config: NetworkConfig,
+        params: Params,
+        x: np.ndarray,
+        sigma: np.ndarray,
+        labels: np.ndarray | None,
+        tangent: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The denoised images, and their derivative along ``tangent``, both [N, C, H, W]."""
+        with self._place():
+            native, moved, along = weights.load(config, params), _pixels(x), _pixels(tangent)
+            pair = _derivative(config, self.precision)(native, moved, along, _array(sigma), _array(labels))
+        denoised, found = map(to_nchw, pair)
+        return denoised, found
+
     def train(
         self,
         config: NetworkConfig,
@@ -75,13 +93,46 @@ class Port:
     ) -> tuple[list[float], Params, Mapping[float, Params]]:
         """One step per batch (images, unit_noise, sigma, labels): mean losses, last parameters and averages."""
         with self._place():
-            state, losses = init(config, params, sigma_rels=sigma_rels), []
-            step = _step(config, self.precision, betas)
-            for batch, lr in zip(batches, learning_rates, strict=True):
-                state, metrics = step(state, self._batch(*batch), jnp.float32(lr), jax.random.key(0))
-                losses.append(float(metrics.loss))
-            stored = to_stored(state)
+            start = init(config, params, sigma_rels=sigma_rels)
+            losses, stored = self._steps(config, start, batches, learning_rates, betas)
         return losses, stored.params, stored.averages
+
+    def advance(
+        self,
+        config: NetworkConfig,
+        state: State,
+        batches: Iterable[Sequence[np.ndarray | None]],
+        *,
+        learning_rates: Sequence[float],
+    ) -> tuple[list[float], State]:
+        """Steps from ``state`` on, Adam's betas (0.9, 0.99): mean losses, and the state that they come to."""
+        with self._place():
+            return self._steps(config, from_stored(config, state), batches, learning_rates, (0.9, 0.99))
+
+    def _steps(
+        self,
+        config: NetworkConfig,
+        state: Moving,
+        batches: Iterable[Sequence[np.ndarray | None]],
+        learning_rates: Sequence[float],
+        betas: tuple[float, float],
+    ) -> tuple[list[float], State]:
+        step, losses = _step(config, self.precision, betas), []
+        for batch, lr in zip(batches, learning_rates, strict=True):
+            state, metrics = step(state, self._batch(*batch), jnp.float32(lr), jax.random.key(0))
+            losses.append(float(metrics.loss))
+        return losses, to_stored(state)
+
+    @property
+    def compiles(self) -> bool:
+        """Each new network and shape takes seconds."""
+        return True
+
+    def variants(self) -> dict[str, "Port"]:
+        """This port in other precision, and on the other devices that are here."""
+        others = {device.platform: device for device in jax.devices() if device.platform != "cpu"}
+        devices = {name: replace(self, device=device) for name, device in others.items()}
+        return devices | {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
 
     def sample(
         self,
@@ -180,6 +231,16 @@ class _Place:
 def _denoiser(config: NetworkConfig, precision: str) -> Callable[..., Any]:
     dtype = getattr(jnp, precision)
     return jax.jit(lambda params, x, sigma, labels: denoise(config, params, x, sigma, labels, dtype=dtype))
+
+
+@lru_cache(maxsize=64)
+def _derivative(config: NetworkConfig, precision: str) -> Callable[..., Any]:
+    dtype = getattr(jnp, precision)
+
+    def along(params: Any, x: Array, tangent: Array, sigma: Array, labels: Array | None) -> tuple[Array, Array]:
+        return jax.jvp(lambda moved: denoise(config, params, moved, sigma, labels, dtype=dtype)[0], (x,), (tangent,))
+
+    return jax.jit(along)
 
 
 @lru_cache(maxsize=64)

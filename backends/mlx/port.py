@@ -1,13 +1,14 @@
 """The adapter through which the conformance suite, and anything else that speaks NumPy, drives this port."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from backends.pipeline.state import State
 from edm2_core import sampler
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
@@ -62,6 +63,22 @@ class Port:
             loss, gradients = gradients_of(network, batch, scale=1 / len(images))
             return to_nchw(loss), dump(gradients)
 
+    def jvp(
+        self,
+        config: NetworkConfig,
+        params: Params,
+        x: np.ndarray,
+        sigma: np.ndarray,
+        labels: np.ndarray | None,
+        tangent: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The denoised images, and their derivative along ``tangent``, both [N, C, H, W]."""
+        with self._place(), mx.stream(mx.cpu):  # conv2d has no forward derivative on the GPU
+            network, level, classes = self._network(config, params), _array(sigma), _array(labels)
+            pair = mx.jvp(lambda moved: network(moved, level, classes)[0], [to_nhwc(x)], [to_nhwc(tangent)])
+            denoised, along = (to_nchw(arrays[0]) for arrays in pair)
+        return denoised, along
+
     def train(
         self,
         config: NetworkConfig,
@@ -75,12 +92,28 @@ class Port:
         """One step per batch (images, unit_noise, sigma, labels): mean losses, last parameters and averages."""
         with self._place():
             training = Training(self._network(config, params), betas=betas, sigma_rels=sigma_rels)
-            losses = [
-                float(training.step(_batch(*batch), lr=lr)[0])
-                for batch, lr in zip(batches, learning_rates, strict=True)
-            ]
+            losses = _steps(training, batches, learning_rates)
             state = training.state()
         return losses, state.params, state.averages
+
+    def advance(
+        self,
+        config: NetworkConfig,
+        state: State,
+        batches: Iterable[Sequence[np.ndarray | None]],
+        *,
+        learning_rates: Sequence[float],
+    ) -> tuple[list[float], State]:
+        """Steps from ``state`` on, Adam's betas (0.9, 0.99): mean losses, and the state that they come to."""
+        with self._place():
+            training = Training(self._network(config, state.params), sigma_rels=tuple(state.averages))
+            training.load_state(state)
+            return _steps(training, batches, learning_rates), training.state()
+
+    def variants(self) -> dict[str, "Port"]:
+        """This port in other precision, and on the GPU if there is one."""
+        devices = {"gpu": replace(self, device="gpu")} if mx.is_available(mx.gpu) else {}
+        return devices | {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
 
     def sample(
         self,
@@ -175,6 +208,13 @@ class Sampler:
                 denoise = sampler.guided(denoise, guide, guidance=guidance, interval=guide_interval)
             churn = None if churn_noise is None else map(to_nhwc, churn_noise)
             return to_nchw(sampler.sample(denoise, to_nhwc(noise), churn_noise=churn, **steps))
+
+
+def _steps(
+    training: Training, batches: Iterable[Sequence[np.ndarray | None]], learning_rates: Sequence[float]
+) -> list[float]:
+    steps = zip(batches, learning_rates, strict=True)
+    return [float(training.step(_batch(*batch), lr=lr)[0]) for batch, lr in steps]
 
 
 def _array(array: np.ndarray | None) -> Any:

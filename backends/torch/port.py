@@ -1,14 +1,16 @@
 """The adapter through which the conformance suite, and anything else that speaks NumPy, drives this port."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from backends.pipeline.state import State
 from edm2_core import sampler
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
@@ -56,6 +58,24 @@ class Port:
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         return loss.detach().cpu().numpy(), dump(gradients)
 
+    def jvp(
+        self,
+        config: NetworkConfig,
+        params: Params,
+        x: np.ndarray,
+        sigma: np.ndarray,
+        labels: np.ndarray | None,
+        tangent: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The denoised images, and their derivative along ``tangent``, both [N, C, H, W]."""
+        network, level, classes = self.network(config, params), self.tensor(sigma), self.tensor(labels)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no forward derivative
+            pair = torch.func.jvp(
+                lambda moved: network(moved, level, classes)[0], (self.tensor(x),), (self.tensor(tangent),)
+            )
+        denoised, along = (array.detach().cpu().numpy() for array in pair)
+        return denoised, along
+
     def train(
         self,
         config: NetworkConfig,
@@ -68,12 +88,34 @@ class Port:
     ) -> tuple[list[float], Params, Mapping[float, Params]]:
         """One step per batch (images, unit_noise, sigma, labels): mean losses, last parameters and averages."""
         training = Training(self.network(config, params), betas=betas, sigma_rels=sigma_rels)
-        losses = [
-            float(training.step(self.batch(*batch), lr=lr)[0])
-            for batch, lr in zip(batches, learning_rates, strict=True)
-        ]
+        losses = self._steps(training, batches, learning_rates)
         state = training.state()
         return losses, state.params, state.averages
+
+    def advance(
+        self,
+        config: NetworkConfig,
+        state: State,
+        batches: Iterable[Sequence[np.ndarray | None]],
+        *,
+        learning_rates: Sequence[float],
+    ) -> tuple[list[float], State]:
+        """Steps from ``state`` on, Adam's betas (0.9, 0.99): mean losses, and the state that they come to."""
+        training = Training(self.network(config, state.params), sigma_rels=tuple(state.averages))
+        training.load_state(state)
+        return self._steps(training, batches, learning_rates), training.state()
+
+    def _steps(
+        self, training: Training, batches: Iterable[Sequence[np.ndarray | None]], learning_rates: Sequence[float]
+    ) -> list[float]:
+        steps = zip(batches, learning_rates, strict=True)
+        return [float(training.step(self.batch(*batch), lr=lr)[0]) for batch, lr in steps]
+
+    def variants(self) -> dict[str, "Port"]:
+        """This port in other precision, and on the other devices that are here."""
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        devices = {name: replace(self, device=name) for name, there in here.items() if there}
+        return devices | {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
 
     def sample(
         self,
