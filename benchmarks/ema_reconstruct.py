@@ -61,7 +61,7 @@ def _report(folder: Path, repeats: int) -> str:
     flat = "\n".join(f"| {name} | {row['seconds']:.2f} s | {row['peak']:.0f} MB |" for name, row in sizes.items())
     return f"""# Benchmarks
 
-Measured by `nox -s bench_ema` on {_machine()}; medians of {repeats} runs, times in seconds.
+Measured by `nox -s bench_ema` on {machine()}; medians of {repeats} runs, times in seconds.
 
 ## Reconstruction of averages
 
@@ -253,7 +253,7 @@ def _version(package: str) -> str:
     return f"{package.replace('_', '-')} {version(package)}"
 
 
-def _machine() -> str:
+def machine() -> str:
     model = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "a CPU"
     )
