@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from backends.pipeline.adapters import Guide, Params, Sampling
 from backends.pipeline.state import State
 from edm2_core import sampler
 from edm2_core.errors import InputError
@@ -22,12 +23,9 @@ from .step import Batch, batch_loss, from_stored, init, make_step, to_stored
 from .step import State as Moving
 from .weights import to_nchw, to_nhwc
 
-Params = Mapping[str, np.ndarray]
-Guide = Params | tuple[NetworkConfig, Params]
-
 
 @dataclass(frozen=True)
-class Port:
+class Port(Sampling):
     """NumPy in, NumPy out: images NCHW, labels one-hot [N, label_dim] or None, sigma [N, 1, 1, 1], params canonical.
 
     All computations run on ``device`` (None: JAX's own choice), compiled, with activations in ``precision`` and matrix
@@ -133,28 +131,6 @@ class Port:
         others = {device.platform: device for device in jax.devices() if device.platform != "cpu"}
         devices = {name: replace(self, device=device) for name, device in others.items()}
         return devices | {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
-
-    def sample(
-        self,
-        config: NetworkConfig,
-        params: Params,
-        noise: np.ndarray,
-        labels: np.ndarray | None = None,
-        *,
-        guide: Guide | None = None,
-        guidance: float = 1.0,
-        guide_interval: tuple[float, float] = (0.0, inf),
-        churn_noise: Iterable[np.ndarray] | None = None,
-        **steps: Any,
-    ) -> np.ndarray:
-        """Images from ``noise``. ``steps`` are :func:`edm2_core.sampler.sample`'s num_steps, sigma_min and so on.
-
-        ``guide`` is the parameters of a network of the same config, or (config, parameters) of another; None with
-        guidance other than 1 is the network itself without its label.
-        """
-        return self.sampler(config, params, guide=guide)(
-            noise, labels, guidance=guidance, guide_interval=guide_interval, churn_noise=churn_noise, **steps
-        )
 
     def sampler(self, config: NetworkConfig, params: Params, *, guide: Guide | None = None) -> "Sampler":
         """A sampler that keeps its networks: call it for batch after batch."""

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from backends.pipeline.adapters import Guide, Params, Sampling
 from backends.pipeline.state import State
 from edm2_core import sampler
 from edm2_core.errors import InputError
@@ -18,12 +19,9 @@ from .network import Network
 from .step import Batch, Training, gradients_of
 from .weights import build, dump, to_nchw, to_nhwc
 
-Params = Mapping[str, np.ndarray]
-Guide = Params | tuple[NetworkConfig, Params]
-
 
 @dataclass(frozen=True)
-class Port:
+class Port(Sampling):
     """NumPy in, NumPy out: images NCHW, labels one-hot [N, label_dim] or None, sigma [N, 1, 1, 1], params canonical.
 
     All computations run on ``device`` (gpu or cpu; None: the faster there is), with activations in ``precision``.
@@ -114,28 +112,6 @@ class Port:
         """This port in other precision, and on the GPU if there is one."""
         devices = {"gpu": replace(self, device="gpu")} if mx.is_available(mx.gpu) else {}
         return devices | {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
-
-    def sample(
-        self,
-        config: NetworkConfig,
-        params: Params,
-        noise: np.ndarray,
-        labels: np.ndarray | None = None,
-        *,
-        guide: Guide | None = None,
-        guidance: float = 1.0,
-        guide_interval: tuple[float, float] = (0.0, inf),
-        churn_noise: Iterable[np.ndarray] | None = None,
-        **steps: Any,
-    ) -> np.ndarray:
-        """Images from ``noise``. ``steps`` are :func:`edm2_core.sampler.sample`'s num_steps, sigma_min and so on.
-
-        ``guide`` is the parameters of a network of the same config, or (config, parameters) of another; None with
-        guidance other than 1 is the network itself without its label.
-        """
-        return self.sampler(config, params, guide=guide)(
-            noise, labels, guidance=guidance, guide_interval=guide_interval, churn_noise=churn_noise, **steps
-        )
 
     def sampler(self, config: NetworkConfig, params: Params, *, guide: Guide | None = None) -> "Sampler":
         """A sampler that keeps its networks: call it for batch after batch."""

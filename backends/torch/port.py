@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from backends.pipeline.adapters import Guide, Params, Sampling
 from backends.pipeline.state import State
 from edm2_core import sampler
 from edm2_core.errors import InputError
@@ -19,12 +20,9 @@ from .network import Network
 from .step import Batch, Training, batch_loss
 from .weights import build, dump
 
-Params = Mapping[str, np.ndarray]
-Guide = Params | tuple[NetworkConfig, Params]
-
 
 @dataclass(frozen=True)
-class Port:
+class Port(Sampling):
     """NumPy in, NumPy out: images NCHW, labels one-hot [N, label_dim] or None, sigma [N, 1, 1, 1], params canonical.
 
     All computations run on ``device`` with activations in ``precision``.
@@ -116,28 +114,6 @@ class Port:
         here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         devices = {name: replace(self, device=name) for name, there in here.items() if there}
         return devices | {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
-
-    def sample(
-        self,
-        config: NetworkConfig,
-        params: Params,
-        noise: np.ndarray,
-        labels: np.ndarray | None = None,
-        *,
-        guide: Guide | None = None,
-        guidance: float = 1.0,
-        guide_interval: tuple[float, float] = (0.0, inf),
-        churn_noise: Iterable[np.ndarray] | None = None,
-        **steps: Any,
-    ) -> np.ndarray:
-        """Images from ``noise``. ``steps`` are :func:`edm2_core.sampler.sample`'s num_steps, sigma_min and so on.
-
-        ``guide`` is the parameters of a network of the same config, or (config, parameters) of another; None with
-        guidance other than 1 is the network itself without its label.
-        """
-        return self.sampler(config, params, guide=guide)(
-            noise, labels, guidance=guidance, guide_interval=guide_interval, churn_noise=churn_noise, **steps
-        )
 
     def sampler(self, config: NetworkConfig, params: Params, *, guide: Guide | None = None) -> "Sampler":
         """A sampler that keeps its networks: call it for batch after batch."""
