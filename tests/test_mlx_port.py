@@ -148,7 +148,9 @@ def test_loss_scaling_changes_nothing_in_float32():
 
 def test_gradients_that_are_not_finite_are_zeroed_and_counted():
     params, batch = arguments(SMALL)
-    batch.images[0, 0, 0, 0] = np.inf
+    images = batch.images.copy()
+    images[0, 0, 0, 0] = np.inf
+    batch = batch._replace(images=images)
     training, (_, nonfinite) = trained(SMALL, params, batch)
     assert int(nonfinite) > 0
     assert all(np.isfinite(array).all() for array in training.state().params.values())
