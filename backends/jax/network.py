@@ -57,7 +57,7 @@ def convolution(x: Array, w: Array) -> Array:
     """[N, H, W, C] with a kernel [kh, kw, C, D] of odd sizes, keeping the size.
 
     Its derivative along the kernel is said in matrix products on CPUs, so that the kernel's gradient is such a sum too:
-    as a convolution, whose windows are as large as images, it takes twice as long there.
+    as a convolution, whose windows are as large as images, it takes longer there.
     """
     return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
