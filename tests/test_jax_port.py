@@ -252,12 +252,15 @@ def test_too_little_memory_names_the_batch_to_try(monkeypatch):
     def exhausted(*args, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
 
-    monkeypatch.setattr(room, "compiled", exhausted)
-    dataset = open_dataset("digits")
-    trainer = room.JaxTrainer(resolve(TrainOptions(batch=64), dataset), TrainOptions(batch=64))
+    dataset, options, line = open_dataset("digits"), TrainOptions(batch=64), r"must fit.*try --batch-per-device 32"
     images, labels = np.zeros((64, 1, 8, 8), np.float32), np.zeros((64, 10), np.float32)
-    with pytest.raises(InputError, match=r"must fit into memory.*try --batch-per-device 32"):
+    monkeypatch.setattr(room, "compiled", lambda *shapes, cpu: exhausted)
+    trainer = room.JaxTrainer(resolve(options, dataset), options)
+    with pytest.raises(InputError, match=line):
         trainer.step(images, labels, nimg=0, lr=0.01)
+    monkeypatch.setattr(room, "compiled", exhausted)
+    with pytest.raises(InputError, match=line):
+        room.JaxTrainer(resolve(options, dataset), options)
 
 
 def test_snapshots_and_states_cross_between_ports(short):

@@ -7,6 +7,7 @@ normalization; gradients made finite; Adam; averages of the stored weights, afte
 import ctypes
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +58,13 @@ def init(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, sigma_re
     trained = {name: array for name, array in native.items() if table[name].trained}
     constants = {name: array for name, array in native.items() if not table[name].trained}
     return State(trained, constants, optax.scale_by_adam().init(trained), ema.init(trained, sigma_rels=sigma_rels))
+
+
+def state_shapes(config: NetworkConfig, /, *, sigma_rels: Sequence[float]) -> State:
+    """What :func:`init` makes, as shapes and dtypes alone: to compile a step for before there is a state."""
+    shapes = {name: jax.ShapeDtypeStruct(p.shape, jnp.float32) for name, p in plan(config).parameters.items()}
+    found: State = jax.eval_shape(partial(init, config, sigma_rels=tuple(sigma_rels)), shapes)
+    return found
 
 
 def batch_loss(
@@ -131,7 +139,7 @@ def make_step(
 
 
 def compiled(step: Callable[..., tuple[State, Metrics]], *example: Any, cpu: bool) -> Step:
-    """``step`` for arguments like ``example``, of which the first is donated.
+    """``step`` for arguments like ``example``, arrays or their shapes, of which the first is donated.
 
     On a CPU, operations run in the order that takes least memory; by default all that can, run at once, and their
     results wait. Compiling is where a small run takes most: what is free goes back to the system before and after.

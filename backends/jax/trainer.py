@@ -2,7 +2,9 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,14 +14,14 @@ from jax import Array
 from jax.experimental import multihost_utils
 
 from backends.pipeline.options import TrainOptions
-from backends.pipeline.settings import Settings
+from backends.pipeline.settings import Settings, microbatches
 from backends.pipeline.state import State as Stored
 from edm2_core.errors import InputError
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
 
 from . import device as devices
-from .step import Batch, Metrics, State, compiled, from_stored, init, make_step, to_stored
+from .step import Batch, Metrics, State, compiled, from_stored, init, make_step, state_shapes, to_stored
 from .weights import to_nhwc
 
 
@@ -33,24 +35,37 @@ class JaxTrainer:
         self._mesh = devices.mesh_of(devices.choose(options.device))
         self.rank, self.world = jax.process_index(), jax.process_count()
         self.device = devices.describe(list(self._mesh.devices.flat))
-        if settings.batch % self._mesh.size:
-            raise InputError(
-                f"--batch must be divisible by the number of devices, got {settings.batch} for {self._mesh.size}: "
-                "change --batch"
-            )
-        microbatch = None if options.batch_per_device is None else options.batch_per_device * self._mesh.size
-        self._microbatch = microbatch
-        self._train_step = self._noisy_step(settings, microbatch)
-        self._step: Any = None  # compiled for its first arguments
-        params = initialize(settings.network, seed=settings.seed)
-        self._place(init(settings.network, params, sigma_rels=settings.sigma_rels))
+        microbatches(settings.batch, options.batch_per_device, world=self._mesh.size)
+        self._per_device = options.batch_per_device or settings.batch // self._mesh.size
+        with self._memory():
+            self._step = self._compiled(settings)  # before there is a state, for a compiler needs memory as well
+            params = initialize(settings.network, seed=settings.seed)
+            self._place(init(settings.network, params, sigma_rels=settings.sigma_rels))
         self._metrics: list[Metrics] = []
 
-    def _noisy_step(self, settings: Settings, microbatch: int | None) -> Any:
+    def _compiled(self, settings: Settings) -> Any:
+        batch, data, classes = settings.batch, settings.data_summary, settings.network.label_dim
+        state = state_shapes(settings.network, sigma_rels=settings.sigma_rels)
+        shared = partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=devices.batch_sharding(self._mesh))
+        return compiled(
+            self._noisy_step(settings),
+            jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                state,
+                devices.state_sharding(self._mesh, state),
+            ),
+            shared((batch, data.resolution, data.resolution, data.channels)),
+            shared((batch, classes)) if classes else None,
+            jax.ShapeDtypeStruct((), jnp.float32),
+            jax.eval_shape(jax.random.key, 0),
+            cpu=self._mesh.devices.flat[0].platform == "cpu",
+        )
+
+    def _noisy_step(self, settings: Settings) -> Any:
         step = make_step(
             settings.network,
             loss_scaling=settings.loss_scaling,
-            microbatch=microbatch,
+            microbatch=self._per_device * self._mesh.size,
             dtype=getattr(jnp, settings.precision),
         )
 
@@ -72,25 +87,28 @@ class JaxTrainer:
     def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> None:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._settings.seed), nimg >> 31), nimg & 0x7FFFFFFF)
         given = (self._state, self._global(to_nhwc(images)), self._global(labels), jnp.float32(lr), key)
-        try:
-            if self._step is None:
-                cpu = self._mesh.devices.flat[0].platform == "cpu"
-                self._step = compiled(self._train_step, *given, cpu=cpu)
+        with self._memory():
             self._state, metrics = self._step(*given)
             if self._start:
                 jax.block_until_ready(metrics)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            half = max((self._microbatch or self._settings.batch) // self._mesh.size // 2, 1)
-            raise InputError(
-                f"the step must fit into memory, got none left on {self.device}: try --batch-per-device {half}"
-            ) from error
         if self._start:
             if self.rank == 0:
                 print(f"first step after {time.monotonic() - self._start:.1f} s, compilation included", file=sys.stderr)
             self._start = 0.0
         self._metrics.append(metrics)
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Raise InputError, with the batch to try, where memory runs out."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            half = max(self._per_device // 2, 1)
+            raise InputError(
+                f"the step must fit into memory, got none left on {self.device}: try --batch-per-device {half}"
+            ) from error
 
     def _global(self, array: np.ndarray | None) -> Any:
         """This process's share of a batch as part of the whole."""

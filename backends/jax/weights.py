@@ -16,7 +16,7 @@ from edm2_core.network import NetworkConfig, check_parameters
 def load(config: NetworkConfig, params: Mapping[str, np.ndarray], /) -> dict[str, Array]:
     """Canonical ``params`` as float32 arrays of their own. Raises InputError unless they are the config's."""
     check_parameters(config, params)
-    return {name: jnp.array(to_native(np.asarray(array, np.float32))) for name, array in params.items()}
+    return {name: jnp.array(to_native(array), jnp.float32) for name, array in params.items()}
 
 
 def dump(params: Mapping[str, Array], /) -> dict[str, np.ndarray]:
