@@ -71,6 +71,7 @@ CONTRACT = (
     Clause("NET-7", "networks, batches of three", "each image alone", _NETWORK, _D),
     Clause("NET-8", "conditional networks", "the all-zero label", _NETWORK, _D),
     Clause("NET-9", "random plans, unit-variance input", "rms of every block's output", "[0.5, 1.5]"),
+    Clause("NET-10", "rungs, and any of their switches alone", "edm2_core.reference; Table 1's counts", _NETWORK, _D),
     Clause("STEP-1", "networks, batches", training_cases.AUTOGRAD, training_cases.GRADIENT, _G),
     Clause("STEP-2", "networks, four batches of any sizes", training_cases.TRAINING, training_cases.ADAM, _T),
     Clause("STEP-3", "networks, batches", "equality", "exact", _T),

@@ -188,7 +188,7 @@ SCHEDULE = {
 GUIDE = {"other": draw.configs(), "w": st.floats(0, 2), "churn": st.floats(0, 40), "same": st.booleans()}
 
 CASES = (
-    PortCase("denoise", "API-3 NET-5 NET-6", CONFIG | SEED, denoise, REFERENCE, NETWORK, ("denoise",)),
+    PortCase("denoise", "API-3 NET-5 NET-6 NET-10", CONFIG | SEED, denoise, REFERENCE, NETWORK, ("denoise",)),
     PortCase("network-answer", "NET-5", CONFIG | SEED, network_answer, REFERENCE, NETWORK, ("denoise",), cost=2),
     PortCase("fresh-network", "NET-4 NET-5", CONFIG | SEED, fresh_network, REFERENCE, NETWORK, ("denoise",), cost=4),
     PortCase(

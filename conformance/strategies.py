@@ -4,6 +4,8 @@ Large arrays come from a drawn seed: their values are Gaussian, as in a network,
 libraries compile for each.
 """
 
+from dataclasses import fields
+from math import sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from conformance.profiles import fewer as fewer
-from edm2_core.network import NetworkConfig, plan
+from edm2_core.ladder import RUNGS, Switches
+from edm2_core.network import NetworkConfig, Parameter, initialize, plan
 
 seeds = st.integers(0, 2**32 - 1)
 balances = st.floats(0.1, 0.9)
@@ -40,17 +43,29 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 FORWARD, BACKWARD = 3, 5  # channels of the narrowest head whose rounding is bounded, see :func:`configs`
 
 
+def switches() -> st.SearchStrategy[dict[str, Any]]:
+    """Of the ladder: a rung as it is, or with any of its switches set by themselves."""
+    kinds = {field.name: field.type for field in fields(Switches)}
+    values = {name: st.booleans() if kind is bool else st.sampled_from((1, 2)) if kind is int else st.sampled_from(kind)
+              for name, kind in kinds.items()}  # fmt: skip
+    rungs = st.sampled_from(RUNGS[::-1])
+    alone = st.fixed_dictionaries({"ladder": rungs})
+    return st.one_of(alone, st.fixed_dictionaries({"ladder": rungs}, optional=values))
+
+
 @st.composite
-def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD) -> NetworkConfig:
-    """Small networks: odd widths, up to three levels, attention on and off, labels or not, odd filters and balances.
+def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD, ladder: Any = None) -> NetworkConfig:
+    """Small networks: odd widths, up to three levels, attention on and off, labels or not, odd filters and balances,
+    any rung of the ladder and any of its switches (``ladder``: what draws them).
 
     Pixel norm over d computed channels amplifies their rounding by 1 / r, where r is their rms, and r < delta has a
     chance of about delta^d. The mean square of the error, the integral of r^-2 r^(d - 1), is finite from d = 3; that of
-    its derivative's, of r^-4 r^(d - 1), from d = 5. ``narrowest`` is the least d of a head; widths are 5 and more.
+    its derivative's, of r^-4 r^(d - 1), from d = 5. ``narrowest`` is the least d of a head; widths are 5 and more. A
+    group norm that subtracts a mean leaves one degree less, so groups are wider by one.
     """
     levels = draw(st.integers(1, 3))
     resolution = draw(st.integers(1, 3)) << levels - 1
-    channels = draw(st.integers(5, 10))
+    channels = draw(st.integers(max(5, narrowest + 1), 10))
     mult = tuple(draw(st.permutations((1, 2, 1.5)))[:levels])
     widths = [int(channels * m) for m in mult]
     common = [d for d in range(narrowest, 11) if not any(width % d for width in widths)]
@@ -67,6 +82,7 @@ def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD) 
         num_blocks=draw(st.integers(1, 2)) if levels < 3 else 1,
         attn_resolutions=tuple(draw(st.sets(st.sampled_from(sorted(resolutions))))),
         channels_per_head=draw(st.sampled_from(common or deepest)),
+        channels_per_group=draw(st.sampled_from((narrowest + 1, 32))),
         resample_filter=draw(st.sampled_from(((1, 1), (1, 3, 3, 1), (1, 2)))),
         label_balance=draw(balances),
         concat_balance=draw(balances),
@@ -75,6 +91,7 @@ def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD) 
         clip_act=draw(st.sampled_from((256.0, None, 2.0))),
         sigma_data=draw(st.sampled_from((0.5, 1.0, 0.25))),
         logvar_channels=draw(st.integers(3, 8)),
+        **draw(ladder or switches()),
     )
 
 
@@ -106,16 +123,27 @@ def few(*, dearest: bool) -> dict[str, st.SearchStrategy[Any]]:
 
 
 def random_parameters(config: NetworkConfig, seed: int, *, max_gain: float = 2.0) -> dict[str, np.ndarray]:
-    """Parameters as training leaves them: weights off their spheres, gains away from zero; float32, read-only."""
-    rng, params = np.random.default_rng(seed), {}
+    """Parameters as training leaves them: weights off their spheres, or no larger than keeps magnitudes where nothing
+    normalizes them; gains, biases and scales away from where they begin; float32, read-only."""
+    rng, params, initial = np.random.default_rng(seed), {}, initialize(config, seed=seed)
+    largest = 2.0 if config.switches.weight_norm else 1.0
+
+    def value(name: str, parameter: Parameter) -> Any:
+        match parameter.kind:
+            case "weight":
+                rms = rng.uniform(0.5, largest) / (config.weight_scale(parameter.fan_in) * sqrt(parameter.fan_in))
+                return rms * rng.standard_normal(parameter.shape)
+            case "bias":
+                return 0.3 * rng.standard_normal(parameter.shape)
+            case "scale":
+                return rng.uniform(0.5, 1.5, parameter.shape)
+            case "gain":
+                return rng.choice((-1, 1)) * rng.uniform(0.25, 1) * max_gain
+            case "constant":
+                return initial[name]
+
     for name, parameter in plan(config).parameters.items():
-        value = {
-            "normal": lambda shape: rng.uniform(0.5, 2) * rng.standard_normal(shape),
-            "zeros": lambda shape: rng.choice((-1, 1)) * rng.uniform(0.25, 1) * max_gain,
-            "frequencies": lambda shape: 2 * np.pi * rng.standard_normal(shape),
-            "phases": lambda shape: 2 * np.pi * rng.uniform(size=shape),
-        }[parameter.init](parameter.shape)
-        params[name] = np.asarray(value, dtype=np.float32)
+        params[name] = np.asarray(value(name, parameter), dtype=np.float32)
     return frozen(params)
 
 

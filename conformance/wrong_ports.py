@@ -69,7 +69,7 @@ def _conv_half(x: Any, w: Any, *, gain: Any = 1.0) -> Any:
 def _heads(order: str) -> Callable[..., Any]:
     """Attention whose qkv channels are read in another order than [heads, channels per head, 3]."""
 
-    def wrong(block: Any, params: Any, x: Any) -> Any:
+    def wrong(config: Any, block: Any, params: Any, x: Any) -> Any:
         name, heads = f"{block.name}.attn_qkv.weight", block.heads
         w = params[name]
         xp, width = namespace(w), w.shape[0] // 3 // heads
@@ -78,14 +78,14 @@ def _heads(order: str) -> Callable[..., Any]:
             parts = xp.concat([parts[:, :, 1:2], parts[:, :, 0:1], parts[:, :, 2:]], axis=2)
         else:  # stored as [3, heads, channels per head]
             parts = xp.permute_dims(xp.reshape(w, (3, heads, width, -1)), (1, 2, 0, 3))
-        return _ATTENTION(block, {**params, name: xp.reshape(parts, w.shape)}, x)
+        return _ATTENTION(config, block, {**params, name: xp.reshape(parts, w.shape)}, x)
 
     return wrong
 
 
-def _attention_unscaled(block: Any, params: Any, x: Any) -> Any:
+def _attention_unscaled(config: Any, block: Any, params: Any, x: Any) -> Any:
     with mock.patch.object(reference, "sqrt", return_value=1.0):
-        return _ATTENTION(block, params, x)
+        return _ATTENTION(config, block, params, x)
 
 
 def _embedding_unscaled(config: Any, params: Any, c_noise: Any, labels: Any) -> Any:

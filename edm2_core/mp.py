@@ -13,11 +13,13 @@ float32 or better. Source: arXiv 2312.02696 Appendices B.4 to B.7.
 """
 
 from math import prod, sqrt
+from typing import Literal
 
 from .arrays import Array, cast, namespace, scalars_too, widened
 from .errors import InputError
-from .network import Resample
+from .ladder import blend
 
+Resample = Literal["keep", "up", "down"]
 SILU_RMS = 0.596
 
 
@@ -51,8 +53,8 @@ def mp_silu(x: Array, /) -> Array:
 @scalars_too
 def mp_sum(a: Array, b: Array, /, *, t: float = 0.5) -> Array:
     """((1 - t) a + t b) / sqrt((1 - t)^2 + t^2). Source: Eq. 88. ``a`` and ``b`` broadcast."""
-    scale = 1 / sqrt((1 - t) ** 2 + t**2)
-    return a * ((1 - t) * scale) + b * (t * scale)
+    keep, add = blend(t)
+    return a * keep + b * add
 
 
 def mp_cat(a: Array, b: Array, /, *, axis: int, t: float = 0.5) -> Array:
@@ -61,8 +63,8 @@ def mp_cat(a: Array, b: Array, /, *, axis: int, t: float = 0.5) -> Array:
     Source: Eq. 103. Shapes: equal but along ``axis``, where the sizes add.
     """
     size_a, size_b = a.shape[axis], b.shape[axis]
-    scale = sqrt((size_a + size_b) / ((1 - t) ** 2 + t**2))
-    return namespace(a, b).concat([a * (scale * (1 - t) / sqrt(size_a)), b * (scale * t / sqrt(size_b))], axis=axis)
+    (keep, add), size = blend(t), size_a + size_b
+    return namespace(a, b).concat([a * (keep * sqrt(size / size_a)), b * (add * sqrt(size / size_b))], axis=axis)
 
 
 def mp_fourier(x: Array, freqs: Array, phases: Array, /) -> Array:

@@ -44,9 +44,9 @@ def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def force_weight_norm(network: nn.Module) -> None:
-    """Put every stored weight back on its sphere, in place. Source: Eq. 66."""
+    """Put the stored weights back on their spheres, in place, on rungs that do. Source: Eq. 66."""
     for layer in network.modules():
-        if isinstance(layer, Layer):
+        if isinstance(layer, Layer) and layer.forced:
             layer.weight.copy_(normalize(layer.weight, tuple(range(1, layer.weight.ndim))))
 
 

@@ -1,0 +1,204 @@
+"""The paper's ladder as data: CONFIG A to G, each rung the one before with some switches changed.
+
+A rung is a :class:`Switches`, what a network is made of; :class:`Training` is how the paper trained it. A
+:class:`~edm2_core.network.NetworkConfig` names its rung and may set any switch by itself.
+
+Source: arXiv 2312.02696 Section 2, Appendix B, Figures 16 to 22.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import pairwise
+from math import sqrt
+from typing import Any, Literal, get_args
+
+from .errors import InputError
+
+Rung = Literal["A", "B", "C", "D", "E", "F", "G"]
+RUNGS: tuple[Rung, ...] = get_args(Rung)
+
+
+class GroupNorm(StrEnum):
+    """How the groups of channels of a whole image are normalized before nonlinearities."""
+
+    AFFINE = "affine"
+    """To zero mean and unit variance, then a learned scale and bias for each channel."""
+    PLAIN = "plain"
+    """To unit root mean square (Eq. 29)."""
+    NONE = "none"
+
+
+class NoiseEmbedding(StrEnum):
+    """Which features of c_noise the embedding is made of: cosines of random or of fixed frequencies."""
+
+    POSITIONAL = "positional"
+    """Frequencies from 1 down to 1 / 10000, a cosine and a sine of each: smooth in the noise level."""
+    FOURIER = "fourier"
+    """Frequencies and phases drawn once (Eqs. 35-36)."""
+
+
+class Attention(StrEnum):
+    DOT = "dot"
+    """Dot products of queries and keys (Eq. 11), a group norm before them."""
+    COSINE = "cosine"
+    """Pixel norm of queries, keys and values after their convolution (Eq. 34)."""
+
+
+class Initialization(StrEnum):
+    HE_ZERO = "he-zero"
+    """He's uniform; N(0, 1) for classes; zeros for the last convolution of residual branches and of the network."""
+    HE = "he"
+    """He's uniform for every weight."""
+    NORMAL = "normal"
+    """N(0, 1) for every weight; layers divide by sqrt(fan-in)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switches:
+    """What distinguishes the networks of the ladder.
+
+    ``bias``: of convolutions and linear layers. ``ones_channel``: beside the image's. ``embedding_layers``: of the
+    noise level, 1 or 2. ``shift``: the embedding adds to activations as well as scaling them. ``label_scaling``:
+    one-hot labels times sqrt(classes). ``weight_norm``: inside the layer (Eq. 47). ``forced_norm``: of the stored
+    weights, before each step (Eq. 66). ``pixel_norm``: of the main path, at the start of encoder blocks.
+    ``resample_first``: at the start of the block, not within its two paths. ``widen_first``: encoder blocks change
+    their width before the paths part. ``output_norm``: group norm and SiLU before the last convolution.
+    ``mp_functions``: Fourier features, SiLU, sums and concatenations preserve magnitude (Eqs. 75, 81, 88, 103).
+    ``gains``: learned, zero at first, on each block's conditioning and on the output. ``uncertainty``: u(sigma) is
+    learned, which weighs the loss (Eq. 21); without it u is 0, and the loss that of Eq. 14.
+    """
+
+    group_norm: GroupNorm
+    bias: bool
+    ones_channel: bool
+    noise_embedding: NoiseEmbedding
+    embedding_layers: int
+    shift: bool
+    attention: Attention
+    init: Initialization
+    label_scaling: bool
+    weight_norm: bool
+    forced_norm: bool
+    pixel_norm: bool
+    resample_first: bool
+    widen_first: bool
+    output_norm: bool
+    mp_functions: bool
+    gains: bool
+    uncertainty: bool
+
+    def __post_init__(self) -> None:
+        for name, kind in _ENUMS.items():  # JSON brings their values
+            given = getattr(self, name)
+            if given not in list(kind):
+                raise InputError(f"{name} must be one of {', '.join(kind)}, got {given!r}")
+            object.__setattr__(self, name, kind(given))
+        if self.embedding_layers not in (1, 2):
+            raise InputError(f"embedding_layers must be 1 or 2, got {self.embedding_layers!r}")
+        for name, value in vars(self).items():
+            if name not in _ENUMS and name != "embedding_layers" and not isinstance(value, bool):
+                raise InputError(f"{name} must be True or False, got {value!r}: leave it out for the rung's")
+
+    @property
+    def fan_in_scaled(self) -> bool:
+        """Weights are stored at unit root mean square, and layers divide them by sqrt(fan-in)."""
+        return self.weight_norm or self.forced_norm or self.init is Initialization.NORMAL
+
+
+_ENUMS: dict[str, type[StrEnum]] = {
+    "group_norm": GroupNorm,
+    "noise_embedding": NoiseEmbedding,
+    "attention": Attention,
+    "init": Initialization,
+}
+
+
+def blend(t: float, /) -> tuple[float, float]:
+    """Factors of a and b in a sum of the two that preserves magnitude. Source: Eq. 88."""
+    scale = 1 / sqrt((1 - t) ** 2 + t**2)
+    return (1 - t) * scale, t * scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How the paper trained a rung, in latents of ImageNet-512 at 64x64x4.
+
+    ``decay`` is t_ref in batches, 0 for none; ``half_life`` that of a traditional average, in images, None for averages
+    of power-function profile; ``clip_act`` is not in the paper, see docs/departures.md.
+    """
+
+    batch: int
+    lr: float
+    decay: float
+    betas: tuple[float, float]
+    dropout: float
+    loss_scaling: float
+    P_mean: float
+    P_std: float
+    half_life: int | None
+    attn_resolutions: tuple[int, ...]
+    clip_act: float | None
+
+
+_A = Switches(
+    group_norm=GroupNorm.AFFINE,
+    bias=True,
+    ones_channel=False,
+    noise_embedding=NoiseEmbedding.POSITIONAL,
+    embedding_layers=2,
+    shift=True,
+    attention=Attention.DOT,
+    init=Initialization.HE_ZERO,
+    label_scaling=False,
+    weight_norm=False,
+    forced_norm=False,
+    pixel_norm=False,
+    resample_first=False,
+    widen_first=False,
+    output_norm=True,
+    mp_functions=False,
+    gains=False,
+    uncertainty=False,
+)
+_A_TRAINING = Training(
+    batch=4096,
+    lr=0.0001,
+    decay=0,
+    betas=(0.9, 0.999),
+    dropout=0.1,
+    loss_scaling=100.0,
+    P_mean=-1.2,
+    P_std=1.2,
+    half_life=50_000_000,
+    attn_resolutions=(32, 16, 8),
+    clip_act=None,
+)
+
+# What each rung changes in the one before it: in the network, in its training
+_STEPS: dict[Rung, tuple[dict[str, Any], dict[str, Any]]] = {
+    "B": (
+        {"uncertainty": True},
+        {"batch": 2048, "lr": 0.0002, "betas": (0.9, 0.99), "P_mean": -0.4, "P_std": 1.0, "half_life": None,
+         "attn_resolutions": (16, 8)},
+    ),
+    "C": (
+        {"group_norm": GroupNorm.PLAIN, "bias": False, "ones_channel": True, "shift": False,
+         "noise_embedding": NoiseEmbedding.FOURIER, "attention": Attention.COSINE, "init": Initialization.HE,
+         "label_scaling": True},
+        {},
+    ),
+    "D": ({"weight_norm": True, "init": Initialization.NORMAL}, {"lr": 0.0100, "loss_scaling": 1.0}),
+    "E": ({"forced_norm": True}, {"decay": 70000}),
+    "F": (
+        {"group_norm": GroupNorm.NONE, "pixel_norm": True, "resample_first": True, "widen_first": True,
+         "output_norm": False, "embedding_layers": 1},
+        {},
+    ),
+    "G": ({"mp_functions": True, "gains": True}, {"dropout": 0.0, "clip_act": 256.0}),
+}  # fmt: skip
+
+LADDER: dict[Rung, Switches] = {"A": _A}
+LADDER_TRAINING: dict[Rung, Training] = {"A": _A_TRAINING}
+for _below, _rung in pairwise(RUNGS):
+    LADDER[_rung] = replace(LADDER[_below], **_STEPS[_rung][0])
+    LADDER_TRAINING[_rung] = replace(LADDER_TRAINING[_below], **_STEPS[_rung][1])
