@@ -14,7 +14,7 @@ from conformance import strategies as draw
 from conformance import tolerance
 from edm2_core import reference
 from edm2_core.errors import InputError
-from edm2_core.ladder import LADDER, Initialization, NoiseEmbedding, Rung
+from edm2_core.ladder import LADDER, LADDER_TRAINING, Initialization, NoiseEmbedding, Rung
 from edm2_core.network import (
     Block,
     NetworkConfig,
@@ -24,7 +24,7 @@ from edm2_core.network import (
     parameter_count,
     plan,
 )
-from edm2_core.presets import PRESETS, preset
+from edm2_core.presets import PRESETS, on_rung, preset
 
 BASE = NetworkConfig(img_resolution=8, img_channels=1, model_channels=16, channel_mult=(1, 2), channels_per_head=16)
 
@@ -177,7 +177,19 @@ def test_the_ladder_is_figures_16_to_22(rung: Rung) -> None:
     assert round(parameter_count(config) / 1e6, 1) == millions
     assert 0.98 <= multiply_adds(config) / 1e9 / giga <= 1
     assert sum(block.heads > 0 for block in (*plan(config).encoder, *plan(config).decoder)) == attending
-    assert preset("img512-s").network.on(rung).switches == config.switches
+
+
+def test_a_rung_of_a_preset_is_trained_as_the_paper_did() -> None:
+    """NET-10: of img512-s comes the table of Figures 16 to 22; of any preset, G is itself."""
+    for rung, paper in LADDER_TRAINING.items():
+        one = on_rung(preset("img512-s"), rung)
+        for name in ("batch", "lr", "decay", "betas", "loss_scaling", "P_mean", "P_std"):
+            assert getattr(one, name) == pytest.approx(getattr(paper, name)), (rung, name)
+        network = one.network
+        assert (network.attn_resolutions, network.dropout) == (paper.attn_resolutions, paper.dropout)
+        assert one.half_life == pytest.approx(paper.half_life, rel=1e-3) if paper.half_life else one.half_life is None
+        assert network.switches == LADDER[rung]
+    assert all(on_rung(one, "G") is one for one in PRESETS.values())
 
 
 @given(draw.switches())
@@ -187,7 +199,8 @@ def test_a_switch_is_set_alone(chosen: dict[str, Any]) -> None:
     for name, value in vars(LADDER[config.ladder]).items():
         assert getattr(plan(config).switches, name) == chosen.get(name, value)
     assert NetworkConfig(**json.loads(json.dumps(asdict(config)))) == config
-    assert config.on("C").switches == replace(LADDER["C"], **{k: v for k, v in chosen.items() if k != "ladder"})
+    own = {name: value for name, value in chosen.items() if name != "ladder"}
+    assert replace(config, ladder="C").switches == replace(LADDER["C"], **own)
 
 
 # alpha_ref, dropout and duration (Mi images) at 512; duration at 64
@@ -231,22 +244,22 @@ def test_initialization_depends_on_seed_and_name_alone(config: NetworkConfig, se
     assert {name: value.shape for name, value in params.items()} == {
         name: p.shape for name, p in plan(config).parameters.items()
     }
-    grown = initialize(replace(config, num_blocks=config.num_blocks + 1), seed=seed)
+    wider = replace(config, num_blocks=config.num_blocks + 1)
+    grown, table = initialize(wider, seed=seed), plan(config).parameters
     for name, value in params.items():
         assert value.dtype == np.float32
         assert np.array_equal(value, again[name])
-        fixed = plan(config).parameters[name].init in ("zeros", "ones", "positions", "quadratures")
+        fixed = table[name].init in ("zeros", "ones", "positions", "quadratures")
         assert np.array_equal(value, other[name]) == fixed
-        assert grown[name].shape != value.shape or np.array_equal(value, grown[name])
+        assert plan(wider).parameters[name] != table[name] or np.array_equal(value, grown[name])
     check_parameters(config, params)
 
 
 @pytest.mark.parametrize("init", Initialization)
 def test_initial_distributions(init: Initialization) -> None:
     """NET-4: means and mean squares to 6 standard errors; gains, scales and what begins at 0 exactly."""
-    config = replace(
-        preset("img512-xxs").network.on("A"), init=init, noise_embedding=NoiseEmbedding.FOURIER, gains=True
-    )
+    own: dict[str, Any] = {"init": init, "noise_embedding": NoiseEmbedding.FOURIER, "gains": True}
+    config = replace(preset("img512-xxs").network, ladder="A", **own)
     params, table = initialize(config, seed=3), plan(config).parameters
     for name, value in params.items():
         if table[name].init in ("zeros", "ones"):

@@ -111,17 +111,6 @@ class NetworkConfig:
         own = {name: value for name in _SWITCHES if (value := getattr(self, name)) is not None}
         return replace(LADDER[self.ladder], **own)
 
-    def on(self, rung: Rung, /) -> "NetworkConfig":
-        """The same network on another rung of the ladder, with its attention, dropout and clipping."""
-        paper = LADDER_TRAINING[rung]
-        return replace(
-            self,
-            ladder=rung,
-            attn_resolutions=paper.attn_resolutions,
-            dropout=paper.dropout,
-            clip_act=paper.clip_act,
-        )
-
     def blend(self, t: float, /) -> tuple[float, float]:
         """Factors of a and b in a sum of the two. Source: Eq. 88, or 1 and 1."""
         return blend(t) if self.switches.mp_functions else (1.0, 1.0)

@@ -6,9 +6,10 @@ channels), which the published rates follow to 3 %.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import InputError
+from .ladder import LADDER_TRAINING, Rung
 from .network import NetworkConfig
 
 Ki, Mi = 1 << 10, 1 << 20
@@ -18,7 +19,8 @@ Ki, Mi = 1 << 10, 1 << 20
 class Preset:
     """A network and how to train it. ``decay`` is t_ref in batches; every other length is in images.
 
-    ``P_mean`` and ``P_std`` are of ln(sigma); ``snapshot`` is how often the averages are stored.
+    ``P_mean`` and ``P_std`` are of ln(sigma); ``snapshot`` is how often the averages are stored; ``betas`` are Adam's.
+    ``half_life`` is that of a traditional average, None for averages of power-function profile.
     """
 
     network: NetworkConfig
@@ -30,6 +32,9 @@ class Preset:
     P_mean: float
     P_std: float
     snapshot: int
+    betas: tuple[float, float] = (0.9, 0.99)
+    loss_scaling: float = 1.0
+    half_life: int | None = None
 
 
 # size: channels, lr, dropout, duration at 512 and at 64, in Mi images
@@ -91,6 +96,39 @@ _DIGITS = Preset(  # ours
 )
 
 PRESETS: dict[str, Preset] = {"digits": _DIGITS, **dict(_published())}
+
+
+def on_rung(base: Preset, rung: Rung, /) -> Preset:
+    """``base``, which is on CONFIG G, as the paper trained another rung of the ladder (Figures 16 to 22).
+
+    What the paper changes as a number is changed by the same factor: batch, learning rate, half-life over duration. So
+    of img512-s comes the paper's own table; the presets' other choices stay. Dropout and clipping are the rung's, and
+    CONFIG A attends at 32x32 too and has noise levels of its own.
+    """
+    if rung == "G":
+        return base
+    paper, last = LADDER_TRAINING[rung], LADDER_TRAINING["G"]
+    more = set(paper.attn_resolutions) - set(last.attn_resolutions)
+    network = replace(
+        base.network,
+        ladder=rung,
+        attn_resolutions=tuple(sorted({*base.network.attn_resolutions, *more}, reverse=True)),
+        dropout=paper.dropout,
+        clip_act=paper.clip_act,
+    )
+    noise = (base.P_mean, base.P_std) if paper.P_mean == last.P_mean else (paper.P_mean, paper.P_std)
+    return replace(
+        base,
+        network=network,
+        batch=base.batch * paper.batch // last.batch,
+        lr=base.lr * paper.lr / last.lr,
+        decay=base.decay if paper.decay else 0,
+        P_mean=noise[0],
+        P_std=noise[1],
+        betas=paper.betas,
+        loss_scaling=paper.loss_scaling,
+        half_life=paper.half_life and round(base.duration * paper.half_life / (2048 * Mi)),
+    )
 
 
 def preset(name: str, /) -> Preset:

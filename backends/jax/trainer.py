@@ -64,6 +64,7 @@ class JaxTrainer:
     def _noisy_step(self, settings: Settings) -> Any:
         step = make_step(
             settings.network,
+            betas=settings.betas,
             loss_scaling=settings.loss_scaling,
             microbatch=self._per_device * self._mesh.size,
             dtype=getattr(jnp, settings.precision),

@@ -33,6 +33,7 @@ class MLXTrainer:
                 initialize(settings.network, seed=settings.seed),
                 dtype=devices.arithmetic(settings.precision),
             ),
+            betas=settings.betas,
             sigma_rels=settings.sigma_rels,
             loss_scaling=settings.loss_scaling,
             microbatch=options.batch_per_device,

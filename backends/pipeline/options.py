@@ -5,6 +5,7 @@ Two dataclasses are the command lines. A field is None (a switch: False) unless 
 the data or an earlier run is decided there.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from math import isfinite, isnan
@@ -15,6 +16,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from edm2_core.errors import InputError
+from edm2_core.ladder import RUNGS
 
 T = TypeVar("T")
 _UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
@@ -75,6 +77,16 @@ def _not_nan(text: str) -> float:
     return value
 
 
+def _switch(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ValueError(text)
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def choice(*words: str) -> Any:
     return spec(lambda text: words[words.index(text)], f"{{{','.join(words)}}}", f"one of {', '.join(words)}")
 
@@ -96,6 +108,13 @@ Lengths = Annotated[
     spec(_finite, "FLOAT [FLOAT ...]", "one or more numbers, 0.05 0.10 say", many=True),
     quiet,
 ]
+Pair = Annotated[tuple[float, float] | None, spec(_finite, "B1 B2", "two numbers within [0, 1)", nargs=2), quiet]
+Rung = Annotated[str | None, choice(*RUNGS), quiet]
+Switches = Annotated[
+    tuple[tuple[str, Any], ...] | None,
+    spec(_switch, "NAME=VALUE [...]", "names and values such as bias=true group_norm=none", many=True),
+    quiet,
+]
 Precision = Annotated[str | None, choice("float32", "bfloat16", "float16"), quiet]
 Format = Annotated[str | None, choice("png", "npz"), quiet]
 Bytes = Annotated[int | None, spec(parse_count, "BYTES", "a whole number of bytes such as 512Mi or 1Gi"), quiet]
@@ -114,6 +133,10 @@ class TrainOptions:
     """'digits', or a folder or zip of images. Default: digits."""
     preset: Text = None
     """Network and hyperparameters. Default: digits."""
+    ladder: Rung = None
+    """Rung of the paper's ladder, CONFIG A to G: the network, and how it is trained. Default: G."""
+    switches: Switches = None
+    """Switches of the ladder to set by themselves, bias=true group_norm=none say. Default: the rung's."""
     duration: Images = None
     """When to stop, in images since the start of the run: 96, 192Ki, 8Mi, 2Gi. Default: the preset's."""
     batch: Whole = None
@@ -126,6 +149,8 @@ class TrainOptions:
     """Batches after which the learning rate falls with the square root of time; 0 is never. Default: the preset's."""
     rampup: Images = None
     """Images over which the learning rate rises. Default: the preset's."""
+    betas: Pair = None
+    """Adam's two rates of forgetting. Default: 0.9 0.99; 0.9 0.999 on CONFIG A."""
     dropout: Number = None
     """Share of activations dropped in training. Default: the preset's."""
     P_mean: Number = None
@@ -135,7 +160,7 @@ class TrainOptions:
     precision: Precision = None
     """Arithmetic of the network. Default: float32."""
     loss_scaling: Number = None
-    """Factor on the loss while gradients are taken, for float16. Default: 1."""
+    """Factor on the loss while gradients are taken, for float16. Default: 1; 100 on CONFIG A to C."""
     sigma_rels: Lengths = None
     """Relative lengths of the averages to keep, each within (0, 0.2887). Default: 0.05 0.10."""
     snapshot: Images = None
@@ -146,6 +171,8 @@ class TrainOptions:
     """How often to store the state to resume from. Default: a quarter of the duration, at most 128Mi."""
     status: Images = None
     """How often to log and to report. Default: a 48th of the duration, at most 128Ki."""
+    telemetry: Whole = None
+    """Steps between measurements of magnitudes, losses by noise level and updates; 0 is never. Default: 0."""
     seed: Whole = None
     """Seed of everything random. Default: 0."""
     device: Text = None

@@ -8,20 +8,27 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from edm2_core import __version__
 from edm2_core.ema import SnapshotPlan, TimedPlan, plan_from_json, sigma_rel_to_gamma
 from edm2_core.errors import InputError
+from edm2_core.ladder import Rung, Switches
 from edm2_core.network import NetworkConfig
-from edm2_core.presets import Ki, Mi, Preset, preset
+from edm2_core.presets import Ki, Mi, Preset, on_rung, preset
 
 from .datasets import Dataset
 from .options import TrainOptions, flag
 
 FORMAT = 1
-_FREE = ("duration", "status", "checkpoint")  # what a resumed run may change; where it runs is no setting at all
-_TRAINING = ("duration", "batch", "lr", "decay", "rampup", "P_mean", "P_std", "snapshot")  # what a preset knows of it
+_FREE = (
+    "duration",
+    "status",
+    "checkpoint",
+    "telemetry",
+)  # what a resumed run may change; where it runs is no setting at all
+_TRAINING = ("duration", "batch", "lr", "decay", "rampup", "P_mean", "P_std", "snapshot", "betas", "loss_scaling",
+             "half_life")  # what a preset knows of it  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +73,18 @@ class Settings:
     checkpoint: int
     status: int
     precision: str = "float32"
+    betas: tuple[float, float] = (0.9, 0.99)
     loss_scaling: float = 1.0
     sigma_rels: tuple[float, ...] = (0.05, 0.10)
+    half_life: int | None = None
     snapshot_plan: dict[str, Any] | None = None
+    telemetry: int = 0
     seed: int = 0
     edm2: str = __version__
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sigma_rels", tuple(self.sigma_rels))  # JSON brings lists
+        for name in ("sigma_rels", "betas"):  # JSON brings lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _check(self)
 
     @property
@@ -119,6 +130,7 @@ def _check(settings: Settings) -> None:
         "status": 1,
         "rampup": 0,
         "decay": 0,
+        "telemetry": 0,
         "seed": 0,
     }
     for name, least in at_least.items():
@@ -128,6 +140,8 @@ def _check(settings: Settings) -> None:
     for name in ("lr", "P_std", "loss_scaling"):
         if (value := getattr(settings, name)) <= 0:
             raise InputError(f"{flag(name)} must be positive, got {value}")
+    if not all(0 <= beta < 1 for beta in settings.betas):
+        raise InputError(f"--betas must be within [0, 1), got {_text(settings.betas)}: 0.9 0.99 is the paper's")
     for sigma_rel in settings.sigma_rels:
         sigma_rel_to_gamma(sigma_rel)
     for one, other in combinations(settings.sigma_rels, 2):
@@ -197,7 +211,7 @@ def _given(options: TrainOptions, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _fresh(options: TrainOptions, dataset: Dataset) -> Settings:
     name = options.preset or "digits"
-    base = preset(name)
+    base = on_rung(preset(name), cast(Rung, options.ladder or "G"))
     values = {key: getattr(base, key) for key in _TRAINING}
     names = tuple(
         f.name
@@ -241,11 +255,21 @@ def _network(options: TrainOptions, name: str, base: Preset, dataset: Dataset) -
         )
     return replace(
         base.network,
+        **_switches(options),
         img_resolution=dataset.resolution,
         img_channels=dataset.channels,
         label_dim=dataset.label_dim if conditional else 0,
         dropout=base.network.dropout if options.dropout is None else options.dropout,
     )
+
+
+def _switches(options: TrainOptions) -> dict[str, Any]:
+    """Raises InputError: no switch of that name."""
+    own = dict(options.switches or ())
+    names = [field.name for field in fields(Switches)]
+    if unknown := sorted(set(own) - set(names)):
+        raise InputError(f"--switches must be of {', '.join(names)}, got {unknown[0]}")
+    return own
 
 
 def _check_unchanged(options: TrainOptions, dataset: Dataset, previous: Settings) -> None:
@@ -275,6 +299,10 @@ def _wishes(options: TrainOptions, previous: Settings) -> Iterator[tuple[str, An
         yield "--snapshot-plan", previous.snapshot_plan, _planned(options)["snapshot_plan"]
     if options.dropout is not None:
         yield "--dropout", previous.network.dropout, options.dropout
+    if options.ladder is not None:
+        yield "--ladder", previous.network.ladder, options.ladder
+    for name, wish in _switches(options).items():
+        yield f"--switches {name}", getattr(previous.network.switches, name), wish
     if options.unconditional:
         yield "--unconditional", previous.network.label_dim == 0, True
 

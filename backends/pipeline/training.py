@@ -15,7 +15,8 @@ import numpy as np
 
 from edm2_core.ema import TimedPlan
 from edm2_core.errors import InputError
-from edm2_core.network import multiply_adds, parameter_count
+from edm2_core.ladder import LADDER
+from edm2_core.network import NetworkConfig, multiply_adds, parameter_count
 from edm2_core.schedule import learning_rate
 
 from .batches import Batches
@@ -72,7 +73,9 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
     start = 0 if run is None or previous is None else _start(run, previous)
     if options.dry_run:
         place = run.path if run is not None else "a fresh folder under runs/"
-        print(f"{settings.to_json()}would train from {start} to {settings.duration} images in {place}")
+        print(
+            f"{settings.to_json()}{_ladder_text(settings.network)}\nwould train from {start} to {settings.duration} images in {place}"
+        )
         return 0
     if run is not None and start >= settings.duration:
         _complete(run, settings, dataset, start, open_sampler, prog=prog)
@@ -200,6 +203,7 @@ def _say_begin(run: Run, settings: Settings, trainer: Trainer, start: int, *, re
     size = f"{data.count} images of {data.resolution}x{data.resolution}x{data.channels}"
     print(f"device   {trainer.device}" + (f", {trainer.world} processes" if trainer.world > 1 else ""))
     print(f"network  {settings.preset}: {cost}, {settings.precision}")
+    print(f"ladder   {_ladder_text(network)}")
     print(f"data     {settings.data}: {size}, {classes}")
     print(f"run      {run.path}: {count_text(settings.duration)} images in batches of {settings.batch}")
     if start:
@@ -207,6 +211,13 @@ def _say_begin(run: Run, settings: Settings, trainer: Trainer, start: int, *, re
     elif resumed:
         print("resumed  at 0 images, for no state was stored yet")
     sys.stdout.flush()  # before the progress on stderr
+
+
+def _ladder_text(network: NetworkConfig) -> str:
+    """The rung, and where this network is not on it."""
+    rung, own = vars(LADDER[network.ladder]), vars(network.switches)
+    differ = [f"{name} {own[name]}" for name in rung if own[name] != rung[name]]
+    return f"CONFIG {network.ladder}" + (f" with {', '.join(differ)}" if differ else "")
 
 
 def _say_end(run: Run, settings: Settings, drawn: tuple[Path, dict[str, float]] | None, *, prog: str) -> None:

@@ -35,6 +35,7 @@ class TorchTrainer:
         )
         self.training = Training(
             network,
+            betas=settings.betas,
             sigma_rels=settings.sigma_rels,
             loss_scaling=settings.loss_scaling,
             microbatch=options.batch_per_device,
