@@ -115,7 +115,7 @@ def test_the_log_is_kept_up_to_the_state_and_a_torn_line_is_dropped(run):
     with open(run.log_path, "a") as file:
         file.write('{"nimg": 256, "lo')
     assert [record["nimg"] for record in run.log()] == [64, 128, 192]
-    assert run.truncate_log(128) == [{"nimg": 64, "loss": None}, {"nimg": 128, "loss": 128.1}]
+    assert run.truncate_logs(128) == [{"nimg": 64, "loss": None}, {"nimg": 128, "loss": 128.1}]
     run.append_log({"nimg": 192, "loss": 1.0})
     assert run.log_path.read_text().count("\n") == 3
     assert [record["nimg"] for record in run.log()] == [64, 128, 192]
@@ -131,10 +131,10 @@ def test_truncating_the_log_is_all_or_nothing(run, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(InputError, match="No space left"):
-        run.truncate_log(64)
+        run.truncate_logs(64)
     assert run.log_path.read_bytes() == before
 
 
 def test_a_run_without_a_log_has_none_to_truncate(run):
-    assert run.truncate_log(0) == []
+    assert run.truncate_logs(0) == []
     assert not run.log_path.exists()

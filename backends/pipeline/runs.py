@@ -1,7 +1,8 @@
 """Where does a run keep what, and which run is meant?
 
-config.json   the settings            snapshots/   the averages over time    samples/   pictures
-log.jsonl     a line per status       state/       what resuming needs
+config.json      the settings            snapshots/   the averages over time    samples/   pictures
+log.jsonl        a line per status       state/       what resuming needs
+telemetry.jsonl  a line per measured step, where --telemetry asks for it
 """
 
 import json
@@ -74,6 +75,7 @@ class Run:
         self.path = Path(path)
         self.config_path = self.path / "config.json"
         self.log_path = self.path / "log.jsonl"
+        self.telemetry_path = self.path / "telemetry.jsonl"
         self.state_path = self.path / "state" / "state.safetensors"
         self.snapshots_path = self.path / "snapshots"
         self.samples_path = self.path / "samples"
@@ -128,31 +130,54 @@ class Run:
 
     def append_log(self, record: dict[str, Any], /) -> None:
         """Add a line to log.jsonl; what is not finite becomes null."""
-        clean = {
-            key: None if isinstance(value, float) and not isfinite(value) else value for key, value in record.items()
-        }
-        try:
-            with open(self.log_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(clean) + "\n")
-        except OSError as error:
-            raise write_error(self.log_path, error) from error
+        _append(self.log_path, record)
+
+    def append_telemetry(self, record: dict[str, Any], /) -> None:
+        """Add a line to telemetry.jsonl; what is not finite becomes null."""
+        _append(self.telemetry_path, record)
 
     def log(self) -> list[dict[str, Any]]:
         """The lines of log.jsonl, but for one that a killed run left unfinished."""
-        records = []
-        if self.log_path.exists():
-            for line in self.log_path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(record, dict) and isinstance(record.get("nimg"), int):
-                    records.append(record)
-        return records
+        return _records(self.log_path)
 
-    def truncate_log(self, nimg: int, /) -> list[dict[str, Any]]:
-        """Drop the lines after ``nimg`` images, which a resumed run writes again. Returns the lines that stay."""
+    def telemetry(self) -> list[dict[str, Any]]:
+        """The lines of telemetry.jsonl, see :func:`~.telemetry.record`, but for one left unfinished."""
+        return _records(self.telemetry_path)
+
+    def truncate_logs(self, nimg: int, /) -> list[dict[str, Any]]:
+        """Drop the lines that a run resumed at ``nimg`` images writes again. Returns those of log.jsonl that stay."""
         kept = [record for record in self.log() if record["nimg"] <= nimg]
-        if self.log_path.exists():
-            write_bytes(self.log_path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        measured = [record for record in self.telemetry() if record["nimg"] < nimg]  # at a step's start
+        for path, records in ((self.log_path, kept), (self.telemetry_path, measured)):
+            if path.exists():
+                write_bytes(path, "".join(json.dumps(r) + "\n" for r in records).encode())
         return kept
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record)) + "\n")
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("nimg"), int):
+                records.append(record)
+    return records

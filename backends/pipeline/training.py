@@ -19,6 +19,7 @@ from edm2_core.ladder import LADDER
 from edm2_core.network import NetworkConfig, multiply_adds, parameter_count
 from edm2_core.schedule import learning_rate
 
+from . import telemetry
 from .batches import Batches
 from .commands import Interrupts
 from .datasets import Dataset, open_dataset
@@ -30,6 +31,7 @@ from .sampling import OpenSampler
 from .settings import Settings, data_spec, microbatches, resolve
 from .snapshots import Snapshot, save_snapshot, snapshot_name
 from .state import State, load_state, save_state
+from .telemetry import Measurement
 
 
 class Trainer(Protocol):
@@ -41,6 +43,9 @@ class Trainer(Protocol):
 
     def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> None:
         """Train on this process's share of a batch, float32 NCHW and one-hot, after ``nimg`` images."""
+
+    def measured_step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> Measurement:
+        """:meth:`step`, and what it is made of. Training goes on exactly as without."""
 
     def metrics(self) -> Mapping[str, float]:
         """``loss``, the mean since the last call, and ``nonfinite``, the number of gradients zeroed since."""
@@ -73,9 +78,8 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
     start = 0 if run is None or previous is None else _start(run, previous)
     if options.dry_run:
         place = run.path if run is not None else "a fresh folder under runs/"
-        print(
-            f"{settings.to_json()}{_ladder_text(settings.network)}\nwould train from {start} to {settings.duration} images in {place}"
-        )
+        print(f"{settings.to_json()}{_ladder_text(settings.network)}")
+        print(f"would train from {start} to {settings.duration} images in {place}")
         return 0
     if run is not None and start >= settings.duration:
         _complete(run, settings, dataset, start, open_sampler, prog=prog)
@@ -121,7 +125,13 @@ def _loop(settings: Settings, dataset: Dataset, trainer: Trainer, nimg: int, run
         while nimg < settings.duration:
             images, labels = next(batches)
             lr = _learning_rate(settings, nimg)
-            trainer.step(images, labels if settings.network.label_dim else None, nimg=nimg, lr=lr)
+            classes = labels if settings.network.label_dim else None
+            if settings.telemetry and nimg // settings.batch % settings.telemetry == 0:
+                measured = trainer.measured_step(images, classes, nimg=nimg, lr=lr)
+                if run is not None:
+                    run.append_telemetry(telemetry.record(settings, measured, nimg=nimg))
+            else:
+                trainer.step(images, classes, nimg=nimg, lr=lr)
             before, nimg = nimg, nimg + settings.batch
             progress.advance(settings.batch)
             stop = trainer.agree(interrupts.signum is not None)
@@ -175,7 +185,7 @@ class _Report:
     """Writes a line of log each time it is called, and says the loss. Lines after ``nimg`` are dropped first."""
 
     def __init__(self, settings: Settings, run: Run | None, progress: Progress, nimg: int) -> None:
-        kept = run.truncate_log(nimg) if run is not None else []
+        kept = run.truncate_logs(nimg) if run is not None else []
         self._run, self._progress, self._nimg = run, progress, nimg
         self._before = kept[-1]["seconds"] if kept else 0.0  # the clock goes on where the log ends
         self._start = self._last = time.monotonic()
@@ -202,8 +212,7 @@ def _say_begin(run: Run, settings: Settings, trainer: Trainer, start: int, *, re
     classes = f"{network.label_dim} classes" if network.label_dim else "no labels"
     size = f"{data.count} images of {data.resolution}x{data.resolution}x{data.channels}"
     print(f"device   {trainer.device}" + (f", {trainer.world} processes" if trainer.world > 1 else ""))
-    print(f"network  {settings.preset}: {cost}, {settings.precision}")
-    print(f"ladder   {_ladder_text(network)}")
+    print(f"network  {settings.preset}, {_ladder_text(network)}: {cost}, {settings.precision}")
     print(f"data     {settings.data}: {size}, {classes}")
     print(f"run      {run.path}: {count_text(settings.duration)} images in batches of {settings.batch}")
     if start:

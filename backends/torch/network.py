@@ -8,6 +8,7 @@ Constants of magnitude-preserving functions (1/0.596 of mp_silu, the blend of mp
 last convolution, where they cost nothing, instead of on the activations, where each is a pass over memory.
 """
 
+from collections.abc import Callable
 from math import prod, sqrt
 
 import torch
@@ -55,6 +56,7 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(torch.zeros(weight.shape))
         biased = f"{name}.bias" in table
         self.bias = nn.Parameter(torch.zeros(weight.shape[0])) if biased else None
+        self.watch: Callable[[Tensor], None] | None = None  # is shown what the layer puts out
 
     def effective_weight(self, gain: float | Tensor = 1.0) -> Tensor:
         w = normalize(self.weight, tuple(range(1, self.weight.ndim))) if self.normalized else self.weight
@@ -64,7 +66,13 @@ class Layer(nn.Module):
         """``gain`` is the weight's; ``factor`` that of the whole, bias included."""
         w = self.effective_weight(gain * factor).to(x.dtype)
         bias = None if self.bias is None else (self.bias * factor).to(x.dtype)
-        return F.linear(x, w, bias) if w.ndim == 2 else F.conv2d(x, w, bias, padding=w.shape[-1] // 2)
+        y = F.linear(x, w, bias) if w.ndim == 2 else F.conv2d(x, w, bias, padding=w.shape[-1] // 2)
+        return self.seen(y, factor=factor)
+
+    def seen(self, y: Tensor, *, factor: float = 1.0) -> Tensor:
+        if self.watch is not None:
+            self.watch(y / factor)
+        return y
 
 
 class GroupNorm(nn.Module):
@@ -150,7 +158,7 @@ class UNetBlock(nn.Module):
 
         bias = None if layer.bias is None else regrouped(layer.bias)
         qkv = F.conv2d(x if self.norm_attn is None else self.norm_attn(x), regrouped(layer.effective_weight()), bias)
-        qkv = qkv.reshape(n, 3 * heads, c // heads, h * w)
+        qkv = layer.seen(qkv).reshape(n, 3 * heads, c // heads, h * w)
         # dot products of what is not normalized may be of any size
         qkv = normalize(qkv, (2,)) if self.norm_attn is None else qkv.to(torch.promote_types(x.dtype, torch.float32))
         q, k, v = qkv.transpose(2, 3).unflatten(1, (3, heads)).unbind(1)

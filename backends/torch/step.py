@@ -47,7 +47,12 @@ def force_weight_norm(network: nn.Module) -> None:
     """Put the stored weights back on their spheres, in place, on rungs that do. Source: Eq. 66."""
     for layer in network.modules():
         if isinstance(layer, Layer) and layer.forced:
-            layer.weight.copy_(normalize(layer.weight, tuple(range(1, layer.weight.ndim))))
+            layer.weight.copy_(forced(layer))
+
+
+def forced(layer: Layer) -> Tensor:
+    """The weight that a step begins with."""
+    return normalize(layer.weight, tuple(range(1, layer.weight.ndim))) if layer.forced else layer.weight
 
 
 @torch.no_grad()

@@ -9,11 +9,13 @@ from torch import Tensor
 from backends.pipeline.options import TrainOptions
 from backends.pipeline.settings import Settings
 from backends.pipeline.state import State
+from backends.pipeline.telemetry import Measurement
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
 
 from . import device as devices
 from .step import Batch, Training
+from .telemetry import measured
 from .weights import build, dump, tensors
 
 
@@ -45,9 +47,16 @@ class TorchTrainer:
         self._nonfinite: list[Tensor] = []
 
     def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> None:
-        loss, nonfinite = self.training.step(self._batch(images, labels, nimg), lr=lr)
-        self._losses.append(loss)
-        self._nonfinite.append(nonfinite)
+        self._keep(self.training.step(self._batch(images, labels, nimg), lr=lr))
+
+    def measured_step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> Measurement:
+        metrics, found = measured(self.training, self._batch(images, labels, nimg), lr=lr)
+        self._keep(metrics)
+        return found
+
+    def _keep(self, metrics: tuple[Tensor, Tensor]) -> None:
+        self._losses.append(metrics[0])
+        self._nonfinite.append(metrics[1])
 
     def _batch(self, images: np.ndarray, labels: np.ndarray | None, nimg: int) -> Batch:
         """Noise is drawn for the whole batch and cut to this process's share, so their number changes nothing."""
