@@ -1,0 +1,115 @@
+"""What the studies on handwritten digits share: data with some held out, runs, their averages, and two measures.
+
+Accuracy is the share of samples that a support vector machine, fitted on all real digits, reads as their label. The
+Fréchet distance is that of Gaussians fitted to the pixels, in [0, 1], of samples and of digits that no run has seen:
+FID without a network. Both are small-scale stand-ins: they order networks, they do not compare with FID.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.svm import SVC
+
+from backends.pipeline.datasets import open_dataset, to_model
+from backends.pipeline.reconstruct import reconstruct
+from backends.pipeline.runs import Run
+from backends.pipeline.sampling import Job, sample_images
+from backends.pipeline.seeds import labels as seeded_labels
+from backends.pipeline.seeds import noise
+from backends.pipeline.snapshots import Snapshot, load_snapshot
+from edm2_core.errors import InputError
+from edm2_core.loss import weight
+
+TRAINING = 1500  # of 1797
+SAMPLES = 1000
+
+
+class Study:
+    """Runs of one port under ``folder``, on the first 1500 digits; the other 297 are held out."""
+
+    def __init__(self, folder: Path, *, port: str = "torch"):
+        digits = open_dataset("digits")
+        everything = np.arange(len(digits))
+        self.folder, self.port = folder, port
+        self.images, self.labels = digits.images(everything), digits.labels(everything)
+        self.data = folder / "data"
+        if not (self.data / "dataset.json").exists():
+            self._write()
+
+    def _write(self) -> None:
+        self.data.mkdir(parents=True, exist_ok=True)
+        names = [f"{i:04d}.png" for i in range(TRAINING)]
+        for name, image in zip(names, self.images, strict=False):
+            Image.fromarray(image[0]).save(self.data / name)
+        pairs = [[name, int(label)] for name, label in zip(names, self.labels, strict=False)]
+        (self.data / "dataset.json").write_text(json.dumps({"labels": pairs}))
+
+    def train(self, name: str, *options: object) -> Run:
+        """The run called ``name``, trained as the command would be with ``options``; one that is complete is kept.
+
+        Raises:
+            InputError: the command fails.
+        """
+        run = Run(self.folder / name)
+        command = import_module(f"backends.{self.port}.train").main
+        new = () if run.exists() else ("--preset", "digits", "--data", self.data)
+        print(f"\n{name}: python -m backends.{self.port}.train {' '.join(map(str, options))}", flush=True)
+        if command([*map(str, (*new, *options)), "--outdir", str(run.path)]):
+            raise InputError(f"a run must be complete to be studied, got {run.path}, which stopped: see above")
+        return run
+
+    def averages(self, run: Run, sigma_rels: Sequence[float]) -> list[Snapshot]:
+        """Of these lengths, at the end of ``run``, stored or reconstructed."""
+        return reconstruct([stored.path for stored in run.snapshots()], sigma_rels=list(sigma_rels))
+
+    def at(self, run: Run, nimg: int, sigma_rel: float) -> Snapshot:
+        """The stored average of that length, at ``nimg`` or as soon after as there is one."""
+        return load_snapshot(next(s for s in run.snapshots() if s.sigma_rel == sigma_rel and s.nimg >= nimg).path)
+
+    def sample(self, network: Snapshot, *, count: int = SAMPLES, **guidance: float) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 images of the first ``count`` seeds, and the labels that they were to have."""
+        classes = seeded_labels(range(count), network.network.label_dim)
+        job = Job(network=network, seeds=range(count), classes=classes, **guidance)
+        return sample_images(job, self._adapter.sampler, batch=250), classes
+
+    def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
+        return float((self._reader.predict(_flat(images)) == labels).mean())
+
+    def frechet(self, images: np.ndarray) -> float:
+        """|m - m'|^2 + tr(C + C' - 2 (C C')^1/2), from ``images`` to the digits held out."""
+        (m, c), (n, d) = (_gaussian(_flat(x)) for x in (images, self.images[TRAINING:]))
+        product = np.linalg.eigvals(c @ d).real  # of a product of covariances: real, and not negative but for rounding
+        return float(np.sum((m - n) ** 2) + np.trace(c + d) - 2 * np.sqrt(product.clip(0)).sum())
+
+    def denoising_loss(self, network: Snapshot, *, held_out: bool) -> float:
+        """lambda(sigma) |D(y + n; sigma) - y|^2 a pixel, over fixed noise, of 297 digits that training saw or not."""
+        held = slice(TRAINING, None) if held_out else slice(0, len(self.images) - TRAINING)
+        images, labels = to_model(self.images[held]), np.eye(10, dtype=np.float32)[self.labels[held]]
+        seeds, total = range(len(images)), 0.0
+        for sigma in np.exp(np.linspace(-2, 1, 7)):
+            level = np.full((len(images), 1, 1, 1), sigma, np.float32)
+            noisy = images + level * noise(seeds, images.shape[1:])
+            denoised, _ = self._adapter.denoise(network.network, network.params, noisy, level, labels)
+            total += float(np.mean(weight(level) * np.square(denoised - images)))
+        return total / 7
+
+    @cached_property
+    def _reader(self) -> SVC:
+        return SVC(gamma=0.001).fit(_flat(self.images) * 16, self.labels)
+
+    @cached_property
+    def _adapter(self):  # type: ignore[no-untyped-def]
+        return import_module(f"backends.{self.port}.port").PORT
+
+
+def _flat(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1) / 255
+
+
+def _gaussian(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x.mean(axis=0), np.cov(x, rowvar=False)

@@ -1,0 +1,58 @@
+"""The paper's ladder on handwritten digits: CONFIG A to G at equal budget, one after the other, and what came of each.
+
+    python -m examples.ladder [--port torch|jax|mlx] [--duration 40Ki] [--folder ladder]
+
+Ends with a table and a report page that lays the runs side by side. A run that is complete is kept, and one that was
+stopped is resumed. The digits are small and the paper's order is that of ImageNet: see docs/ladder.md.
+"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from backends.pipeline.commands import command
+from backends.pipeline.runs import Run
+from backends.tools import report
+from edm2_core.ladder import RUNGS, Rung
+from examples.digits import SAMPLES, Study
+
+LENGTHS = (0.05, 0.10, 0.15, 0.20)
+
+
+@command
+def main() -> int:
+    return tyro.cli(ladder, description=__doc__)
+
+
+def ladder(
+    port: Literal["torch", "jax", "mlx"] = "torch",
+    duration: str = "40Ki",
+    rungs: tuple[Rung, ...] = RUNGS,
+    folder: Path = Path("ladder"),
+    samples: int = SAMPLES,
+) -> int:
+    """Train RUNGS with PORT for DURATION images each, under FOLDER, and judge each by SAMPLES images."""
+    study = Study(folder, port=port)
+    runs = {rung: study.train(rung, "--ladder", rung, "--duration", duration, "--telemetry", 20) for rung in rungs}
+    print("\nCONFIG  accuracy  Fréchet  at length  activation  weight")
+    for rung, run in runs.items():
+        print(row(study, rung, run, samples=samples), flush=True)
+    return report.main([str(run.path) for run in runs.values()] + ["--outdir", str(folder / "report"), "--port", port])
+
+
+def row(study: Study, rung: str, run: Run, *, samples: int) -> str:
+    """The average whose samples come nearest to the digits held out; the largest magnitudes at the end."""
+    found = []
+    for sigma_rel, network in zip(LENGTHS, study.averages(run, LENGTHS), strict=True):
+        images, labels = study.sample(network, count=samples)
+        found.append((study.frechet(images), study.accuracy(images, labels), sigma_rel))
+    distance, accuracy, sigma_rel = min(found)
+    last = run.telemetry()[-1]["blocks"].values()
+    activation, weight = (max(block[f"{kind}_max"] for block in last) for kind in ("activation", "weight"))
+    return f"{rung:6}  {accuracy:8.1%}  {distance:7.4f}  {sigma_rel:9.2f}  {activation:10.2f}  {weight:6.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
