@@ -9,17 +9,18 @@ Constants of magnitude-preserving functions (1/0.596 of mp_silu, the blend of mp
 last convolution, where they cost nothing, instead of on the activations, where each is a pass over memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
-from math import prod, sqrt
+from math import sqrt
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx import nn
 
-from edm2_core import mp
+from edm2_core import ladder, mp
 from edm2_core.network import Block, NetworkConfig, plan
 from edm2_core.precond import precondition
+from edm2_core.reference import GROUP_EPS
 
 from .convolution import convolve
 
@@ -40,93 +41,151 @@ def fan_axes(weight: mx.array) -> tuple[int, ...]:
     return tuple(range(1, weight.ndim))
 
 
-def blend(t: float) -> tuple[float, float]:
-    """Factors of a and b in mp_sum(a, b, t)."""
-    scale = 1 / sqrt((1 - t) ** 2 + t**2)
-    return (1 - t) * scale, t * scale
-
-
 def silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
 
 
 class Fourier(nn.Module):
-    """sqrt(2) cos(freqs x + phases), [N] to [N, channels]. See :func:`edm2_core.mp.mp_fourier`."""
+    """Features of a number, [N] to [N, channels]. See :func:`edm2_core.reference.fourier`."""
 
-    def __init__(self, channels: int):
+    def __init__(self, config: NetworkConfig, channels: int):
         super().__init__()
+        self.scale = config.fourier_scale
         self.freqs = mx.zeros(channels)
         self.phases = mx.zeros(channels)
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mp.mp_fourier(x, self.freqs, self.phases)
+        return mx.cos(x[:, None] * self.freqs + self.phases) * self.scale
 
 
 class Layer(nn.Module):
-    """A convolution, or a linear layer where the weight has two axes, with magnitude-preserving weight."""
+    """A convolution, or a linear layer where the weight has two axes. See :func:`edm2_core.reference.layer`."""
 
-    def __init__(self, *shape: int):
+    def __init__(self, config: NetworkConfig, name: str):
         super().__init__()
-        self.weight = mx.zeros(shape)
+        table, self.normalized = plan(config).parameters, config.switches.weight_norm
+        weight = table[f"{name}.weight"]
+        self.scale, self.forced = config.weight_scale(weight.fan_in), weight.normalized
+        out, *inputs = weight.shape
+        self.weight = mx.zeros((out, *inputs[1:], inputs[0]))
+        if f"{name}.bias" in table:
+            self.bias = mx.zeros(out)
+        self.watch: Callable[[mx.array], None] | None = None  # is shown what the layer puts out
 
     def effective_weight(self, gain: float | mx.array = 1.0) -> mx.array:
-        """See :func:`edm2_core.mp.mp_weight`."""
-        return normalize(self.weight, fan_axes(self.weight)) * (gain * (1 / sqrt(prod(self.weight.shape[1:]))))
+        w = normalize(self.weight, fan_axes(self.weight)) if self.normalized else self.weight
+        return w * (gain * self.scale)
 
-    def __call__(self, x: mx.array, gain: float | mx.array = 1.0) -> mx.array:
-        w = self.effective_weight(gain).astype(x.dtype)
-        return x @ w.T if w.ndim == 2 else convolve(x, w)
+    def __call__(self, x: mx.array, gain: float | mx.array = 1.0, *, factor: float = 1.0) -> mx.array:
+        """``gain`` is the weight's; ``factor`` that of the whole, bias included."""
+        w = self.effective_weight(gain * factor).astype(x.dtype)
+        y = x @ w.T if w.ndim == 2 else convolve(x, w)
+        if "bias" in self:
+            y = y + (self.bias * factor).astype(x.dtype)
+        return self.seen(y, factor=factor)
+
+    def seen(self, y: mx.array, *, factor: float = 1.0) -> mx.array:
+        if self.watch is not None:
+            self.watch(y / factor)
+        return y
+
+
+class GroupNorm(nn.Module):
+    """See :func:`edm2_core.reference.group_norm`; without groups, nothing."""
+
+    def __init__(self, config: NetworkConfig, name: str, channels: int):
+        super().__init__()
+        self.kind, self.groups = config.switches.group_norm, config.groups(channels)
+        if f"{name}.scale" in plan(config).parameters:
+            self.scale, self.bias = mx.zeros(channels), mx.zeros(channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.kind is ladder.GroupNorm.NONE:
+            return x
+        grouped, axes = x.reshape(*x.shape[:3], self.groups, -1), (1, 2, 4)
+        if self.kind is ladder.GroupNorm.PLAIN:
+            return normalize(grouped, axes).reshape(x.shape)
+        wide = grouped.astype(mx.float32)
+        wide = wide - wide.mean(axis=axes, keepdims=True)
+        wide = wide * mx.rsqrt(wide.square().mean(axis=axes, keepdims=True) + GROUP_EPS)
+        return (wide.reshape(x.shape) * self.scale + self.bias).astype(x.dtype)
 
 
 class UNetBlock(nn.Module):
-    """One encoder or decoder block of Figure 22. See :func:`edm2_core.reference.run_block`."""
+    """One encoder or decoder block. See :func:`edm2_core.reference.run_block`."""
 
     def __init__(self, config: NetworkConfig, block: Block):
         super().__init__()
         self.config, self.block = config, block
-        channels = block.out_channels
-        self.emb_gain = mx.zeros(())
-        self.conv_res0 = Layer(channels, 3, 3, block.residual_channels)
-        self.emb_linear = Layer(channels, config.emb_channels)
-        self.conv_res1 = Layer(channels, 3, 3, channels)
+        name, has = block.name, config.switches
+        if has.gains:
+            self.emb_gain = mx.zeros(())
+        self.norm_res0 = GroupNorm(config, f"{name}.norm_res0", block.residual_channels)
+        self.conv_res0 = Layer(config, f"{name}.conv_res0")
+        self.emb_linear = Layer(config, f"{name}.emb_linear")
+        self.norm_res1 = GroupNorm(config, f"{name}.norm_res1", block.out_channels)
+        self.conv_res1 = Layer(config, f"{name}.conv_res1")
         if block.has_conv_skip:
-            self.conv_skip = Layer(channels, 1, 1, block.in_channels)
+            self.conv_skip = Layer(config, f"{name}.conv_skip")
         if block.heads:
-            self.attn_qkv = Layer(3 * channels, 1, 1, channels)
-            self.attn_proj = Layer(channels, 1, 1, channels)
+            if has.attention is ladder.Attention.DOT:
+                self.norm_attn = GroupNorm(config, f"{name}.norm_attn", block.out_channels)
+            self.attn_qkv = Layer(config, f"{name}.attn_qkv")
+            self.attn_proj = Layer(config, f"{name}.attn_proj")
 
     def __call__(self, x: mx.array, emb: mx.array, key: mx.array | None) -> mx.array:
-        config, block = self.config, self.block
-        x = resample(x, block.resample, config.resample_filter)
-        if block.role == "enc":
-            x = normalize(self.conv_skip(x) if block.has_conv_skip else x, (-1,))
-        keep, add = blend(config.res_balance)
-        scale = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = self.conv_res0(silu(x), gain=1 / mp.SILU_RMS)
-        y = silu(y * scale[:, None, None].astype(y.dtype))
+        config, block, has = self.config, self.block, self.config.switches
+        x = self.widened(self.resampled(x, now=has.resample_first), now=block.widens_first)
+        if block.role == "enc" and has.pixel_norm:
+            x = normalize(x, (-1,))
+        y = self.resampled(silu(self.norm_res0(x)), now=not has.resample_first)
+        y = self.norm_res1(self.conv_res0(y, gain=1 / config.silu_rms))
+        y = silu(self.conditioned(y, emb))
         if key is not None:
             y = y * mx.random.bernoulli(1 - config.dropout, y.shape, key).astype(y.dtype) / (1 - config.dropout)
-        y = self.conv_res1(y, gain=add / mp.SILU_RMS)
-        if block.role == "dec" and block.has_conv_skip:
-            x = self.conv_skip(x)
+        keep, add = config.blend(config.res_balance)
+        y = self.conv_res1(y, gain=1 / config.silu_rms, factor=add)
+        x = self.widened(self.resampled(x, now=not has.resample_first), now=not block.widens_first)
         x = x * keep + y
         if block.heads:
-            keep, add = blend(config.attn_balance)
-            x = x * keep + self.attention(x, gain=add)
+            keep, add = config.blend(config.attn_balance)
+            x = x * keep + self.attention(x, factor=add)
         return x if config.clip_act is None else mx.clip(x, -config.clip_act, config.clip_act)
 
-    def attention(self, x: mx.array, *, gain: float) -> mx.array:
-        """Cosine self-attention over pixels. See :func:`edm2_core.reference.attention`."""
+    def resampled(self, x: mx.array, *, now: bool) -> mx.array:
+        return resample(x, self.block.resample, self.config.resample_filter) if now else x
+
+    def widened(self, x: mx.array, *, now: bool) -> mx.array:
+        return self.conv_skip(x) if self.block.has_conv_skip and now else x
+
+    def conditioned(self, y: mx.array, emb: mx.array) -> mx.array:
+        """See :func:`edm2_core.reference.conditioning`."""
+        has = self.config.switches
+        z = self.emb_linear(emb, gain=self.emb_gain if has.gains else 1.0)[:, None, None].astype(y.dtype)
+        if not has.shift:
+            return y * (z + 1)
+        scale, shift = z.split(2, axis=-1)
+        return y * (scale + 1) + shift
+
+    def attention(self, x: mx.array, *, factor: float) -> mx.array:
+        """Self-attention over pixels. See :func:`edm2_core.reference.attention`."""
         n, h, w, c = x.shape
-        heads, size = self.block.heads, c // self.block.heads
-        weight = self.attn_qkv.effective_weight().astype(x.dtype)
-        # stored [heads, channels per head, (q, k, v)]; regrouped so that q, k and v each lie together in memory
-        weight = weight.reshape(heads, size, 3, c).transpose(2, 0, 1, 3).reshape(3 * c, 1, 1, c)
-        qkv = normalize(convolve(x, weight).reshape(n, h * w, 3, heads, size), (-1,))
+        heads, size, layer = self.block.heads, c // self.block.heads, self.attn_qkv
+        cosine = self.config.switches.attention is ladder.Attention.COSINE
+
+        def regrouped(rows: mx.array) -> mx.array:
+            """Stored [heads, channels per head, (q, k, v)]; so that q, k and v each lie together in memory."""
+            return rows.reshape(heads, size, 3, -1).transpose(2, 0, 1, 3).reshape(rows.shape).astype(x.dtype)
+
+        qkv = convolve(x if cosine else self.norm_attn(x), regrouped(layer.effective_weight()))
+        qkv = layer.seen(qkv + regrouped(layer.bias) if "bias" in layer else qkv)
+        qkv = qkv.reshape(n, h * w, 3, heads, size)
+        # dot products of what is not normalized may be of any size
+        qkv = normalize(qkv, (-1,)) if cosine else qkv.astype(mx.float32)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=1 / sqrt(size))
-        return self.attn_proj(y.transpose(0, 2, 1, 3).reshape(n, h, w, c), gain=gain)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=1 / sqrt(size)).astype(x.dtype)
+        return self.attn_proj(y.transpose(0, 2, 1, 3).reshape(n, h, w, c), factor=factor)
 
 
 class UNet(nn.Module):
@@ -134,37 +193,55 @@ class UNet(nn.Module):
 
     def __init__(self, config: NetworkConfig):
         super().__init__()
-        self.config, walk = config, plan(config)
-        self.emb_fourier = Fourier(config.noise_channels)
-        self.emb_noise = Layer(config.emb_channels, config.noise_channels)
+        self.config, walk, has = config, plan(config), config.switches
+        self.emb_fourier = Fourier(config, config.noise_channels)
+        self.emb_noise = Layer(config, "unet.emb_noise")
+        if has.embedding_layers == 2:
+            self.emb_noise1 = Layer(config, "unet.emb_noise1")
         if config.label_dim:
-            self.emb_label = Layer(config.emb_channels, config.label_dim)
+            self.emb_label = Layer(config, "unet.emb_label")
         self.enc = {short(block): module(config, block) for block in walk.encoder}
         self.dec = {short(block): module(config, block) for block in walk.decoder}
-        self.out_conv = Layer(config.img_channels, 3, 3, walk.decoder[-1].out_channels)
-        self.out_gain = mx.zeros(())
+        if has.output_norm:
+            self.out_norm = GroupNorm(config, "unet.out_norm", walk.decoder[-1].out_channels)
+        self.out_conv = Layer(config, "unet.out_conv")
+        if has.gains:
+            self.out_gain = mx.zeros(())
 
     def __call__(self, x: mx.array, c_noise: mx.array, labels: mx.array | None, keys: Keys) -> mx.array:
-        walk, emb = plan(self.config), self.embedding(c_noise, labels)
-        x = mx.concatenate([x, mx.ones_like(x[..., :1])], axis=-1)
+        walk, has, emb = plan(self.config), self.config.switches, self.embedding(c_noise, labels)
+        if has.ones_channel:
+            x = mx.concatenate([x, mx.ones_like(x[..., :1])], axis=-1)
         skips = []
         for block in walk.encoder:
             run = self.enc[short(block)]
             x = run(x) if block.role == "conv" else run(x, emb, next(keys))
             skips.append(x)
         for block in walk.decoder:
-            x = mp.mp_cat(x, skips.pop(), axis=-1, t=self.config.concat_balance) if block.takes_skip else x
+            x = self.join(x, skips.pop()) if block.takes_skip else x
             x = self.dec[short(block)](x, emb, next(keys))
-        return self.out_conv(x, gain=self.out_gain)
+        gain = self.out_gain if has.gains else 1.0
+        if has.output_norm:
+            x, gain = silu(self.out_norm(x)), gain / self.config.silu_rms
+        return self.out_conv(x, gain=gain)
 
     def embedding(self, c_noise: mx.array, labels: mx.array | None) -> mx.array:
-        emb = self.emb_noise(self.emb_fourier(c_noise))
-        if self.config.label_dim:
-            keep, add = blend(self.config.label_balance)
-            emb = emb * keep
-            if labels is not None:
-                emb = emb + self.emb_label(labels, gain=add * sqrt(self.config.label_dim))
-        return silu(emb) / mp.SILU_RMS
+        config, has = self.config, self.config.switches
+        keep, add = config.blend(config.label_balance) if config.label_dim else (1.0, 1.0)
+        emb = self.emb_fourier(c_noise)
+        if has.embedding_layers == 2:
+            emb = self.emb_noise1(silu(self.emb_noise(emb)), gain=1 / config.silu_rms, factor=keep)
+        else:
+            emb = self.emb_noise(emb, factor=keep)
+        if config.label_dim and labels is not None:
+            scale = sqrt(config.label_dim) if has.label_scaling else 1.0
+            emb = emb + self.emb_label(labels, gain=add * scale)
+        return silu(emb) / config.silu_rms
+
+    def join(self, x: mx.array, skip: mx.array) -> mx.array:
+        """See :func:`edm2_core.reference.joined`."""
+        keep, add = self.config.concat_blend(x.shape[-1], skip.shape[-1])
+        return mx.concatenate([x, skip] if keep == add == 1 else [x * keep, skip * add], axis=-1)
 
 
 class Network(nn.Module):
@@ -179,8 +256,9 @@ class Network(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.unet = UNet(config)
-        self.logvar_fourier = Fourier(config.logvar_channels)
-        self.logvar_linear = Layer(1, config.logvar_channels)
+        if config.switches.uncertainty:
+            self.logvar_fourier = Fourier(config, config.logvar_channels)
+            self.logvar_linear = Layer(config, "logvar_linear")
 
     def __call__(
         self, x: mx.array, sigma: mx.array, labels: mx.array | None = None, *, dropout: mx.array | None = None
@@ -192,8 +270,13 @@ class Network(nn.Module):
         c = precondition(sigma, sigma_data=self.config.sigma_data)
         c_noise = c.c_noise.reshape(-1)
         output = self.unet((x * c.c_in).astype(self.dtype), c_noise, labels, self.block_keys(dropout)).astype(x.dtype)
-        logvar = self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
-        return c.c_skip * x + c.c_out * output, logvar
+        return c.c_skip * x + c.c_out * output, self.uncertainty(c_noise).reshape(-1, 1, 1, 1)
+
+    def uncertainty(self, c_noise: mx.array) -> mx.array:
+        """See :func:`edm2_core.reference.uncertainty`."""
+        if not self.config.switches.uncertainty:
+            return mx.zeros_like(c_noise)
+        return self.logvar_linear(self.logvar_fourier(c_noise))
 
     def block_keys(self, dropout: mx.array | None) -> Keys:
         """A key for each block in running order, or None."""
@@ -204,7 +287,7 @@ class Network(nn.Module):
 
 
 def module(config: NetworkConfig, block: Block) -> nn.Module:
-    return Layer(block.out_channels, 3, 3, block.in_channels) if block.role == "conv" else UNetBlock(config, block)
+    return Layer(config, block.name) if block.role == "conv" else UNetBlock(config, block)
 
 
 def short(block: Block) -> str:

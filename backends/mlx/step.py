@@ -67,10 +67,15 @@ def gradients_of(
 
 
 def force_weight_norm(network: Network) -> None:
-    """Put every stored weight back on its sphere. Source: Eq. 66."""
+    """Put the stored weights back on their spheres, on rungs that do. Source: Eq. 66."""
     for layer in network.modules():
-        if isinstance(layer, Layer):
-            layer.weight = normalize(layer.weight, fan_axes(layer.weight))
+        if isinstance(layer, Layer) and layer.forced:
+            layer.weight = forced(layer)
+
+
+def forced(layer: Layer) -> mx.array:
+    """The weight that a step begins with."""
+    return normalize(layer.weight, fan_axes(layer.weight)) if layer.forced else layer.weight
 
 
 def zero_nonfinite(gradients: Gradients) -> tuple[Gradients, mx.array]:
