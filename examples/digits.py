@@ -26,16 +26,16 @@ from edm2_core.errors import InputError
 from edm2_core.loss import weight
 
 TRAINING = 1500  # of 1797
-SAMPLES = 1000
+SAMPLES, STEPS = 500, 16
 
 
 class Study:
-    """Runs of one port under ``folder``, on the first 1500 digits; the other 297 are held out."""
+    """Runs of one port under ``folder``, on the first ``count`` digits, 1500 at most; the last 297 are held out."""
 
-    def __init__(self, folder: Path, *, port: str = "torch"):
+    def __init__(self, folder: Path, *, port: str = "torch", count: int = TRAINING):
         digits = open_dataset("digits")
         everything = np.arange(len(digits))
-        self.folder, self.port = folder, port
+        self.folder, self.port, self.count = folder, port, count
         self.images, self.labels = digits.images(everything), digits.labels(everything)
         self.data = folder / "data"
         if not (self.data / "dataset.json").exists():
@@ -43,7 +43,7 @@ class Study:
 
     def _write(self) -> None:
         self.data.mkdir(parents=True, exist_ok=True)
-        names = [f"{i:04d}.png" for i in range(TRAINING)]
+        names = [f"{i:04d}.png" for i in range(self.count)]
         for name, image in zip(names, self.images, strict=False):
             Image.fromarray(image[0]).save(self.data / name)
         pairs = [[name, int(label)] for name, label in zip(names, self.labels, strict=False)]
@@ -71,10 +71,17 @@ class Study:
         """The stored average of that length, at ``nimg`` or as soon after as there is one."""
         return load_snapshot(next(s for s in run.snapshots() if s.sigma_rel == sigma_rel and s.nimg >= nimg).path)
 
-    def sample(self, network: Snapshot, *, count: int = SAMPLES, **guidance: float) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images of the first ``count`` seeds, and the labels that they were to have."""
+    def losses(self, run: Run, sigma_rels: Sequence[float]) -> list[float]:
+        """The denoising loss of digits held out, by averages of these lengths."""
+        return [self.denoising_loss(network, held_out=True) for network in self.averages(run, sigma_rels)]
+
+    def sample(
+        self, network: Snapshot, *, count: int = SAMPLES, guidance: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 images of the first ``count`` seeds, in 16 steps, and the labels that they were to have."""
         classes = seeded_labels(range(count), network.network.label_dim)
-        job = Job(network=network, seeds=range(count), classes=classes, **guidance)
+        steps = {"num_steps": STEPS}
+        job = Job(network=network, seeds=range(count), classes=classes, guidance=guidance, settings=steps)
         return sample_images(job, self._adapter.sampler, batch=250), classes
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
@@ -87,8 +94,8 @@ class Study:
         return float(np.sum((m - n) ** 2) + np.trace(c + d) - 2 * np.sqrt(product.clip(0)).sum())
 
     def denoising_loss(self, network: Snapshot, *, held_out: bool) -> float:
-        """lambda(sigma) |D(y + n; sigma) - y|^2 a pixel, over fixed noise, of 297 digits that training saw or not."""
-        held = slice(TRAINING, None) if held_out else slice(0, len(self.images) - TRAINING)
+        """lambda(sigma) |D(y + n; sigma) - y|^2 a pixel, over fixed noise, of digits that training saw or not."""
+        held = slice(TRAINING, None) if held_out else slice(0, min(self.count, len(self.images) - TRAINING))
         images, labels = to_model(self.images[held]), np.eye(10, dtype=np.float32)[self.labels[held]]
         seeds, total = range(len(images)), 0.0
         for sigma in np.exp(np.linspace(-2, 1, 7)):

@@ -23,7 +23,7 @@ LENGTHS = (0.05, 0.10, 0.15, 0.20)
 
 @command
 def main() -> int:
-    return tyro.cli(ladder, description=__doc__)
+    return tyro.cli(ladder)
 
 
 def ladder(

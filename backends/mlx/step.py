@@ -107,7 +107,8 @@ class Training:
         microbatch: int | None = None,
         processes: Processes | None = None,
     ):
-        self.network, self.loss_scaling, self.microbatch = network, loss_scaling, microbatch
+        self.network, self.betas = network, betas
+        self.loss_scaling, self.microbatch = loss_scaling, microbatch
         self.processes = processes or Processes()
         self.optimizer = optimizers.Adam(0.0, betas=list(betas), eps=1e-8, bias_correction=True)
         self.optimizer.init(network.trainable_parameters())
@@ -163,7 +164,7 @@ class Training:
 
     def state(self) -> State:
         """Everything that training goes on from, in the canonical form that all ports share."""
-        first, second = (dump({name: pair[which] for name, pair in self._moments.items()}) for which in ("m", "v"))
+        first, second = (dump({name: pair[which] for name, pair in self.moments.items()}) for which in ("m", "v"))
         return State(
             params=dump(tensors(self.network)),
             moments1=first,
@@ -176,7 +177,7 @@ class Training:
     def load_state(self, state: State) -> None:
         """Go on from ``state``, whichever port wrote it."""
         load(self.network, state.params)
-        for name, pair in self._moments.items():
+        for name, pair in self.moments.items():
             pair |= {"m": to_native(state.moments1[name]), "v": to_native(state.moments2[name])}
         self.optimizer.state["step"] = mx.array(state.steps, mx.uint64)
         for sigma_rel, average in self.ema.averages.items():
@@ -185,7 +186,7 @@ class Training:
         self.ema.time, self.steps = state.nimg, state.steps
 
     @property
-    def _moments(self) -> dict[str, dict[str, mx.array]]:
+    def moments(self) -> dict[str, dict[str, mx.array]]:
         """Adam's pair of each trained parameter, by name: the optimizer's own, to read and to write."""
         found: Any = tree_flatten(self.optimizer.state, is_leaf=lambda node: isinstance(node, dict) and "m" in node)
         return {name: pair for name, pair in found if isinstance(pair, dict)}

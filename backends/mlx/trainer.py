@@ -1,6 +1,7 @@
 """What the training loop drives: a network in training on this process's device, with noise of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
@@ -8,12 +9,14 @@ import numpy as np
 from backends.pipeline.options import TrainOptions
 from backends.pipeline.settings import Settings
 from backends.pipeline.state import State
+from backends.pipeline.telemetry import Measurement
 from edm2_core.errors import InputError
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
 
 from . import device as devices
 from .step import Batch, Training
+from .telemetry import measured
 from .weights import build, dump, tensors, to_nhwc
 
 
@@ -43,16 +46,31 @@ class MLXTrainer:
 
     def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> None:
         batch, dropout = self._batch(images, labels, nimg)
+        with self._memory(len(images)):
+            self._keep(self.training.step(batch, lr=lr, dropout=dropout))
+
+    def measured_step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> Measurement:
+        batch, dropout = self._batch(images, labels, nimg)
+        with self._memory(len(images)):
+            metrics, found = measured(self.training, batch, lr=lr, dropout=dropout)
+            self._keep(metrics)
+        return found
+
+    def _keep(self, metrics: tuple[mx.array, mx.array]) -> None:
+        self._metrics.append((float(metrics[0]), int(metrics[1])))
+
+    @contextmanager
+    def _memory(self, count: int) -> Iterator[None]:
+        """Raise InputError, with the batch to try, where memory runs out."""
         try:
-            loss, nonfinite = self.training.step(batch, lr=lr, dropout=dropout)
+            yield
         except RuntimeError as error:
             if "allocate" not in str(error):
                 raise
-            half = max((self._microbatch or len(images)) // 2, 1)
+            half = max((self._microbatch or count) // 2, 1)
             raise InputError(
                 f"the step must fit into memory, got none left on {self.device}: try --batch-per-device {half}"
             ) from error
-        self._metrics.append((float(loss), int(nonfinite)))
 
     def _batch(self, images: np.ndarray, labels: np.ndarray | None, nimg: int) -> tuple[Batch, mx.array | None]:
         """Noise is drawn for the whole batch and cut to this process's share, so their number changes nothing."""

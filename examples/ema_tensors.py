@@ -1,0 +1,55 @@
+"""How much does the length of the average matter to each tensor? (Section 3.3, Figure 5b.)
+
+    python -m examples.ema_tensors [--port torch|jax|mlx] [--folder ema-tensors]
+
+All tensors are averaged over one length, the best for the whole network, but for a single one: a row for each, with
+what a shorter and a longer average of it alone change in the denoising loss of digits held out, in percent.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from backends.pipeline.commands import command
+from edm2_core.network import plan
+from examples.digits import Study
+
+SHORT, LONG = 0.02, 0.25
+
+
+@command
+def main() -> None:
+    tyro.cli(ema_tensors)
+
+
+def ema_tensors(
+    port: Literal["torch", "jax", "mlx"] = "torch",
+    duration: str = "32Ki",
+    length: float = 0.10,
+    folder: Path = Path("ema-tensors"),
+) -> None:
+    """Train for DURATION images; move one tensor at a time away from LENGTH."""
+    study = Study(folder, port=port)
+    run = study.train("run", "--duration", duration, "--snapshot", "1Ki")
+    base, short, long = study.averages(run, (length, SHORT, LONG))
+    least = study.denoising_loss(base, held_out=True)
+    print(f"\nloss {least:.5f} with all at {length:g}; percent more with one tensor's average at")
+    print(f"{SHORT:>8} {LONG:>8}  tensor")
+    weights = [name for name, parameter in plan(base.network).parameters.items() if parameter.kind == "weight"]
+    changes = {
+        name: [
+            100 * (study.denoising_loss(replace(base, params={**base.params, name: other.params[name]}), held_out=True)
+                   / least - 1)
+            for other in (short, long)
+        ]
+        for name in weights if not name.startswith("logvar")
+    }  # fmt: skip
+    for name, (shorter, longer) in sorted(changes.items(), key=lambda item: -max(map(abs, item[1]))):
+        print(f"{shorter:+8.3f} {longer:+8.3f}  {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

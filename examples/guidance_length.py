@@ -1,0 +1,45 @@
+"""Which length of average is best, as guidance grows stronger? (Section 3.3, Figure 6.)
+
+    python -m examples.guidance_length [--port torch|jax|mlx] [--folder guidance-length]
+
+A row for each guidance weight, by the same network without its label: the Fréchet distance to digits held out, of
+samples from averages of five lengths, the best one marked.
+"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from backends.pipeline.commands import command
+from examples.digits import SAMPLES, Study
+
+LENGTHS = (0.02, 0.05, 0.10, 0.15, 0.25)
+
+
+@command
+def main() -> None:
+    tyro.cli(guidance_length)
+
+
+def guidance_length(
+    port: Literal["torch", "jax", "mlx"] = "torch",
+    duration: str = "32Ki",
+    weights: tuple[float, ...] = (1.0, 1.2, 1.5, 2.0),
+    samples: int = SAMPLES,
+    folder: Path = Path("guidance-length"),
+) -> None:
+    """Train for DURATION images; draw SAMPLES of them at each of WEIGHTS and each length."""
+    study = Study(folder, port=port)
+    run = study.train("run", "--duration", duration, "--snapshot", "1Ki")
+    networks = study.averages(run, LENGTHS)
+    print("\nguidance" + "".join(f"{length:9.2f} " for length in LENGTHS))
+    for weight in weights:
+        found = [study.frechet(study.sample(network, count=samples, guidance=weight)[0]) for network in networks]
+        marked = "".join(f"{distance:9.4f}{'*' if distance == min(found) else ' '}" for distance in found)
+        print(f"{weight:8g}{marked}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
