@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from edm2_core import mp
+from edm2_core import arrays, mp
+from edm2_core.ladder import Attention, GroupNorm
 from edm2_core.network import Block, NetworkConfig, plan
 from edm2_core.precond import precondition
+from edm2_core.reference import GROUP_EPS
 
 Params = Mapping[str, Array]
 PRODUCT = "product"  # the name of what is kept for the way back: all else is cheaper to compute again than to store
@@ -27,7 +29,7 @@ _EPS = 1e-4
 
 def normalize(x: Array, axes: tuple[int, ...]) -> Array:
     """Scale to unit root mean square over ``axes``, norms in float32. See :func:`edm2_core.mp.normalize`."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = arrays.widened(x)
     # a norm's derivative at 0 is what it is for all small x: that of x / eps
     square = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
     zero = square == 0
@@ -40,16 +42,17 @@ def fan_axes(weight: Array) -> tuple[int, ...]:
     return tuple(range(weight.ndim - 1))
 
 
-def effective_weight(weight: Array, gain: Any = 1.0) -> Array:
-    """See :func:`edm2_core.mp.mp_weight`."""
-    return normalize(weight, fan_axes(weight)) * (gain / sqrt(prod(weight.shape[:-1])))
+def layer(config: NetworkConfig, params: Params, name: str, x: Array, gain: Any = 1.0) -> Array:
+    """A linear layer [N, C], or a convolution [N, H, W, C] that keeps the size. See :func:`edm2_core.reference.layer`.
 
-
-def layer(x: Array, weight: Array, gain: Any = 1.0) -> Array:
-    """A linear layer [N, C], or a convolution [N, H, W, C] that keeps the size."""
-    w = effective_weight(weight, gain).astype(x.dtype)
-    product = x @ w.reshape(w.shape[-2:]) if prod(w.shape[:-2]) == 1 else convolution(x, w)
-    return checkpoint_name(product, PRODUCT)
+    ``gain`` is the weight's alone.
+    """
+    w = params[f"{name}.weight"]
+    own = normalize(w, fan_axes(w)) if config.switches.weight_norm else w
+    w = (own * (gain * config.weight_scale(prod(w.shape[:-1])))).astype(x.dtype)
+    product = checkpoint_name(x @ w.reshape(w.shape[-2:]) if prod(w.shape[:-2]) == 1 else convolution(x, w), PRODUCT)
+    biased = f"{name}.bias" in plan(config).parameters
+    return product + params[f"{name}.bias"].astype(x.dtype) if biased else product
 
 
 @jax.custom_jvp
@@ -104,9 +107,14 @@ def denoise(
     c = precondition(sigma, sigma_data=config.sigma_data)
     c_noise = c.c_noise.reshape(-1)
     output = unet(config, params, (x * c.c_in).astype(dtype), c_noise, labels, dropout=dropout).astype(x.dtype)
-    features = mp.mp_fourier(c_noise, params["logvar_fourier.freqs"], params["logvar_fourier.phases"])
-    logvar = layer(features, params["logvar_linear.weight"]).reshape(-1, 1, 1, 1)
-    return c.c_skip * x + c.c_out * output, logvar
+    return c.c_skip * x + c.c_out * output, uncertainty(config, params, c_noise).reshape(-1, 1, 1, 1)
+
+
+def uncertainty(config: NetworkConfig, params: Params, c_noise: Array) -> Array:
+    """u of c_noise [N], with N elements. See :func:`edm2_core.reference.uncertainty`."""
+    if not config.switches.uncertainty:
+        return jnp.zeros_like(c_noise)
+    return layer(config, params, "logvar_linear", fourier(config, params, "logvar_fourier", c_noise))
 
 
 def unet(
@@ -114,64 +122,125 @@ def unet(
 ) -> Array:
     """The raw network F. See :func:`edm2_core.reference.unet`."""
     walk, emb = plan(config), embedding(config, params, c_noise, labels)
-    x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+    if walk.switches.ones_channel:
+        x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
     skips = []
     for index, block in enumerate(walk.encoder):
         x = run_block(config, params, block, x, emb, _fold(dropout, index))
         skips.append(x)
     for index, block in enumerate(walk.decoder, len(walk.encoder)):
         if block.takes_skip:
-            x = mp.mp_cat(x, skips.pop(), axis=-1, t=config.concat_balance)
+            x = joined(config, x, skips.pop())
         x = run_block(config, params, block, x, emb, _fold(dropout, index))
-    return layer(x, params["unet.out_conv.weight"], params["unet.out_gain"])
+    if walk.switches.output_norm:
+        x = silu(config, group_norm(config, params, "unet.out_norm", x))
+    return layer(config, params, "unet.out_conv", x, params["unet.out_gain"] if walk.switches.gains else 1.0)
 
 
 def embedding(config: NetworkConfig, params: Params, c_noise: Array, labels: Array | None) -> Array:
-    features = mp.mp_fourier(c_noise, params["unet.emb_fourier.freqs"], params["unet.emb_fourier.phases"])
-    emb = layer(features, params["unet.emb_noise.weight"])
+    """The conditioning vector, [N, emb_channels]. See :func:`edm2_core.reference.embedding`."""
+    has = config.switches
+    emb = layer(config, params, "unet.emb_noise", fourier(config, params, "unet.emb_fourier", c_noise))
+    if has.embedding_layers == 2:
+        emb = layer(config, params, "unet.emb_noise1", silu(config, emb))
     if config.label_dim:
         hot = jnp.zeros((len(c_noise), config.label_dim), emb.dtype) if labels is None else labels
-        label = layer(hot * sqrt(config.label_dim), params["unet.emb_label.weight"])
-        emb = mp.mp_sum(emb, label, t=config.label_balance)
-    return mp.mp_silu(emb)
+        scale = sqrt(config.label_dim) if has.label_scaling else 1.0
+        emb = summed(config, emb, layer(config, params, "unet.emb_label", hot * scale), config.label_balance)
+    return silu(config, emb)
 
 
 @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT), static_argnums=(0, 2))
 def run_block(
     config: NetworkConfig, params: Params, block: Block, x: Array, emb: Array, dropout: Array | None
 ) -> Array:
-    """One encoder or decoder block of Figure 22. See :func:`edm2_core.reference.run_block`."""
+    """One block, or the first convolution. See :func:`edm2_core.reference.run_block`."""
+    name, has = block.name, config.switches
     if block.role == "conv":
-        return layer(x, params[f"{block.name}.weight"])
-    own = {name: params[f"{block.name}.{name}.weight"] for name in ("conv_res0", "emb_linear", "conv_res1")}
-    skip = params[f"{block.name}.conv_skip.weight"] if block.has_conv_skip else None
-    x = resample(x, block.resample, config.resample_filter)
-    if block.role == "enc":
-        x = normalize(x if skip is None else layer(x, skip), (-1,))
-    scale = layer(emb, own["emb_linear"], params[f"{block.name}.emb_gain"]) + 1
-    y = layer(mp.mp_silu(x), own["conv_res0"])
-    y = mp.mp_silu(y * scale[:, None, None, :].astype(y.dtype))
+        return layer(config, params, name, x)
+
+    def resampled(x: Array, *, now: bool) -> Array:
+        return resample(x, block.resample, config.resample_filter) if now else x
+
+    def widened(x: Array, *, now: bool) -> Array:
+        return layer(config, params, f"{name}.conv_skip", x) if block.has_conv_skip and now else x
+
+    x = widened(resampled(x, now=has.resample_first), now=block.widens_first)
+    if block.role == "enc" and has.pixel_norm:
+        x = normalize(x, (-1,))
+    y = silu(config, group_norm(config, params, f"{name}.norm_res0", x))
+    y = layer(config, params, f"{name}.conv_res0", resampled(y, now=not has.resample_first))
+    y = group_norm(config, params, f"{name}.norm_res1", y)
+    y = silu(config, conditioned(config, params, block, y, emb))
     if dropout is not None and config.dropout:
         kept = jax.random.bernoulli(dropout, 1 - config.dropout, y.shape)
         y = jnp.where(kept, y / (1 - config.dropout), 0).astype(y.dtype)
-    y = layer(y, own["conv_res1"])
-    if block.role == "dec" and skip is not None:
-        x = layer(x, skip)
-    x = mp.mp_sum(x, y, t=config.res_balance)
+    y = layer(config, params, f"{name}.conv_res1", y)
+    x = widened(resampled(x, now=not has.resample_first), now=not block.widens_first)
+    x = summed(config, x, y, config.res_balance)
     if block.heads:
-        y = attention(x, params[f"{block.name}.attn_qkv.weight"], block.heads)
-        x = mp.mp_sum(x, layer(y, params[f"{block.name}.attn_proj.weight"]), t=config.attn_balance)
+        x = summed(config, x, attention(config, params, block, x), config.attn_balance)
     return x if config.clip_act is None else jnp.clip(x, -config.clip_act, config.clip_act)
 
 
-def attention(x: Array, weight: Array, heads: int) -> Array:
-    """Cosine self-attention over pixels. See :func:`edm2_core.reference.attention`."""
-    n, h, w, c = x.shape
-    qkv = normalize(layer(x, weight).reshape(n, h * w, heads, c // heads, 3), (3,))
+def conditioned(config: NetworkConfig, params: Params, block: Block, y: Array, emb: Array) -> Array:
+    """y scaled by the embedding, and shifted. See :func:`edm2_core.reference.conditioning`."""
+    name, has = block.name, config.switches
+    z = layer(config, params, f"{name}.emb_linear", emb, params[f"{name}.emb_gain"] if has.gains else 1.0)
+    scale, shift = z[:, None, None, : block.out_channels] + 1, z[:, None, None, block.out_channels :]
+    y = y * scale.astype(y.dtype)
+    return y + shift.astype(y.dtype) if has.shift else y
+
+
+def attention(config: NetworkConfig, params: Params, block: Block, x: Array) -> Array:
+    """Self-attention over pixels. See :func:`edm2_core.reference.attention`."""
+    (n, h, w, c), heads, name = x.shape, block.heads, block.name
+    cosine = config.switches.attention is Attention.COSINE
+    y = x if cosine else group_norm(config, params, f"{name}.norm_attn", x)
+    qkv = layer(config, params, f"{name}.attn_qkv", y).reshape(n, h * w, heads, c // heads, 3)
+    # dot products of what is not normalized may be of any size
+    qkv = normalize(qkv, (3,)) if cosine else arrays.widened(qkv)
     q, k, v = (qkv[..., i] for i in range(3))
     scores = jnp.einsum("nqhc,nkhc->nhqk", q, k, preferred_element_type=jnp.float32) / sqrt(c // heads)
-    shares = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-    return checkpoint_name(jnp.einsum("nhqk,nkhc->nqhc", shares, v), PRODUCT).reshape(n, h, w, c)
+    shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    y = checkpoint_name(jnp.einsum("nhqk,nkhc->nqhc", shares, v).astype(x.dtype), PRODUCT)
+    return layer(config, params, f"{name}.attn_proj", y.reshape(n, h, w, c))
+
+
+def group_norm(config: NetworkConfig, params: Params, name: str, x: Array) -> Array:
+    """x [N, H, W, C] over groups of channels and all pixels. See :func:`edm2_core.reference.group_norm`."""
+    kind, axes = config.switches.group_norm, (1, 2, 4)
+    if kind is GroupNorm.NONE:
+        return x
+    grouped = x.reshape(*x.shape[:3], config.groups(x.shape[3]), -1)
+    if kind is GroupNorm.PLAIN:
+        return normalize(grouped, axes).reshape(x.shape)
+    y = arrays.widened(grouped)
+    y = y - y.mean(axis=axes, keepdims=True)
+    y = y * lax.rsqrt(jnp.square(y).mean(axis=axes, keepdims=True) + GROUP_EPS)
+    return (y.reshape(x.shape) * params[f"{name}.scale"] + params[f"{name}.bias"]).astype(x.dtype)
+
+
+def silu(config: NetworkConfig, x: Array) -> Array:
+    """See :func:`edm2_core.reference.silu`."""
+    return mp.mp_silu(x) * (mp.SILU_RMS / config.silu_rms)
+
+
+def fourier(config: NetworkConfig, params: Params, name: str, x: Array) -> Array:
+    """Features of x [N], [N, channels]. See :func:`edm2_core.reference.fourier`."""
+    return jnp.cos(x[:, None] * params[f"{name}.freqs"] + params[f"{name}.phases"]) * config.fourier_scale
+
+
+def summed(config: NetworkConfig, a: Array, b: Array, t: float) -> Array:
+    """See :func:`edm2_core.reference.summed`."""
+    keep, add = config.blend(t)
+    return a * keep + b * add
+
+
+def joined(config: NetworkConfig, x: Array, skip: Array) -> Array:
+    """See :func:`edm2_core.reference.joined`."""
+    keep, add = config.concat_blend(x.shape[-1], skip.shape[-1])
+    return jnp.concatenate([x * keep, skip * add], axis=-1)
 
 
 def resample(x: Array, mode: str, taps: tuple[float, ...]) -> Array:

@@ -76,9 +76,10 @@ def batch_loss(
     return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=config.sigma_data)
 
 
-def force_weight_norm(params: Params) -> dict[str, Array]:
-    """Every stored weight back on its sphere. Source: Eq. 66."""
-    return {name: normalize(w, fan_axes(w)) if w.ndim > 1 else w for name, w in params.items()}
+def force_weight_norm(config: NetworkConfig, params: Params) -> dict[str, Array]:
+    """The stored weights back on their spheres, on rungs that do. Source: Eq. 66."""
+    table = plan(config).parameters
+    return {name: normalize(w, fan_axes(w)) if table[name].normalized else w for name, w in params.items()}
 
 
 def make_step(
@@ -122,7 +123,7 @@ def make_step(
         return lax.scan(add, zero, (jnp.arange(total // microbatch), parts))[0]
 
     def step(state: State, batch: Batch, lr: Array, key: Array) -> tuple[State, Metrics]:
-        params = force_weight_norm(state.params)
+        params = force_weight_norm(config, state.params)
         found, loss = gradients(params, state.constants, batch, key)
         found = jax.tree.map(lambda g: g / loss_scaling, found)
         nonfinite = sum(jnp.sum(~jnp.isfinite(g)) for g in found.values())

@@ -1,7 +1,7 @@
 """Canonical arrays to and from the layout that the network computes in. Names stay; axes move, once.
 
 A convolution is [out, in, kh, kw] on disk and [kh, kw, in, out] here, a linear layer [out, in] and [in, out]: the axis
-of outputs is the last. Single numbers, frequencies and phases are as they are.
+of outputs is the last. What has one axis or none is as it is.
 """
 
 from collections.abc import Mapping
