@@ -72,6 +72,11 @@ def batch_sharding(mesh: Mesh, /) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
+def whole(mesh: Mesh, /) -> NamedSharding:
+    """All of it on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def state_sharding(mesh: Mesh, state: Any, /, *, least: int = 1 << 16) -> Any:
     """A sharding for each array: along the last axis that the devices divide, if it has ``least`` elements or more;
     whole on every device otherwise."""
@@ -79,7 +84,7 @@ def state_sharding(mesh: Mesh, state: Any, /, *, least: int = 1 << 16) -> Any:
     def of(array: Any) -> NamedSharding:
         axes = [a for a in range(array.ndim) if array.shape[a] % mesh.size == 0]
         if mesh.size == 1 or not axes or array.size < least:
-            return NamedSharding(mesh, PartitionSpec())
+            return whole(mesh)
         return NamedSharding(mesh, PartitionSpec(*(AXIS if a == axes[-1] else None for a in range(array.ndim))))
 
     return jax.tree.map(of, state)

@@ -5,8 +5,9 @@ noise-conditioned path, weights and norms in float32. Nothing is kept between ca
 plain functions.
 """
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import prod, sqrt
 from typing import Any
 
@@ -25,6 +26,20 @@ Params = Mapping[str, Array]
 PRODUCT = "product"  # the name of what is kept for the way back: all else is cheaper to compute again than to store
 _PIXELS = 1 << 12  # whose neighbourhoods are laid out at a time
 _EPS = 1e-4
+
+
+_SEEN: ContextVar[dict[str, Array] | None] = ContextVar("seen", default=None)
+
+
+@contextmanager
+def watching() -> Iterator[dict[str, Array]]:
+    """What layers put out within it, by name of the weight. Blocks then keep all they compute: for a way there only."""
+    seen: dict[str, Array] = {}
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
 
 
 def normalize(x: Array, axes: tuple[int, ...]) -> Array:
@@ -52,7 +67,10 @@ def layer(config: NetworkConfig, params: Params, name: str, x: Array, gain: Any 
     w = (own * (gain * config.weight_scale(prod(w.shape[:-1])))).astype(x.dtype)
     product = checkpoint_name(x @ w.reshape(w.shape[-2:]) if prod(w.shape[:-2]) == 1 else convolution(x, w), PRODUCT)
     biased = f"{name}.bias" in plan(config).parameters
-    return product + params[f"{name}.bias"].astype(x.dtype) if biased else product
+    y = product + params[f"{name}.bias"].astype(x.dtype) if biased else product
+    if (seen := _SEEN.get()) is not None:
+        seen[f"{name}.weight"] = y
+    return y
 
 
 @jax.custom_jvp
@@ -150,8 +168,15 @@ def embedding(config: NetworkConfig, params: Params, c_noise: Array, labels: Arr
     return silu(config, emb)
 
 
-@partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT), static_argnums=(0, 2))
 def run_block(
+    config: NetworkConfig, params: Params, block: Block, x: Array, emb: Array, dropout: Array | None
+) -> Array:
+    """:func:`whole_block`, of which only products are kept for the way back."""
+    run = whole_block if _SEEN.get() is not None else _thrifty_block
+    return run(config, params, block, x, emb, dropout)
+
+
+def whole_block(
     config: NetworkConfig, params: Params, block: Block, x: Array, emb: Array, dropout: Array | None
 ) -> Array:
     """One block, or the first convolution. See :func:`edm2_core.reference.run_block`."""
@@ -181,6 +206,11 @@ def run_block(
     if block.heads:
         x = summed(config, x, attention(config, params, block, x), config.attn_balance)
     return x if config.clip_act is None else jnp.clip(x, -config.clip_act, config.clip_act)
+
+
+_thrifty_block = jax.checkpoint(
+    whole_block, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT), static_argnums=(0, 2)
+)
 
 
 def conditioned(config: NetworkConfig, params: Params, block: Block, y: Array, emb: Array) -> Array:

@@ -49,6 +49,12 @@ class Metrics(NamedTuple):
     nonfinite: Array
 
 
+def in_parts(batch: Batch, size: int) -> Batch:
+    """An axis in front, of parts of ``size`` images, which must divide the batch."""
+    parts: Batch = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch)
+    return parts
+
+
 Step = Callable[[State, Batch, Array, Array], tuple[State, Metrics]]
 
 
@@ -111,7 +117,7 @@ def make_step(
         take = jax.grad(scaled, has_aux=True)
         if microbatch is None or microbatch >= total:
             return take(params, constants, batch, total, key)
-        parts = jax.tree.map(lambda x: x.reshape(total // microbatch, microbatch, *x.shape[1:]), batch)
+        parts = in_parts(batch, microbatch)
 
         def add(carry: Any, indexed: tuple[Array, Batch]) -> tuple[Any, None]:
             index, part = indexed

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -16,13 +16,22 @@ from jax.experimental import multihost_utils
 from backends.pipeline.options import TrainOptions
 from backends.pipeline.settings import Settings, microbatches
 from backends.pipeline.state import State as Stored
+from backends.pipeline.telemetry import Measurement
 from edm2_core.errors import InputError
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
 
 from . import device as devices
 from .step import Batch, Metrics, State, compiled, from_stored, init, make_step, state_shapes, to_stored
+from .telemetry import Found, Start, fetched, make_measure, start_of
 from .weights import to_nhwc
+
+
+def drawn(settings: Settings, images: Array, labels: Array | None, key: Array) -> tuple[Batch, Array]:
+    """What a step sees of its ``key``: a batch with noise, and the key of its dropout."""
+    normal, noise, dropout = jax.random.split(key, 3)
+    sigma = noise_level(jax.random.normal(normal, (len(images), 1, 1, 1)), P_mean=settings.P_mean, P_std=settings.P_std)
+    return Batch(images, jax.random.normal(noise, images.shape), sigma, labels), dropout
 
 
 class JaxTrainer:
@@ -62,34 +71,49 @@ class JaxTrainer:
         )
 
     def _noisy_step(self, settings: Settings) -> Any:
-        step = make_step(
-            settings.network,
-            betas=settings.betas,
-            loss_scaling=settings.loss_scaling,
-            microbatch=self._per_device * self._mesh.size,
-            dtype=getattr(jnp, settings.precision),
-        )
+        step = make_step(settings.network, loss_scaling=settings.loss_scaling, **self._common(settings))
 
         def train_step(
             state: State, images: Array, labels: Array | None, lr: Array, key: Array
         ) -> tuple[State, Metrics]:
-            normal, noise, dropout = jax.random.split(key, 3)
-            sigma = noise_level(
-                jax.random.normal(normal, (len(images), 1, 1, 1)), P_mean=settings.P_mean, P_std=settings.P_std
-            )
-            batch = Batch(images, jax.random.normal(noise, images.shape), sigma, labels)
+            batch, dropout = drawn(settings, images, labels, key)
             return step(state, batch, lr, dropout)
 
         return train_step
+
+    @cached_property
+    def _measure(self) -> Any:
+        """Compiled at the first step that is measured; what it finds is whole on every device."""
+        measure = make_measure(self._settings.network, **self._common(self._settings))
+
+        def of_step(before: Start, after: State, images: Array, labels: Array | None, key: Array) -> Found:
+            return measure(before, after, drawn(self._settings, images, labels, key)[0])
+
+        return jax.jit(of_step, out_shardings=devices.whole(self._mesh))
+
+    def _common(self, settings: Settings) -> dict[str, Any]:
+        microbatch = self._per_device * self._mesh.size
+        return {"betas": settings.betas, "microbatch": microbatch, "dtype": getattr(jnp, settings.precision)}
 
     def _place(self, state: State) -> None:
         self._state = jax.device_put(state, devices.state_sharding(self._mesh, state))
 
     def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> None:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._settings.seed), nimg >> 31), nimg & 0x7FFFFFFF)
-        given = (self._state, self._global(to_nhwc(images)), self._global(labels), jnp.float32(lr), key)
+        self._take(*self._given(images, labels, nimg), lr=lr)
+
+    def measured_step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> Measurement:
+        before, given = start_of(self._state), self._given(images, labels, nimg)
+        self._take(*given, lr=lr)
         with self._memory():
-            self._state, metrics = self._step(*given)
+            return fetched(self._settings.network, self._measure(before, self._state, *given))
+
+    def _given(self, images: np.ndarray, labels: np.ndarray | None, nimg: int) -> tuple[Any, Any, Any]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._settings.seed), nimg >> 31), nimg & 0x7FFFFFFF)
+        return self._global(to_nhwc(images)), self._global(labels), key
+
+    def _take(self, images: Any, labels: Any, key: Any, *, lr: float) -> None:
+        with self._memory():
+            self._state, metrics = self._step(self._state, images, labels, jnp.float32(lr), key)
             if self._start:
                 jax.block_until_ready(metrics)
         if self._start:
