@@ -96,8 +96,9 @@ def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD, 
 
 
 # Where each new network and shape is compiled for seconds: between them odd widths, one level and two, attention,
-# labels and none, and a wide filter; batches of one size, and one choice of whatever compiles anew. Differences want
-# networks that do not clip: that is the dearer one, so that it is compiled once.
+# labels and none, a wide filter, and the ladder's last rung and its first, with weights that are normalized and a
+# learned uncertainty; batches of one size, and one choice of whatever compiles anew. Differences want networks that do
+# not clip: that is the dearer one, so that it is compiled once.
 FEW_CONFIGS = (
     NetworkConfig(
         img_resolution=4, img_channels=2, label_dim=3, model_channels=5, channel_mult=(1, 2), num_blocks=1,
@@ -105,8 +106,9 @@ FEW_CONFIGS = (
         res_balance=0.35, attn_balance=0.2, clip_act=None, sigma_data=1.0, logvar_channels=5,
     ),
     NetworkConfig(
-        img_resolution=3, img_channels=1, model_channels=7, channel_mult=(1,), channel_mult_noise=0.5, num_blocks=1,
-        attn_resolutions=(), channels_per_head=7, resample_filter=(1, 2), clip_act=2.0, logvar_channels=3,
+        img_resolution=3, img_channels=1, model_channels=14, channel_mult=(1,), channel_mult_noise=0.5, num_blocks=1,
+        attn_resolutions=(), channels_per_head=7, channels_per_group=7, resample_filter=(1, 2), clip_act=2.0,
+        logvar_channels=3, ladder="A", weight_norm=True, forced_norm=True, uncertainty=True,
     ),
 )  # fmt: skip
 

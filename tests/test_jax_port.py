@@ -14,10 +14,11 @@ from backends.pipeline.datasets import open_dataset
 from backends.pipeline.options import TrainOptions
 from backends.pipeline.settings import resolve
 from backends.pipeline.state import load_state
+from conformance import oracle, tolerance
 from conformance import strategies as draw
-from conformance import tolerance
 from edm2_core import reference
 from edm2_core.errors import InputError
+from edm2_core.ladder import RUNGS
 from edm2_core.network import NetworkConfig
 from edm2_core.presets import preset
 
@@ -26,7 +27,7 @@ pytest.importorskip("optax", reason="optax is not installed")
 
 from backends.jax import network, weights  # noqa: E402
 from backends.jax.port import PORT  # noqa: E402
-from backends.jax.step import Batch, init, make_step, to_stored  # noqa: E402
+from backends.jax.step import Batch, force_weight_norm, init, make_step, to_stored  # noqa: E402
 
 CONFIGS = {
     "plain": NetworkConfig(
@@ -39,6 +40,14 @@ CONFIGS = {
         concat_balance=0.3, sigma_data=1.0,
     ),
 }  # fmt: skip
+LADDER = {
+    rung: NetworkConfig(
+        img_resolution=4, img_channels=2, label_dim=3, model_channels=6, channel_mult=(1, 2), num_blocks=1,
+        attn_resolutions=(2,), channels_per_head=6, channels_per_group=6, resample_filter=(1, 3, 3, 1),
+        concat_balance=0.3, logvar_channels=5, ladder=rung,
+    )
+    for rung in RUNGS
+}  # fmt: skip
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 TRAIN, SAMPLE = ("-m", "backends.jax.train"), ("-m", "backends.jax.sample")
 SMALL = ("--duration", "384", "--batch", "64", "--snapshot", "1000", "--status", "128", "--checkpoint", "1Ki")
@@ -49,13 +58,33 @@ def arguments(config):
     return draw.random_parameters(config, 1), batch
 
 
-@each_config
+@pytest.mark.parametrize("config", (CONFIGS | LADDER).values(), ids=CONFIGS | LADDER)
 def test_the_network_is_the_reference(config):
     params, batch = arguments(config)
     got = PORT.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
     wanted = reference.denoise(config, draw.wide(params), *draw.wide((batch.noisy, batch.sigma, batch.labels)))
     for g, w in zip(got, wanted, strict=True):
         assert tolerance.relative(g, w) < 4 * tolerance.network(config)
+
+
+def test_gradients_in_the_middle_of_the_ladder_are_the_references():
+    """Compiling takes longest, and the suite has networks of either end."""
+    config = LADDER["C"]
+    params, batch = draw.random_parameters(config, 1), draw.random_batch(config, 3)
+    loss, got = PORT.loss_and_gradients(config, params, *batch)
+    losses, wanted = oracle.torch_gradients(config, params, batch)
+    allowed = tolerance.gradient(config, batch.sigma, batch.images)
+    assert tolerance.relative(loss, losses) < allowed
+    floor = tolerance.gradient_floor(wanted)
+    assert tolerance.relative_all(got, wanted, floor)[0] < oracle.GRADIENT_SHARE * allowed
+
+
+@pytest.mark.parametrize("rung", ["D", "E"])
+def test_weights_are_forced_onto_their_spheres_from_config_e_on(rung):
+    native = weights.load(LADDER[rung], draw.random_parameters(LADDER[rung], 1))
+    forced = force_weight_norm(LADDER[rung], native)
+    moved = {name for name in native if not np.array_equal(forced[name], native[name])}
+    assert moved == ({name for name in native if name.endswith(".weight")} if rung == "E" else set())
 
 
 @each_config
