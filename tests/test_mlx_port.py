@@ -79,11 +79,15 @@ def test_the_network_is_the_reference(config):
         assert tolerance.relative(g, w) < tolerance.network(config)
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-def test_every_rung_is_the_reference(rung):
+@pytest.mark.parametrize(
+    "switches",
+    [*({"ladder": rung} for rung in RUNGS), {"ladder": "A", "mp_functions": True, "gains": True}],
+    ids=[*RUNGS, "A, biases in G's sums"],
+)
+def test_every_rung_is_the_reference(switches):
     """Its images, its gradients, and which weights a step forces onto their spheres."""
     pytest.importorskip("torch", reason="the oracle of gradients differentiates with torch, which is not installed")
-    config = replace(CONFIGS["attention, labels, filter"], ladder=rung, channels_per_group=5)
+    config = replace(CONFIGS["attention, labels, filter"], channels_per_group=5, **switches)
     network_cases.denoise(PORT, config, 1)
     training_cases.gradients(PORT, config, 1)
     training_cases.first_step(PORT, config, 1)
