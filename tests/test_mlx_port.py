@@ -18,10 +18,11 @@ from backends.pipeline.options import TrainOptions
 from backends.pipeline.snapshots import Snapshot, load_snapshot, save_snapshot
 from backends.pipeline.state import load_state
 from backends.pipeline.training import run_training
+from conformance import network_cases, tolerance, training_cases
 from conformance import strategies as draw
-from conformance import tolerance
 from edm2_core import reference
 from edm2_core.errors import InputError
+from edm2_core.ladder import RUNGS
 from edm2_core.network import NetworkConfig, initialize, plan
 from edm2_core.presets import PRESETS
 
@@ -76,6 +77,20 @@ def test_the_network_is_the_reference(config):
     wanted = reference.denoise(config, draw.wide(params), *draw.wide((batch.noisy, batch.sigma, batch.labels)))
     for g, w in zip(got, wanted, strict=True):
         assert tolerance.relative(g, w) < tolerance.network(config)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [*({"ladder": rung} for rung in RUNGS), {"ladder": "A", "mp_functions": True, "gains": True}],
+    ids=[*RUNGS, "A, biases in G's sums"],
+)
+def test_every_rung_is_the_reference(switches):
+    """Its images, its gradients, and which weights a step forces onto their spheres."""
+    pytest.importorskip("torch", reason="the oracle of gradients differentiates with torch, which is not installed")
+    config = replace(CONFIGS["attention, labels, filter"], channels_per_group=5, **switches)
+    network_cases.denoise(PORT, config, 1)
+    training_cases.gradients(PORT, config, 1)
+    training_cases.first_step(PORT, config, 1)
 
 
 @each_config

@@ -73,13 +73,13 @@ class Layer(nn.Module):
             self.bias = mx.zeros(out)
         self.watch: Callable[[mx.array], None] | None = None  # is shown what the layer puts out
 
-    def effective_weight(self, gain: float | mx.array = 1.0) -> mx.array:
+    def effective_weight(self, gain: float | mx.array = 1.0, *, factor: float = 1.0) -> mx.array:
         w = normalize(self.weight, fan_axes(self.weight)) if self.normalized else self.weight
-        return w * (gain * self.scale)
+        return w * (gain * (self.scale * factor))
 
     def __call__(self, x: mx.array, gain: float | mx.array = 1.0, *, factor: float = 1.0) -> mx.array:
         """``gain`` is the weight's; ``factor`` that of the whole, bias included."""
-        w = self.effective_weight(gain * factor).astype(x.dtype)
+        w = self.effective_weight(gain, factor=factor).astype(x.dtype)
         y = x @ w.T if w.ndim == 2 else convolve(x, w)
         if "bias" in self:
             y = y + (self.bias * factor).astype(x.dtype)
@@ -162,11 +162,11 @@ class UNetBlock(nn.Module):
     def conditioned(self, y: mx.array, emb: mx.array) -> mx.array:
         """See :func:`edm2_core.reference.conditioning`."""
         has = self.config.switches
-        z = self.emb_linear(emb, gain=self.emb_gain if has.gains else 1.0)[:, None, None].astype(y.dtype)
+        z = self.emb_linear(emb, gain=self.emb_gain if has.gains else 1.0)[:, None, None]
         if not has.shift:
-            return y * (z + 1)
+            return y * (z + 1).astype(y.dtype)
         scale, shift = z.split(2, axis=-1)
-        return y * (scale + 1) + shift
+        return y * (scale + 1).astype(y.dtype) + shift.astype(y.dtype)
 
     def attention(self, x: mx.array, *, factor: float) -> mx.array:
         """Self-attention over pixels. See :func:`edm2_core.reference.attention`."""
