@@ -137,11 +137,12 @@ def _check(settings: Settings) -> None:
         "status": 1,
         "rampup": 0,
         "decay": 0,
+        "half_life": 1,
         "telemetry": 0,
         "seed": 0,
     }
     for name, least in at_least.items():
-        if (value := getattr(settings, name)) < least:
+        if (value := getattr(settings, name)) is not None and value < least:
             why = ": files are named by thousands of images" if least == 1000 else ""
             raise InputError(f"{flag(name)} must be at least {least}, got {value}{why}")
     for name in ("lr", "P_std", "loss_scaling"):
@@ -324,4 +325,6 @@ def _wishes(options: TrainOptions, previous: Settings) -> Iterator[tuple[str, An
 
 
 def _text(value: Any) -> str:
-    return (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "none"
+    if value is None or value == ():
+        return "none"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

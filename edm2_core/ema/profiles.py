@@ -45,6 +45,9 @@ class HalfLife(float):
     def __eq__(self, other: object, /) -> bool:
         return isinstance(other, HalfLife) and float(self) == float(other)
 
+    def __ne__(self, other: object, /) -> bool:  # float has one of its own
+        return not self == other
+
     def __hash__(self) -> int:
         return hash((HalfLife, float(self)))
 
