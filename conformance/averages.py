@@ -15,6 +15,9 @@ def exact_sigma_rel(gamma: Any) -> Any:
 
 def segment_weights(edges: np.ndarray, sigma_rel: float, end: float) -> np.ndarray:
     """The profile's integral over each interval between ``edges`` (starting at 0), cut off at ``end``."""
+    if isinstance(sigma_rel, ema.HalfLife):
+        rate, edges = np.log(2) / sigma_rel, np.minimum(edges, end)
+        return np.exp(-rate * (end - edges[1:])) * np.expm1(-rate * np.diff(edges)) / np.expm1(-rate * end)
     power = np.minimum(edges / end, 1.0) ** (ema.sigma_rel_to_gamma(sigma_rel) + 1)
     return np.diff(power)
 

@@ -123,6 +123,9 @@ def _ema_cases() -> list[Case]:
     def cancelled(t: np.ndarray) -> np.ndarray:
         return clock(t) * (1 + 8 * t / 3)
 
+    def forgotten(t: Any) -> Any:
+        return ema.beta(ema.HalfLife(50.0), t_next=t + 3, t_delta=t)
+
     def profile(s: Any) -> Any:
         return ema.profile(0.75, end_time=1.25, sigma_rel=s)
 
@@ -164,6 +167,9 @@ def _ema_cases() -> list[Case]:
         ),
         Case("beta", "EMA-3", ema.beta, lengths, update, 16, exponent),
         Case("beta-clock", "EMA-3", ema.beta, st.tuples(draw.numbers(6, low=1, high=1e4)), clock, 16, cancelled),
+        Case(
+            "beta-half-life", "EMA-9", ema.beta, st.tuples(draw.numbers(6, low=1, high=1e4)), forgotten, 8, np.ones_like
+        ),
         Case("profile", "EMA-2", ema.profile, lengths, profile, 1),
         Case("inner_product", "EMA-4", ema.inner_product, lengths, product, 1),
         Case("start", "EMA-3", ema.start, weights, begun, 1),

@@ -24,6 +24,7 @@ EPS = tolerance.eps("float64")
 lengths = st.floats(0.01, ema.LONGEST)
 gammas = st.floats(0, 1e6)
 times = st.floats(1, 1e10)
+half_lives = st.floats(0.5, 1e5).map(ema.HalfLife)
 
 
 @given(gammas)
@@ -128,9 +129,55 @@ def test_averages_are_self_similar_and_linear(s: float, unit: float, seed: int) 
     assert np.allclose(track(2 * a - b, edges, s), blend, rtol=0, atol=allowed)
 
 
-@given(lengths, times)
+@given(half_lives, st.lists(st.floats(0.1, 100), min_size=1, max_size=20), draw.seeds)
+def test_traditional_updates_integrate_their_profile(h: ema.HalfLife, deltas: list[float], seed: int) -> None:
+    """EMA-9: any sequence of t_delta. An update rounds by a few eps; the times by eps of themselves, in an exponent."""
+    edges = np.cumsum([0.0, *deltas])
+    weights = np.random.default_rng(seed).standard_normal((len(deltas), 3))
+    wanted = segment_weights(edges, h, edges[-1]) @ weights
+    allowed = 8 * EPS * len(deltas) * (1 + edges[-1] / h) * np.abs(weights).max()
+    assert np.allclose(track(weights, edges, h)[-1], wanted, rtol=0, atol=allowed)
+
+
+@given(half_lives, st.integers(2, 6), st.floats(0.5, 20))
+def test_traditional_updates_are_the_quadrature_of_their_profile(h: ema.HalfLife, steps: int, delta: float) -> None:
+    """EMA-9: the same with ema.profile integrated numerically, in parts of a half-life."""
+    edges = delta * np.arange(steps + 1.0)
+    share = [
+        float(
+            mpmath.quad(
+                lambda u: ema.profile(float(u), end_time=float(edges[-1]), sigma_rel=h),
+                np.linspace(a, b, 2 + int((b - a) / h)).tolist(),
+            )
+        )
+        for a, b in pairwise(edges)
+    ]
+    assert sum(share) == pytest.approx(1, abs=1e-9)
+    assert np.allclose(track(np.eye(steps), edges, h)[-1], share, rtol=0, atol=1e-9)
+
+
+@given(half_lives)
+def test_a_half_life_is_kept_apart_from_a_relative_length(h: ema.HalfLife) -> None:
+    """EMA-9: as a key, in what repr writes and as_length reads; a float is never one."""
+    again = ema.as_length(repr(h))
+    assert isinstance(again, ema.HalfLife)
+    assert again == h
+    assert hash(again) == hash(h)
+    assert h != float(h)
+    assert {h: 1, float(h): 2} == {float(h): 2, h: 1}
+    assert ema.as_length("0.05") == ema.as_length(0.05) == 0.05
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan")])
+def test_a_half_life_is_a_positive_time(value: float) -> None:
+    """API-4 EMA-9"""
+    with pytest.raises(InputError, match="half_life must be positive and finite, got"):
+        ema.HalfLife(value)
+
+
+@given(lengths | half_lives, times)
 def test_first_update_copies(s: float, t: float) -> None:
-    """EMA-3: beta is exactly 0 at t_delta = t_next."""
+    """EMA-3 EMA-9: beta is exactly 0 at t_delta = t_next."""
     assert ema.beta(s, t_next=t, t_delta=t) == 0
 
 

@@ -49,7 +49,7 @@ def test_every_train_flag_is_understood():
     argv = (
         "--outdir o --data d --preset p --duration 1Ki --batch 64 --batch-per-device 32 --lr 0.01 --decay 400 "
         "--rampup 4Ki --dropout 0.1 --P-mean -0.4 --P-std 1 --precision bfloat16 --loss-scaling 100 "
-        "--sigma-rels 0.05 0.10 0.2 --snapshot 8Ki --checkpoint 16Ki --status 1Ki "
+        "--sigma-rels 0.05 0.10 0.2 --half-life 50_000 --snapshot 8Ki --checkpoint 16Ki --status 1Ki "
         "--seed 3 --device cpu --dry-run --unconditional"
     )
     options = train(*argv.split())
@@ -69,6 +69,7 @@ def test_every_train_flag_is_understood():
         precision="bfloat16",
         loss_scaling=100.0,
         sigma_rels=(0.05, 0.10, 0.2),
+        half_life=50_000,
         snapshot=8192,
         checkpoint=16384,
         status=1024,

@@ -8,6 +8,7 @@ import pytest
 from backends.pipeline.datasets import open_dataset
 from backends.pipeline.options import TrainOptions
 from backends.pipeline.settings import Settings, data_spec, microbatches, resolve
+from edm2_core.ema import HalfLife
 from edm2_core.errors import InputError
 from edm2_core.presets import PRESETS
 
@@ -59,6 +60,19 @@ def test_status_and_checkpoint_of_a_long_run_stay_frequent():
     assert (made.checkpoint, made.status) == (128 << 20, 128 << 10)
 
 
+def test_config_a_keeps_the_traditional_average_of_its_rung_unless_told_otherwise():
+    rung = settings(ladder="A")
+    assert (rung.half_life, rung.sigma_rels) == (1907, ())  # as 50 million are of 2048 Mi
+    assert rung.lengths == (HalfLife(1907),)
+    power = settings(ladder="A", sigma_rels=(0.05, 0.10))
+    assert (power.half_life, power.lengths) == (None, (0.05, 0.10))
+    own = settings(half_life=500)
+    assert (own.half_life, own.lengths) == (500, (HalfLife(500),))
+    assert settings(ladder="B").lengths == settings().lengths == (0.05, 0.10)
+    assert Settings.from_json(own.to_json(), name="config.json") == own
+    assert resolve(TrainOptions(), DIGITS, own) == resolve(TrainOptions(half_life=500), DIGITS, own) == own
+
+
 def test_settings_survive_config_json_exactly():
     made = settings(lr=0.1 + 0.2, sigma_rels=(0.05, 1 / 7))
     assert Settings.from_json(made.to_json(), name="config.json") == made
@@ -83,6 +97,11 @@ def test_settings_survive_config_json_exactly():
         ({"sigma_rels": (0.05, 0.3)}, r"sigma_rel must be within \(0, 0.2887\), got 0.3"),
         ({"sigma_rels": (0.0,)}, r"sigma_rel must be within \(0, 0.2887\), got 0"),
         ({"sigma_rels": (0.05, 0.0501)}, "--sigma-rels must differ in their first three digits, got 0.05 and 0.0501"),
+        ({"half_life": 0}, "--half-life must be at least 1, got 0"),
+        (
+            {"half_life": 500, "sigma_rels": (0.05, 0.1)},
+            "--half-life must be left out where --sigma-rels or --snapshot-plan say what to average, got 500 and 0.05",
+        ),
         ({"batch_per_device": 48}, "--batch must be divisible by --batch-per-device times devices, got 128 and 48 x 1"),
         ({"batch_per_device": 0}, "--batch must be divisible by --batch-per-device"),
     ],
@@ -149,6 +168,7 @@ def test_a_resumed_run_may_be_given_what_it_already_is():
         ({"batch": 64}, "--batch must stay 128", "64"),
         ({"preset": "img64-s"}, "--preset must stay digits", "img64-s"),
         ({"sigma_rels": (0.05,)}, "--sigma-rels must stay 0.05 0.1", "0.05"),
+        ({"half_life": 500}, "--half-life must stay none", "500"),
         ({"snapshot": 5000}, f"--snapshot must stay {BASE.snapshot}", "5000"),
         ({"seed": 1}, "--seed must stay 0", "1"),
         ({"precision": "bfloat16"}, "--precision must stay float32", "bfloat16"),

@@ -33,7 +33,7 @@ class ToyTrainer:
         params = initialize(settings.network, seed=settings.seed)
         trained = [name for name, parameter in plan(settings.network).parameters.items() if parameter.trained]
         zeros = {name: np.zeros_like(params[name]) for name in trained}
-        averages = {sigma_rel: dict(params) for sigma_rel in settings.sigma_rels}
+        averages = {sigma_rel: dict(params) for sigma_rel in settings.lengths}
         self.load_state(State(params=params, moments1=zeros, moments2=zeros, averages=averages, nimg=0, steps=0))
         self.seen, self.losses, self.rates, self.resumed = [], [], [], False
 

@@ -1,4 +1,4 @@
-"""Power-function averages of any pytree, snapshots of them, and any other length afterwards.
+"""Averages of any pytree, snapshots of them, and any other length afterwards.
 
     optimizer = optax.chain(optax.adam(1e-3), power_ema(t_delta=batch))    # last, so that it sees what weights become
     ...
@@ -16,6 +16,7 @@ given both to overwrite. Source: arXiv 2312.02696 Section 3, Appendix C.
 """
 
 from collections.abc import Sequence
+from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +27,14 @@ import optax
 
 from backends.pipeline.reconstruct import reconstruct as reconstruct_arrays
 from backends.pipeline.snapshots import save_averages
-from edm2_core.ema import beta, sigma_rel_to_gamma
+from edm2_core.ema import HalfLife, as_length, beta, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 
 Tree = Any  # a pytree of arrays
 
 
 class PowerEMAState(NamedTuple):
-    """A pytree: the clock, and the averages by relative length in text, as in ``averages["0.05"]``.
+    """A pytree: the clock, and the averages by length in text, as in ``averages["0.05"]`` or ``["HalfLife(2000.0)"]``.
 
     ``time`` is a uint32, whole numbers below 2^32. Averages have the structure of the parameters.
     """
@@ -48,7 +49,7 @@ def power_ema(
     """Average the parameters that updates lead to; the updates pass unchanged. Last in a chain.
 
     Args:
-        sigma_rels: relative lengths.
+        sigma_rels: relative lengths; ``HalfLife(images)`` for a traditional average.
         t_delta: by how much each update advances the clock, as the images of a batch; None: given with each call,
             ``optimizer.update(gradients, state, params, t_delta=...)``, which also goes before the one given here.
 
@@ -82,7 +83,7 @@ def init(params: Tree, *, sigma_rels: Sequence[float] = (0.05, 0.10)) -> PowerEM
     Dtype: that of each leaf, float32 where it is a narrower floating one. Raises InputError as :func:`power_ema`.
     """
     _check_lengths(sigma_rels)
-    averages = {repr(float(s)): jax.tree.map(_copy, params) for s in sigma_rels}
+    averages = {repr(as_length(s)): jax.tree.map(_copy, params) for s in sigma_rels}
     return PowerEMAState(jnp.zeros((), jnp.uint32), averages)
 
 
@@ -97,9 +98,9 @@ def update(state: PowerEMAState, params: Tree, *, time: Any, delta: Any) -> Powe
     """
     _check(time, delta)
     averages = {}
-    for sigma_rel, average in state.averages.items():
-        stay, go = _shares(float(sigma_rel), time, delta)
-        averages[sigma_rel] = jax.tree.map(lambda a, w, stay=stay, go=go: _moved(a, w, stay, go), average, params)
+    for length, average in state.averages.items():
+        stay, go = _shares(as_length(length), time, delta)
+        averages[length] = jax.tree.map(lambda a, w, stay=stay, go=go: _moved(a, w, stay, go), average, params)
     return PowerEMAState(jnp.asarray(time, jnp.uint32), averages)
 
 
@@ -111,7 +112,7 @@ def save(folder: str | Path, state: PowerEMAState) -> list[Path]:
     Raises:
         InputError: before the first update, or two leaves with one name.
     """
-    averages = ((float(s), {n: _host(x) for n, x in _named(tree).items()}) for s, tree in state.averages.items())
+    averages = ((as_length(s), {n: _host(x) for n, x in _named(tree).items()}) for s, tree in state.averages.items())
     return save_averages(folder, averages, time=int(state.time))
 
 
@@ -144,8 +145,8 @@ def _check_lengths(sigma_rels: Sequence[float]) -> None:
         raise InputError(
             "sigma_rels must be one or more lengths, got none: (0.05, 0.10) lets you choose any afterwards"
         )
-    for sigma_rel in sigma_rels:
-        sigma_rel_to_gamma(float(sigma_rel))
+    for length in sigma_rels:
+        as_length(length)
 
 
 def _check(time: Any, delta: Any) -> None:
@@ -154,13 +155,17 @@ def _check(time: Any, delta: Any) -> None:
         beta(0.1, t_next=float(time), t_delta=float(delta))
 
 
-def _shares(sigma_rel: float, time: Any, delta: Any) -> tuple[jax.Array, jax.Array]:
-    """beta and 1 - beta, float32 0-d, each with a small relative error. Source: Eq. 127.
+def _shares(length: float, time: Any, delta: Any) -> tuple[jax.Array, jax.Array]:
+    """beta and 1 - beta, float32 0-d, the smaller with a small relative error. Source: Eq. 127.
 
     gamma in float64 on the host. beta itself is too near 1 to be subtracted from it: expm1 gives the difference.
     """
-    ratio = jnp.asarray(delta, jnp.float32) / jnp.asarray(time, jnp.float32)
-    exponent = (sigma_rel_to_gamma(sigma_rel) + 1) * jnp.log1p(-ratio)
+    delta, time = (jnp.asarray(x, jnp.float32) for x in (delta, time))
+    if isinstance(length, HalfLife):
+        rate = -log(2) / length
+        go = jnp.expm1(rate * delta) / jnp.expm1(rate * time)
+        return 1 - go, go
+    exponent = (sigma_rel_to_gamma(length) + 1) * jnp.log1p(-delta / time)
     return jnp.exp(exponent), -jnp.expm1(exponent)
 
 

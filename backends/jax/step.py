@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from backends.pipeline.state import State as Stored
 from edm2_core import loss as objective
+from edm2_core.ema import as_length
 from edm2_core.network import NetworkConfig, plan
 
 from . import ema, weights
@@ -171,7 +172,7 @@ def to_stored(state: State) -> Stored:
         params={**weights.dump(state.params), **constants},
         moments1=weights.dump(state.adam.mu),
         moments2=weights.dump(state.adam.nu),
-        averages={float(s): {**weights.dump(a), **constants} for s, a in state.averages.averages.items()},
+        averages={as_length(s): {**weights.dump(a), **constants} for s, a in state.averages.averages.items()},
         nimg=int(state.averages.time),
         steps=int(state.adam.count),
     )
@@ -187,5 +188,5 @@ def from_stored(config: NetworkConfig, stored: Stored) -> State:
     adam = optax.ScaleByAdamState(
         count=jnp.asarray(stored.steps, jnp.int32), mu=native(stored.moments1), nu=native(stored.moments2)
     )
-    averages = {repr(float(s)): native(arrays) for s, arrays in stored.averages.items()}
+    averages = {repr(as_length(s)): native(arrays) for s, arrays in stored.averages.items()}
     return State(state.params, state.constants, adam, ema.PowerEMAState(jnp.asarray(stored.nimg, jnp.uint32), averages))

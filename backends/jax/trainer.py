@@ -49,12 +49,12 @@ class JaxTrainer:
         with self._memory():
             self._step = self._compiled(settings)  # before there is a state, for a compiler needs memory as well
             params = initialize(settings.network, seed=settings.seed)
-            self._place(init(settings.network, params, sigma_rels=settings.sigma_rels))
+            self._place(init(settings.network, params, sigma_rels=settings.lengths))
         self._metrics: list[Metrics] = []
 
     def _compiled(self, settings: Settings) -> Any:
         batch, data, classes = settings.batch, settings.data_summary, settings.network.label_dim
-        state = state_shapes(settings.network, sigma_rels=settings.sigma_rels)
+        state = state_shapes(settings.network, sigma_rels=settings.lengths)
         shared = partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=devices.batch_sharding(self._mesh))
         return compiled(
             self._noisy_step(settings),

@@ -1,4 +1,4 @@
-"""Power-function averages of any module or tree of arrays, snapshots of them, and any other length afterwards.
+"""Averages of any module or tree of arrays, snapshots of them, and any other length afterwards.
 
     ema = PowerEMA(model)                                     # tracks sigma_rel 0.05 and 0.10
     ema.update(time=images_seen, delta=batch)                 # after each optimizer step
@@ -26,7 +26,7 @@ Tree = Any  # nested dicts and lists of arrays
 
 
 class PowerEMA:
-    """Averages of a module's trainable parameters, or of all arrays of a tree, one per relative length.
+    """Averages of a module's trainable parameters, or of all arrays of a tree, one per length.
 
     The clock is whatever whole number you count (images, steps), the same in every call. What is frozen in a module,
     such as the statistics of BatchNorm, is not averaged: snapshots hold it as it is. Averages stay float32 where
@@ -34,7 +34,7 @@ class PowerEMA:
 
     Args:
         model: an ``mlx.nn.Module``; or a tree, and then :meth:`update` is given what is to be averaged.
-        sigma_rels: relative lengths.
+        sigma_rels: relative lengths; ``HalfLife(images)`` for a traditional average.
         trainable_only: snapshots hold nothing but the parameters that can be trained now, as of a LoRA.
 
     Raises:

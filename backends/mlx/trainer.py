@@ -37,7 +37,7 @@ class MLXTrainer:
                 dtype=devices.arithmetic(settings.precision),
             ),
             betas=settings.betas,
-            sigma_rels=settings.sigma_rels,
+            sigma_rels=settings.lengths,
             loss_scaling=settings.loss_scaling,
             microbatch=options.batch_per_device,
             processes=self._processes,

@@ -1,20 +1,24 @@
 """What does the length of the average change? A picture at the end: a row for each, the same seeds in all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import exp
 from pathlib import Path
 
 import numpy as np
 
+from edm2_core.ema import HalfLife
+
 from .datasets import Dataset, to_model
 from .images import save_rows
-from .reconstruct import reconstruct
+from .reconstruct import Recipe, reconstruct
 from .runs import Run
 from .sampling import Job, OpenSampler, sample_images
 from .seeds import noise, one_hot
-from .snapshots import Snapshot
+from .snapshots import Snapshot, load_snapshot
+from .sources import open_sources
 
 RECONSTRUCTED = (0.02, 0.05, 0.10, 0.15, 0.20)
+_FARTHEST = 0.5  # relative L2 distance of a drawn profile from the wanted one; it explains 1 - 0.5^2 of that at least
 _COLUMNS = 10
 _MEASURED = 512  # images
 
@@ -22,28 +26,40 @@ _MEASURED = 512  # images
 def draw_lengths(
     run: Run, dataset: Dataset, raw: Mapping[str, np.ndarray], open_sampler: OpenSampler, *, nimg: int | None = None
 ) -> tuple[Path, dict[str, float]] | None:
-    """Draw ``samples/lengths.png``: the ``raw`` weights, then stored and reconstructed averages from short to long.
+    """Draw ``samples/lengths.png``: the ``raw`` weights, then stored and reconstructed averages from short to long; a
+    traditional one first.
 
-    Averages are the last ones up to ``nimg``. Column k is seed k, with label k where there are labels. Returns the
-    path and each row's denoising error, or None where there is nothing to draw: no averages, or pixels that are no
-    colours.
+    Averages are the last ones up to ``nimg``; lengths that what is stored says little of are left out. Column k is seed
+    k, with label k where there are labels. Returns the path and each row's denoising error, or None where there is
+    nothing to draw: no averages, or pixels that are no colours.
     """
     config = run.settings().network
     stored = [snapshot for snapshot in run.snapshots() if nimg is None or snapshot.nimg <= nimg]
     if not stored or config.img_channels not in (1, 3):
         return None
-    kept = {snapshot.sigma_rel for snapshot in stored if snapshot.nimg == stored[-1].nimg}
-    lengths = sorted({*kept, *RECONSTRUCTED})
+    kept = {snapshot.sigma_rel: snapshot.path for snapshot in stored if snapshot.nimg == stored[-1].nimg}
+    paths = [snapshot.path for snapshot in stored]
+    others = _within_reach(paths, [length for length in RECONSTRUCTED if length not in kept])
+    averages = dict(zip(others, reconstruct(paths, sigma_rels=others), strict=True)) if others else {}
     networks = {"raw weights": Snapshot(params=raw, config=config, nimg=stored[-1].nimg, sigma_rel=None)}
-    averages = reconstruct([snapshot.path for snapshot in stored], sigma_rels=lengths)
-    for sigma_rel, average in zip(lengths, averages, strict=True):
-        networks[f"{sigma_rel:.2f} {'stored' if sigma_rel in kept else 'reconstructed'}"] = average
+    for length in sorted({*kept, *averages}, key=lambda s: (not isinstance(s, HalfLife), s)):
+        name = str(length) if isinstance(length, HalfLife) else f"{length:.2f}"
+        if length in kept:
+            networks[f"{name} stored"] = load_snapshot(kept[length])
+        else:
+            networks[f"{name} reconstructed"] = averages[length]
     sigma = exp(run.settings().P_mean)
     errors = {name: _error(network, dataset, open_sampler, sigma) for name, network in networks.items()}
     rows = [(f"{name}: {errors[name]:.4f}", _row(network, open_sampler)) for name, network in networks.items()]
     path = run.samples_path / "lengths.png"
     save_rows(path, rows)
     return path, errors
+
+
+def _within_reach(paths: Sequence[Path], lengths: Sequence[float]) -> list[float]:
+    """Those whose profile comes near enough to the wanted one."""
+    recipe = Recipe.of(open_sources(paths), sigma_rels=lengths)
+    return [s for s, far in zip(recipe.lengths, recipe.error.profile, strict=True) if far <= _FARTHEST]
 
 
 def _row(network: Snapshot, open_sampler: OpenSampler) -> np.ndarray:

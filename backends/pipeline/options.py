@@ -163,6 +163,8 @@ class TrainOptions:
     """Factor on the loss while gradients are taken, for float16. Default: 1; 100 on CONFIG A to C."""
     sigma_rels: Lengths = None
     """Relative lengths of the averages to keep, each within (0, 0.2887). Default: 0.05 0.10."""
+    half_life: Images = None
+    """Half-life of a traditional average to keep instead of --sigma-rels. Default: none; on CONFIG A the rung's."""
     snapshot: Images = None
     """How often to store the averages. Default: the preset's."""
     snapshot_plan: Location = None
@@ -192,7 +194,8 @@ class SampleOptions:
     net: Location = None
     """Snapshot to take the network from, instead of a run. Default: none."""
     sigma_rel: Number = None
-    """Relative length of the average, reconstructed where it is not stored. Default: 0.10 if kept, else the longest."""
+    """Relative length of the average, reconstructed where it is not stored. Default: of those kept 0.10, else the
+    longest; a traditional one where the run keeps that."""
     seeds: Text = None
     """One image for each, such as 0-63 or 3,7,10-19. Default: 0-63."""
     label: Class = None

@@ -25,7 +25,7 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True, order=True)
 class Stored:
-    """A snapshot in a run folder; they sort by time, then by length."""
+    """A snapshot in a run folder; they sort by time, then by length, which may be a HalfLife."""
 
     nimg: int
     sigma_rel: float

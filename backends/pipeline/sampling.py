@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from edm2_core.ema import sigma_rel_to_gamma
+from edm2_core.ema import HalfLife, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, parameter_count
 from edm2_core.sampler import noise_levels
@@ -25,7 +25,7 @@ from .progress import Progress
 from .reconstruct import reconstruct
 from .runs import Run, newest
 from .seeds import churn_noise, labels, noise, one_hot, parse_seeds
-from .snapshots import Snapshot, load_snapshot
+from .snapshots import Snapshot, load_snapshot, snapshot_name
 
 _IN_GRID = 100
 
@@ -130,11 +130,14 @@ def _network(options: SampleOptions, *, train: str) -> tuple[Snapshot, str, Path
         raise InputError(
             f"a run must have snapshots, got none in {run.path}: {train} --outdir {run.path} goes on with it"
         )
-    kept = [snapshot.sigma_rel for snapshot in stored if snapshot.nimg == stored[-1].nimg]
-    sigma_rel = options.sigma_rel or (0.10 if 0.10 in kept else max(kept))
-    (network,) = reconstruct([snapshot.path for snapshot in stored], sigma_rels=[sigma_rel])
-    made = "stored" if sigma_rel in kept else f"reconstructed from {len(stored)} snapshots"
-    name = f"{network.nimg // 1000:07d}-{sigma_rel:.3f}"
+    kept = {snapshot.sigma_rel: snapshot.path for snapshot in stored if snapshot.nimg == stored[-1].nimg}
+    length = options.sigma_rel or (0.10 if 0.10 in kept else max(kept))
+    if length in kept:
+        network, made = load_snapshot(kept[length]), "stored"
+    else:
+        (network,) = reconstruct([snapshot.path for snapshot in stored], sigma_rels=[length])
+        made = f"reconstructed from {len(stored)} snapshots"
+    name = Path(snapshot_name(network.nimg, length)).stem
     return network, f"{run.path} ({made})", run.samples_path / name
 
 
@@ -198,8 +201,10 @@ def _outdir(options: SampleOptions, job: Job, folder: Path) -> Path:
 
 
 def _describe(network: Snapshot) -> str:
-    length = "raw weights" if network.sigma_rel is None else f"sigma_rel {network.sigma_rel:g}"
-    return f"{parameter_count(network.network) / 1e6:.2f} M parameters, {length}, after {network.nimg} images"
+    size = f"{parameter_count(network.network) / 1e6:.2f} M parameters"
+    length = network.sigma_rel
+    kind = "raw weights" if length is None else str(length) if isinstance(length, HalfLife) else f"sigma_rel {length:g}"
+    return f"{size}, {kind}, after {network.nimg} images"
 
 
 def _write(kind: str, outdir: Path, job: Job, images: np.ndarray) -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from edm2_core import __version__
-from edm2_core.ema import SnapshotPlan, TimedPlan, plan_from_json, sigma_rel_to_gamma
+from edm2_core.ema import HalfLife, SnapshotPlan, TimedPlan, as_length, plan_from_json
 from edm2_core.errors import InputError
 from edm2_core.ladder import Rung, Switches
 from edm2_core.network import NetworkConfig
@@ -54,8 +54,10 @@ class DataSummary:
 class Settings:
     """A run, but for where it is kept and on what it is computed. ``decay`` is in batches, other lengths in images.
 
+    With a ``half_life`` it keeps that traditional average, and there are no ``sigma_rels``.
+
     Raises:
-        InputError: a value is out of range, or two stored averages would get the same file name.
+        InputError: a value is out of range, averages of both kinds, or two stored ones would get the same file name.
     """
 
     preset: str
@@ -86,6 +88,11 @@ class Settings:
         for name in ("sigma_rels", "betas"):  # JSON brings lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _check(self)
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """What is averaged: relative lengths, or one half-life."""
+        return self.sigma_rels if self.half_life is None else (HalfLife(self.half_life),)
 
     @property
     def plan(self) -> SnapshotPlan | None:
@@ -130,11 +137,12 @@ def _check(settings: Settings) -> None:
         "status": 1,
         "rampup": 0,
         "decay": 0,
+        "half_life": 1,
         "telemetry": 0,
         "seed": 0,
     }
     for name, least in at_least.items():
-        if (value := getattr(settings, name)) < least:
+        if (value := getattr(settings, name)) is not None and value < least:
             why = ": files are named by thousands of images" if least == 1000 else ""
             raise InputError(f"{flag(name)} must be at least {least}, got {value}{why}")
     for name in ("lr", "P_std", "loss_scaling"):
@@ -142,8 +150,13 @@ def _check(settings: Settings) -> None:
             raise InputError(f"{flag(name)} must be positive, got {value}")
     if not all(0 <= beta < 1 for beta in settings.betas):
         raise InputError(f"--betas must be within [0, 1), got {_text(settings.betas)}: 0.9 0.99 is the paper's")
-    for sigma_rel in settings.sigma_rels:
-        sigma_rel_to_gamma(sigma_rel)
+    for length in settings.lengths:
+        as_length(length)
+    if settings.half_life is not None and settings.sigma_rels:
+        raise InputError(
+            f"--half-life must be left out where --sigma-rels or --snapshot-plan say what to average, got "
+            f"{settings.half_life} and {_text(settings.sigma_rels)}: give one of them"
+        )
     for one, other in combinations(settings.sigma_rels, 2):
         if f"{one:.3f}" == f"{other:.3f}":
             raise InputError(f"--sigma-rels must differ in their first three digits, got {one} and {other}: drop one")
@@ -221,6 +234,10 @@ def _fresh(options: TrainOptions, dataset: Dataset) -> Settings:
     values |= _given(options, names)
     if options.snapshot_plan is not None:
         values |= _planned(options)
+    if options.half_life is None and "sigma_rels" in values:
+        values["half_life"] = None  # the rung's own is only a default
+    if values["half_life"] is not None:
+        values.setdefault("sigma_rels", ())
     values.setdefault("checkpoint", max(1, min(values["duration"] // 4, 128 * Mi)))
     values.setdefault("status", max(1, min(values["duration"] // 48, 128 * Ki)))
     return Settings(
@@ -308,4 +325,6 @@ def _wishes(options: TrainOptions, previous: Settings) -> Iterator[tuple[str, An
 
 
 def _text(value: Any) -> str:
+    if value is None or value == ():
+        return "none"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,8 +1,9 @@
 """How is one network kept on disk, in one format for all ports: train in one framework, sample in another?
 
 A snapshot is a safetensors file. Floating-point arrays are float16, gains (0-d) float32, all else as it is. The
-metadata, all text: ``format`` "edm2-snapshot", ``version``, ``nimg``, ``sigma_rel`` (empty for raw weights) and
-``config``, the NetworkConfig in JSON ("null" for a network that is not ours: then any names and shapes will do).
+metadata, all text: ``format`` "edm2-snapshot", ``version``, ``nimg``, ``sigma_rel`` and, of a traditional average,
+``half_life`` in its place (both empty for raw weights), and ``config``, the NetworkConfig in JSON ("null" for a network
+that is not ours: then any names and shapes will do).
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edm2_core.ema import HalfLife
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, check_parameters
 
@@ -23,8 +25,8 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What is known of a snapshot before its arrays are read. ``sigma_rel`` None: the raw weights, no average.
-    ``config`` None: the parameters of someone else's network."""
+    """What is known of a snapshot before its arrays are read. ``sigma_rel`` may be a HalfLife; None: the raw weights,
+    no average. ``config`` None: the parameters of someone else's network."""
 
     config: NetworkConfig | None
     nimg: int
@@ -49,7 +51,11 @@ class Snapshot(Metadata):
 
 def snapshot_name(nimg: int, sigma_rel: float, /) -> str:
     """The file name, in thousands of images. Of two snapshots with one name the later takes its place."""
-    return f"{nimg // 1000:07d}-{sigma_rel:.3f}.safetensors"
+    return f"{nimg // 1000:07d}-{_length_text(sigma_rel, 1000)}.safetensors"
+
+
+def _length_text(length: float, unit: int) -> str:
+    return f"h{length / unit:.10g}" if isinstance(length, HalfLife) else f"{length:.3f}"
 
 
 def save_snapshot(path: str | Path, snapshot: Snapshot, /) -> None:
@@ -66,11 +72,14 @@ def save_snapshot(path: str | Path, snapshot: Snapshot, /) -> None:
 
 def snapshot_metadata(snapshot: Metadata, /) -> dict[str, str]:
     """The text that a file of this snapshot carries."""
+    length = "" if snapshot.sigma_rel is None else repr(float(snapshot.sigma_rel))
+    traditional = isinstance(snapshot.sigma_rel, HalfLife)
     return {
         "format": KIND,
         "version": str(VERSION),
         "nimg": str(snapshot.nimg),
-        "sigma_rel": "" if snapshot.sigma_rel is None else repr(float(snapshot.sigma_rel)),
+        "sigma_rel": "" if traditional else length,
+        "half_life": length if traditional else "",
         "config": json.dumps(snapshot.config and asdict(snapshot.config)),
     }
 
@@ -90,7 +99,7 @@ def save_averages(
         raise InputError(f"averages must be of a time above 0, got {time}: save them after an update")
     paths: list[Path] = []
     for sigma_rel, params in averages:
-        path = Path(folder) / f"{time:012d}-{sigma_rel:.3f}.safetensors"  # in full: clocks may count steps
+        path = Path(folder) / f"{time:012d}-{_length_text(sigma_rel, 1)}.safetensors"  # in full: clocks may count steps
         if path in paths:
             raise InputError(
                 f"lengths must differ in their third digit to be stored, got {sigma_rel} besides {path.name}: "
@@ -129,6 +138,8 @@ def metadata_of(file: TensorFile, /) -> Metadata:
     text = checked_metadata(file.path, file.metadata, kind=KIND, version=VERSION)
     try:
         sigma_rel = float(text["sigma_rel"]) if text["sigma_rel"] else None
+        if half_life := text.get("half_life"):
+            sigma_rel = HalfLife(float(half_life))
         fields = json.loads(text["config"])
         config = None if fields is None else NetworkConfig(**fields)
         return Metadata(config=config, nimg=int(text["nimg"]), sigma_rel=sigma_rel)

@@ -22,7 +22,7 @@ from weakref import finalize
 
 import numpy as np
 
-from edm2_core.ema import gamma_to_sigma_rel, half_life_of_raw, sigma_rel_to_gamma
+from edm2_core.ema import HalfLife, gamma_to_sigma_rel, half_life_of_raw, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, check_parameters
 
@@ -176,8 +176,12 @@ def _open(path: Path, described: Described) -> Source:
             index, time, sigma_rel, config = 0, *_time_length_config(reader)
     except InputError as error:
         raise Broken(path, str(error) if str(path) in str(error) else f"{path}: {error}") from error
-    length = described.length(path, index) if sigma_rel is None else {"sigma_rel": sigma_rel}
+    length = described.length(path, index) if sigma_rel is None else _known(sigma_rel)
     return Source(path=path, time=time, config=config, reader=reader, **length)
+
+
+def _known(length: float) -> dict[str, float]:
+    return {"sigma_rel": nan, "half_life": float(length)} if isinstance(length, HalfLife) else {"sigma_rel": length}
 
 
 def _time_length_config(file: TensorFile) -> tuple[int, float | None, NetworkConfig | None]:

@@ -1,7 +1,7 @@
 """What must a run remember to go on as if it had never stopped? The same parts, under the same names, in every port.
 
 One safetensors file, float32 throughout: ``params/NAME`` the stored weights, ``adam1/NAME`` and ``adam2/NAME`` the
-optimizer's moments of what is trained, ``ema/SIGMA_REL/NAME`` each average; ``nimg`` and ``steps`` in the metadata.
+optimizer's moments of what is trained, ``ema/LENGTH/NAME`` each average; ``nimg`` and ``steps`` in the metadata.
 Weights, averages and moments are parts of their own: nothing is ever restored from another.
 """
 
@@ -22,7 +22,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """A run between two steps. ``averages`` is by sigma_rel; moments are of trained parameters only."""
+    """A run between two steps. ``averages`` is by sigma_rel or HalfLife; moments are of trained parameters only."""
 
     params: Arrays
     moments1: Arrays

@@ -87,7 +87,7 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
     trainer = open_trainer(settings, options)
     microbatches(settings.batch, options.batch_per_device, world=trainer.world)
     if run is not None and start:
-        trainer.load_state(load_state(run.state_path, settings.network, settings.sigma_rels))
+        trainer.load_state(load_state(run.state_path, settings.network, settings.lengths))
     if trainer.rank != 0:
         return _loop(settings, dataset, trainer, start, None)
     run = Run(create(options.outdir, dataset.name))
@@ -155,7 +155,7 @@ def _due(settings: Settings, before: int, now: int, *, end: bool) -> tuple[float
     """The lengths of the averages to store now."""
     if settings.plan is not None:
         return settings.plan.due(before, now, end=end)
-    return settings.sigma_rels if end or _crossed(settings.snapshot, before, now) else ()
+    return settings.lengths if end or _crossed(settings.snapshot, before, now) else ()
 
 
 def _learning_rate(settings: Settings, nimg: int) -> float:
@@ -248,5 +248,5 @@ def _complete(
 ) -> None:
     print(f"complete {run.path} at {nimg} images; to prolong it give a longer --duration")
     if not (run.samples_path / "lengths.png").exists():  # stopped between the last state and the picture
-        state = load_state(run.state_path, settings.network, settings.sigma_rels)
+        state = load_state(run.state_path, settings.network, settings.lengths)
         _say_end(run, settings, draw_lengths(run, dataset, state.params, open_sampler, nimg=nimg), prog=prog)

@@ -1,4 +1,4 @@
-"""Power-function averages of any ``nn.Module``, snapshots of them, and any other length afterwards.
+"""Averages of any ``nn.Module``, snapshots of them, and any other length afterwards.
 
     ema = PowerEMA(model)                                     # tracks sigma_rel 0.05 and 0.10
     ema.update(time=images_seen, delta=batch)                 # after each optimizer step
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from backends.pipeline.reconstruct import reconstruct as reconstruct_arrays
 from backends.pipeline.snapshots import save_averages
-from edm2_core.ema import beta, sigma_rel_to_gamma
+from edm2_core.ema import as_length, beta
 from edm2_core.errors import InputError
 
 from .weights import canonical_name, dump, tensors
@@ -35,7 +35,7 @@ _TOGETHER = 1 << 24  # elements that are rounded at once: few kernels, and littl
 
 
 class PowerEMA:
-    """Averages of a module's floating parameters, one per relative length, on its device.
+    """Averages of a module's floating parameters, one per length, on its device.
 
     The clock is whatever whole number you count (images, steps), the same in every call. Buffers are not averaged:
     snapshots hold them as they are. Averages stay float32 where parameters are narrower. Wrapping the module in DDP or
@@ -43,7 +43,7 @@ class PowerEMA:
 
     Args:
         module: what is averaged; its parameters stay the same tensors while it trains.
-        sigma_rels: relative lengths.
+        sigma_rels: relative lengths; ``HalfLife(images)`` for a traditional average.
         trainable_only: only parameters that require a gradient now, as of a LoRA; then snapshots hold nothing else.
         device: where the averages are; None: beside each parameter. On the CPU beside weights on an accelerator,
             ``update`` waits for the weights to arrive; otherwise it waits for nothing.
@@ -66,8 +66,6 @@ class PowerEMA:
             raise InputError(
                 "PowerEMA needs one or more sigma_rels, got none: (0.05, 0.10) lets you choose any afterwards"
             )
-        for sigma_rel in sigma_rels:
-            sigma_rel_to_gamma(sigma_rel)
         if dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
             raise InputError(
                 f"dtype must be torch.bfloat16, float32 or float64, got {dtype}: choose one of them, or None"
@@ -76,10 +74,10 @@ class PowerEMA:
         self._tracked = _tracked(module, trainable_only=trainable_only)
         self._same, self._buffers = ({}, {}) if trainable_only else _besides(module, self._tracked)
         self.averages = {
-            float(sigma_rel): {
+            length: {
                 name: p.detach().to(device, dtype or _wide(p.dtype), copy=True) for name, p in self._tracked.items()
             }
-            for sigma_rel in sigma_rels
+            for length in map(as_length, sigma_rels)
         }
 
     @torch.no_grad()
@@ -163,21 +161,22 @@ class PowerEMA:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: the clock and the averages. Goes through ``torch.save`` with weights only."""
-        return {"time": self.time, "averages": self.averages}
+        return {"time": self.time, "averages": {repr(length): average for length, average in self.averages.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state_dict()``. Raises InputError, and changes nothing, unless lengths, names and shapes are the
         same."""
-        if _shapes(self.averages) != _shapes(state["averages"]):
+        theirs = {as_length(length): average for length, average in state["averages"].items()}
+        if _shapes(self.averages) != _shapes(theirs):
             raise InputError(
-                f"state must track the same lengths and parameters, got lengths {sorted(state['averages'])} for "
-                f"{sorted(self.averages)}: build PowerEMA with the module and sigma_rels that it was saved with"
+                f"state must track the same lengths and parameters, got lengths {list(theirs)} for "
+                f"{list(self.averages)}: build PowerEMA with the module and sigma_rels that it was saved with"
             )
         self.time = state["time"]
         for sigma_rel, average in self.averages.items():
             for name, tensor in average.items():
-                tensor.copy_(state["averages"][sigma_rel][name])
+                tensor.copy_(theirs[sigma_rel][name])
 
 
 def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ class TorchTrainer:
         self.training = Training(
             network,
             betas=settings.betas,
-            sigma_rels=settings.sigma_rels,
+            sigma_rels=settings.lengths,
             loss_scaling=settings.loss_scaling,
             microbatch=options.batch_per_device,
             world=processes.world,

@@ -4,7 +4,16 @@ Source: arXiv 2312.02696 Section 3 and Appendix C.
 """
 
 from .planning import OpenPlan, SnapshotPlan, TimedPlan, plan_from_json, plan_snapshots, uniform_plan, worst_error
-from .profiles import LONGEST, beta, gamma_to_sigma_rel, inner_product, profile, sigma_rel_to_gamma
+from .profiles import (
+    LONGEST,
+    HalfLife,
+    as_length,
+    beta,
+    gamma_to_sigma_rel,
+    inner_product,
+    profile,
+    sigma_rel_to_gamma,
+)
 from .reconstruction import (
     ReconstructionError,
     coefficients,
@@ -16,11 +25,13 @@ from .tracking import advance, start
 
 __all__ = [
     "LONGEST",
+    "HalfLife",
     "OpenPlan",
     "ReconstructionError",
     "SnapshotPlan",
     "TimedPlan",
     "advance",
+    "as_length",
     "beta",
     "coefficients",
     "gamma_to_sigma_rel",

@@ -1,4 +1,5 @@
-"""Power-function averages: their lengths, their update, their profiles and the inner products of these.
+"""Averages of power-function profile, and traditional ones: their lengths, their update, their profiles and the inner
+products of these.
 
 An average of length sigma_rel over training time t has the profile
 
@@ -10,9 +11,15 @@ whose standard deviation is sigma_rel * t: the average reaches back a fixed shar
     beta(t)     = (1 - dt / t)^(gamma + 1), the exact update                                               (Eq. 127)
     <p_a, p_b>  = (gamma_a + 1)(gamma_b + 1) / (gamma_a + gamma_b + 1) (t_a / t_b)^gamma_b / t_b,  t_a <= t_b  (Eq. 151)
 
+A traditional average of half-life h forgets at one rate, whatever the time. Started at 0 and corrected for it, it has
+
+    p(tau; t) = k exp(-k (t - tau)) / (1 - exp(-k t)),   k = ln 2 / h
+    beta(t)   = 1 - (1 - exp(-k dt)) / (1 - exp(-k t)), the exact update
+
 Time is in any unit, the same throughout; we count images. Source: arXiv 2312.02696 Section 3 and Appendix C.
 """
 
+from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +29,47 @@ from ..errors import InputError
 
 LONGEST = 12**-0.5  # sigma_rel at gamma = 0, the plain mean of all weights so far
 _NEWTON_STEPS = 8
+
+
+class HalfLife(float):
+    """The length of a traditional average, in the unit of time, wherever a float is that of a power-function one.
+
+    Equal to a half-life alone, never to a float: HalfLife(0.1) and 0.1 are two averages. Raises InputError unless it is
+    positive and finite.
+    """
+
+    def __new__(cls, value: float, /) -> "HalfLife":
+        check_range(value, "half_life", "positive and finite", lambda x: (x > 0) & (x < np.inf))
+        return super().__new__(cls, value)
+
+    def __eq__(self, other: object, /) -> bool:
+        return isinstance(other, HalfLife) and float(self) == float(other)
+
+    def __ne__(self, other: object, /) -> bool:  # float has one of its own
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((HalfLife, float(self)))
+
+    def __repr__(self) -> str:
+        return f"HalfLife({float(self)!r})"
+
+    def __str__(self) -> str:
+        return f"half-life {float(self):.10g}"
+
+
+def as_length(value: float | str, /) -> float:
+    """What averages are kept by: a :class:`HalfLife`, or a relative length as a float; ``value`` may be its ``repr``.
+
+    Raises:
+        InputError: a relative length outside (0, 0.2887], a half-life that is not positive.
+    """
+    if isinstance(value, HalfLife):
+        return value
+    if isinstance(value, str) and value.startswith("HalfLife("):
+        return HalfLife(float(value[len("HalfLife(") : -1]))
+    sigma_rel_to_gamma(length := float(value))
+    return length
 
 
 @scalars_too
@@ -55,20 +103,32 @@ def beta(sigma_rel: float | Array, /, *, t_next: float | Array, t_delta: float |
     """How much of an average stays when time advances by ``t_delta`` to ``t_next``: avg = beta avg + (1 - beta) w.
 
     (1 - t_delta / t_next)^(gamma + 1), exact for any ``t_delta``; 0 at t_next == t_delta, so the first update copies.
-    Source: Eq. 127. Broadcasts. Raises InputError where not 0 < t_delta <= t_next.
+    For a :class:`HalfLife`, 1 minus (1 - 2^(-t_delta / h)) / (1 - 2^(-t_next / h)), which is exact too. Broadcasts.
+    Source: Eq. 127; of half-lives ours, from their profile. Raises InputError where not 0 < t_delta <= t_next.
     """
     for name, t in (("t_delta", t_delta), ("t_next", t_next)):
         check_range(t, name, "positive", lambda x: x > 0)
     ratio = t_delta / t_next
     check_range(ratio, "t_delta / t_next", "at most 1", lambda x: x <= 1)
+    if isinstance(sigma_rel, HalfLife):
+        rate = log(2) / sigma_rel
+        return 1 - _expm1(-rate * t_delta) / _expm1(-rate * t_next)
     return (1 - ratio) ** (sigma_rel_to_gamma(sigma_rel) + 1)
+
+
+@scalars_too
+def _expm1(x: Array, /) -> Array:
+    return namespace(x).expm1(x)
 
 
 def profile(t: float | Array, /, *, end_time: float | Array, sigma_rel: float | Array) -> Any:
     """Response at time ``t`` of an average of length ``sigma_rel`` taken at ``end_time``; 0 outside [0, end_time].
 
-    Integrates to 1; its unit is 1 / time. Broadcasts. Source: Eq. 119. Python numbers give a float.
+    Integrates to 1; its unit is 1 / time. Broadcasts. Source: Eq. 119. Python numbers give a float. ``sigma_rel`` may
+    be one :class:`HalfLife`.
     """
+    if isinstance(sigma_rel, HalfLife):
+        return _host(lambda t, end: Profile.traditional(end, float(sigma_rel))(t), t, end_time)
     return _host(lambda t, end, s: Profile.power(end, s)(t), t, end_time, sigma_rel)
 
 
@@ -96,6 +156,11 @@ class Profile(NamedTuple):
     def power(cls, time: Any, sigma_rel: Any) -> "Profile":
         time, sigma_rel = np.broadcast_arrays(np.asarray(time, np.float64), np.asarray(sigma_rel, np.float64))
         return cls(time, sigma_rel_to_gamma(sigma_rel), np.zeros(time.shape))
+
+    @classmethod
+    def traditional(cls, time: Any, half_life: Any) -> "Profile":
+        time, half_life = np.broadcast_arrays(np.asarray(time, np.float64), np.asarray(half_life, np.float64))
+        return cls(time, np.zeros(time.shape), log(2) / half_life)
 
     def __call__(self, t: np.ndarray, /) -> np.ndarray:
         ratio = t / self.time

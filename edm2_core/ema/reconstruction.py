@@ -120,7 +120,8 @@ def _stored(time: Any, sigma_rel: Any, half_life: Any) -> Profile:
     check_range(lives, "in_half_life", "positive, or nan for a power-function average", lambda x: ~(x <= 0))
     traditional = ~np.isnan(lives)
     power = Profile.power(times, np.where(traditional, 0.1, lengths))
-    return Profile(times, np.where(traditional, 0, power.gamma), np.where(traditional, log(2) / lives, 0))
+    kept = Profile.traditional(times, np.where(traditional, lives, 1))
+    return Profile(*(np.where(traditional, k, p) for k, p in zip(kept, power, strict=True)))
 
 
 def _wanted(time: Any, sigma_rel: Any, in_time: Any) -> Profile:

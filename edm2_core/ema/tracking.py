@@ -4,7 +4,8 @@
     averages = advance(averages, weights, t_next=images_seen, t_delta=batch)   # after an optimizer step, or every few
 
 An update moves each average towards the weights by what it forgets, avg + (1 - beta) (w - avg), Eq. 127: exact at any
-interval for weights that hold still in it. Source: arXiv 2312.02696 Section 3.1, Appendix C.1.
+interval for weights that hold still in it. ``HalfLife(images)`` is the length of a traditional average. Source: arXiv
+2312.02696 Section 3.1, Appendix C.1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,16 +13,16 @@ from typing import Any
 
 from ..arrays import Array, cast, namespace, widened
 from ..errors import InputError
-from .profiles import beta, sigma_rel_to_gamma
+from .profiles import as_length, beta
 
-Averages = dict[float, dict[str, Array]]  # by relative length, then by name
+Averages = dict[float, dict[str, Array]]  # by length, relative or a HalfLife, then by name
 
 
 def start(weights: Mapping[str, Array], /, *, sigma_rels: Sequence[float] = (0.05, 0.10)) -> Averages:
     """Averages that have seen nothing but ``weights``: one copy of them for each of the lengths ``sigma_rels``.
 
-    The first update (t_delta == t_next) replaces them. Dtype: that of each array, float32 where it is a narrower
-    floating one. Source: Eq. 127 at t = dt.
+    A length is a relative one or a :class:`HalfLife`. The first update (t_delta == t_next) replaces the copies. Dtype:
+    that of each array, float32 where it is a narrower floating one. Source: Eq. 127 at t = dt.
 
     Raises:
         InputError: no lengths, or one outside (0, 0.2887).
@@ -30,9 +31,7 @@ def start(weights: Mapping[str, Array], /, *, sigma_rels: Sequence[float] = (0.0
         raise InputError(
             "sigma_rels must be one or more lengths, got none: (0.05, 0.10) lets you choose any afterwards"
         )
-    for sigma_rel in sigma_rels:
-        sigma_rel_to_gamma(float(sigma_rel))
-    return {float(s): {name: _copy(array) for name, array in weights.items()} for s in sigma_rels}
+    return {length: {name: _copy(array) for name, array in weights.items()} for length in map(as_length, sigma_rels)}
 
 
 def advance(
