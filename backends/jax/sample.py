@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from backends.pipeline.commands import command
 from backends.pipeline.options import SampleOptions, parse
-from backends.pipeline.sampling import run_sampling
+from backends.pipeline.sampling import OpenSampler, run_sampling
 
 PROG = "python -m backends.jax.sample"
 
@@ -13,11 +13,15 @@ PROG = "python -m backends.jax.sample"
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(SampleOptions, argv, prog=PROG, description="Sample with JAX; by default, the newest run.")
+    run_sampling(options, open_sampler(options), prog=PROG)
+
+
+def open_sampler(options: SampleOptions) -> OpenSampler:
+    """On the device and in the precision that ``options`` name."""
     from . import device  # JAX takes a second to import: help and wrong flags do without it
     from .port import Port
 
-    port = Port(device=device.choose(options.device)[0], precision=options.precision or "float32")
-    run_sampling(options, port.sampler, prog=PROG)
+    return Port(device=device.choose(options.device)[0], precision=options.precision or "float32").sampler
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from backends.pipeline.commands import command
 from backends.pipeline.options import SampleOptions, parse
 from backends.pipeline.runs import newest
-from backends.pipeline.sampling import run_sampling
+from backends.pipeline.sampling import OpenSampler, run_sampling
 from edm2_core.errors import InputError
 
 PROG = "python -m backends.mlx.sample"
@@ -18,13 +18,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(SampleOptions, argv, prog=PROG, description="Sample with MLX; by default, the newest run.")
     if options.run is None and options.net is None and not _any_run():
         return 2
-    from . import device  # MLX takes a moment to import: help and wrong flags do without it
-    from .port import Port
+    run_sampling(options, open_sampler(options), prog=PROG)
+    from . import device
 
-    port = Port(device=options.device, precision=options.precision or "float32")
-    run_sampling(options, port.sampler, prog=PROG)
     device.report(options.device)
     return 0
+
+
+def open_sampler(options: SampleOptions) -> OpenSampler:
+    """On the device and in the precision that ``options`` name."""
+    from .port import Port  # MLX takes a moment to import: help and wrong flags do without it
+
+    return Port(device=options.device, precision=options.precision or "float32").sampler
 
 
 def _any_run() -> bool:

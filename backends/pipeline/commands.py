@@ -27,7 +27,7 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
         except InputError as error:
             return _fail(str(error))
         except ImportError as error:
-            if (framework := _missing(error)) is None:
+            if (framework := missing_framework(error)) is None:
                 raise
             return _fail(f"this command needs {framework}, which is not installed: {_to_install(framework)}")
         except BrokenPipeError:  # whoever read our output has enough; what Python still holds of it goes nowhere
@@ -44,7 +44,7 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
     return run
 
 
-def _missing(error: ImportError) -> str | None:
+def missing_framework(error: ImportError, /) -> str | None:
     """The framework that is not here, if it is that: mlx on Linux may be there without what it computes with."""
     if isinstance(error, ModuleNotFoundError):
         return error.name if error.name in _FRAMEWORKS else None

@@ -7,7 +7,7 @@ telemetry.jsonl  a line per measured step, where --telemetry asks for it
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -138,10 +138,11 @@ class Run:
 
     def log(self) -> list[dict[str, Any]]:
         """The lines of log.jsonl, but for one that a killed run left unfinished."""
-        return _records(self.log_path)
+        return list(_records(self.log_path))
 
-    def telemetry(self) -> list[dict[str, Any]]:
-        """The lines of telemetry.jsonl, see :func:`~.telemetry.record`, but for one left unfinished."""
+    def telemetry(self) -> Iterator[dict[str, Any]]:
+        """The lines of telemetry.jsonl, see :func:`~.telemetry.record`, but for one left unfinished. One by one: a long
+        run's take much more memory than its file."""
         return _records(self.telemetry_path)
 
     def truncate_logs(self, nimg: int, /) -> list[dict[str, Any]]:
@@ -170,14 +171,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
             if isinstance(record, dict) and isinstance(record.get("nimg"), int):
-                records.append(record)
-    return records
+                yield record

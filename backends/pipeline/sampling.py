@@ -171,15 +171,18 @@ def _guide(path: Path, config: NetworkConfig) -> Network:
 
 
 def _classes(label: int | None, seeds: Sequence[int], label_dim: int) -> np.ndarray:
-    if not label_dim:
-        if label is not None:
-            raise InputError(f"--class needs a network with labels, got {label} for one without: leave it out")
-        return np.full(len(seeds), -1, np.int64)
+    if label is not None and not label_dim:
+        raise InputError(f"--class needs a network with labels, got {label} for one without: leave it out")
     if label is None:
-        return labels(seeds, label_dim)
+        return seeds_labels(seeds, label_dim)
     if not 0 <= label < label_dim:
         raise InputError(f"--class must be from 0 to {label_dim - 1}, got {label}: choose one of these")
     return np.full(len(seeds), label, np.int64)
+
+
+def seeds_labels(seeds: Sequence[int], label_dim: int, /) -> np.ndarray:
+    """The class that each seed draws, or -1 where there are no labels: ``classes`` of a :class:`Job`."""
+    return labels(seeds, label_dim) if label_dim else np.full(len(seeds), -1, np.int64)
 
 
 def _settings(options: SampleOptions) -> dict[str, Any]:

@@ -14,6 +14,7 @@ COMMANDS = {  # name: its module here, and what it does
     "plan": ("plan", "which averages to store when, within a budget of files"),
     "import": ("import_official", "an official EDM2 pickle as a snapshot, executing nothing in it"),
     "ema-plot": ("ema_plot", "profiles and reconstruction error of a folder of snapshots"),
+    "report": ("report", "runs on one page: losses, magnitudes, a slider over the averaging length"),
 }
 
 

@@ -1,8 +1,11 @@
-"""How do errors and profiles look? Drawn with matplotlib, which is imported when something is drawn."""
+"""How do errors, profiles and the course of training look? Drawn with matplotlib, imported when something is drawn."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -10,20 +13,33 @@ from backends.pipeline.files import write_atomically
 from edm2_core.ema import ReconstructionError
 from edm2_core.errors import InputError
 
+from .history import Curve, Place
+
+_Name = TypeVar("_Name")
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#8250df", "#bf8700")  # told apart by the colour-blind, dark on white
+_COLOURS = (  # told apart by the colour-blind; 3:1 or more against white and against a dark page
+    "#0969da",
+    "#cf222e",
+    "#1a7f37",
+    "#8250df",
+    "#bf8700",
+    "#0a8f9c",
+    "#d6409f",
+    "#6e7781",
+)
 
 
-def figure(columns: int) -> "tuple[Figure, Sequence[Axes]]":
-    """A figure of so many panels in a row. Raises InputError where matplotlib is not installed."""
+def figure(columns: int, *, size: tuple[float, float] = (6.4, 4.4)) -> "tuple[Figure, Sequence[Axes]]":
+    """A figure of so many panels in a row, each of ``size`` inches. Raises InputError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise InputError("pictures need matplotlib, which is not installed: pip install 'edm2[plot]'") from error
-    drawn = Figure(figsize=(6.4 * columns, 4.4), layout="constrained")
+    drawn = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
     return drawn, np.atleast_1d(drawn.subplots(1, columns)).tolist()
 
 
@@ -32,29 +48,143 @@ def save(drawn: "Figure", path: Path) -> None:
     write_atomically(path, lambda file: drawn.savefig(file, format="png", dpi=144))
 
 
-def draw_errors(axes: "Axes", lengths: np.ndarray, curves: Mapping[str, ReconstructionError]) -> None:
+def svg(drawn: "Figure", *, name: str) -> str:
+    """The figure as an element to put into a page: as wide as its place, in the page's ink; its ids begin with
+    ``name``, the page's for it alone."""
+    from matplotlib import rc_context
+
+    text = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        drawn.savefig(
+            text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    made = text.getvalue()
+    made = made[made.index("<svg") :].replace("#000000", "currentColor").replace("xlink:href", "href")
+    made = re.sub(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', made, count=1)
+    made = re.sub(r'<g id="[^"]*"', "<g", made)  # nothing refers to groups
+    made = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", made)
+    # a tenth of a point is less than a pixel
+    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), made)
+
+
+def palette(names: Iterable[_Name]) -> dict[_Name, str]:
+    """A colour for each, to keep it in all charts of a page."""
+    return dict(zip(names, cycle(_COLOURS), strict=False))
+
+
+def draw_errors(
+    axes: "Axes",
+    lengths: np.ndarray,
+    curves: Mapping[str, ReconstructionError],
+    colours: Mapping[str, str] | None = None,
+) -> None:
     """Predicted errors over the length of the average wanted; dashed, the part that is storage rounding."""
-    for colour, (label, error) in zip(_COLOURS, curves.items(), strict=False):
-        axes.loglog(lengths, _visible(error.total), color=colour, label=label)
-        axes.loglog(lengths, _visible(error.rounding), color=colour, linestyle="--", linewidth=1)
+    colours = colours or palette(curves)
+    for label, error in curves.items():
+        axes.loglog(lengths, _visible(error.total), color=colours[label], label=_plain(label))
+        axes.loglog(lengths, _visible(error.rounding), color=colours[label], linestyle="--", linewidth=1)
     axes.set_xlabel("relative length of the average, sigma_rel")
-    axes.set_ylabel("predicted relative error (dashed: storage rounding)")
+    axes.set_ylabel("predicted error (dashed: rounding)")
     axes.set_xticks(ticks := [t for t in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2) if lengths[0] <= t <= lengths[-1]])
     axes.set_xticklabels([f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small", frameon=False)
 
 
 def draw_profiles(axes: "Axes", t: np.ndarray, profiles: Mapping[float, tuple[np.ndarray, np.ndarray]]) -> None:
     """Each length's wanted profile, dashed, over the one that stored averages add up to."""
-    for colour, (length, (wanted, made)) in zip(_COLOURS, profiles.items(), strict=False):
+    for colour, (length, (wanted, made)) in zip(cycle(_COLOURS), profiles.items(), strict=False):
         axes.plot(t, made, color=colour, label=f"{length:g}")
         axes.plot(t, wanted, color="black", linestyle="--", linewidth=1)
     axes.set_xlabel("time, as a share of training up to the average")
     axes.set_ylabel("weight (dashed: the profile wanted)")
     axes.grid(alpha=0.3)
     axes.legend(title="sigma_rel")
+
+
+def draw_curves(axes: "Axes", curves: Mapping[str, Curve], *, colours: Mapping[str, str]) -> None:
+    """Values over images seen; where a curve was thinned, its mean over the band of its extremes."""
+    for label, curve in curves.items():
+        _line(axes, curve, label=_plain(label), color=colours[label])
+    _over_images(axes)
+
+
+def draw_places(axes: "Axes", curves: Mapping[Place, Curve], *, until: float, span: tuple[float, float]) -> None:
+    """Magnitudes over ``until`` images, on a logarithmic scale of ``span``: a colour for each resolution, the decoder
+    dashed."""
+    colours = palette(sorted({place.resolution for place in curves}, reverse=True))
+    for place, curve in curves.items():
+        style = "-" if place.role == "enc" else "--"
+        _line(axes, curve, label=str(place), color=colours[place.resolution], linestyle=style)
+    axes.set_yscale("log", nonpositive="mask")
+    axes.set_xlim(0, until)
+    axes.set_ylim(span)
+    _readable(axes.yaxis, span)
+    _over_images(axes)
+
+
+def draw_by_noise(
+    axes: "Axes", lines: Mapping[str, tuple[np.ndarray, np.ndarray]], *, colours: Mapping[str, str], log: bool
+) -> None:
+    """Values over noise levels: pairs of them by label."""
+    for label, (sigma, values) in lines.items():
+        axes.plot(sigma, values, color=colours[label], label=_plain(label), marker=".")
+    axes.set_xscale("log")
+    if log:
+        axes.set_yscale("log", nonpositive="mask")
+    axes.set_xlabel("noise level, sigma")
+    axes.grid(alpha=0.3)
+    if log:
+        _readable(axes.yaxis, axes.get_ylim())
+    _legend(axes)
+
+
+def limits(curves: Iterable[Curve]) -> tuple[float, float]:
+    """What a logarithmic axis must span to show all of these: at least a factor of 2."""
+    values = np.concatenate([np.ravel((curve.low, curve.high)) for curve in curves])
+    values = values[np.isfinite(values) & (values > 0)]
+    if not len(values):
+        return 0.1, 10.0
+    low, high = values.min() / 1.1, values.max() * 1.1
+    widen = max(np.sqrt(2 * low / high), 1.0)
+    return float(low / widen), float(high * widen)
+
+
+def _line(axes: "Axes", curve: Curve, **style: Any) -> None:
+    axes.plot(curve.x, curve.mean, linewidth=1.2, **style)
+    if curve.thinned:
+        axes.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _over_images(axes: "Axes") -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_xlabel("images seen")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    _legend(axes)
+
+
+def _readable(axis: "Axis", span: tuple[float, float]) -> None:
+    """Labels 1, 2, 5, 10 where powers of ten alone would leave a logarithmic axis without any."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    if span[1] / span[0] < 300:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span[1] / span[0] > 10 else (1, 1.5, 2, 3, 5, 7)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _plain(label: str) -> str:
+    """``label`` for a legend to show as it is: no mathematics between dollars; with _ in front, not left out."""
+    return re.sub("^_", "\u200b_", label.replace("$", r"\$"))
+
+
+def _legend(axes: "Axes") -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
 
 
 def _visible(values: np.ndarray) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from backends.pipeline.commands import command
 from backends.pipeline.options import SampleOptions, parse
-from backends.pipeline.sampling import run_sampling
+from backends.pipeline.sampling import OpenSampler, run_sampling
 
 PROG = "python -m backends.torch.sample"
 
@@ -13,11 +13,15 @@ PROG = "python -m backends.torch.sample"
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(SampleOptions, argv, prog=PROG, description="Sample with PyTorch; by default, the newest run.")
+    run_sampling(options, open_sampler(options), prog=PROG)
+
+
+def open_sampler(options: SampleOptions) -> OpenSampler:
+    """On the device and in the precision that ``options`` name."""
     from . import device  # PyTorch takes seconds to import: help and wrong flags do without it
     from .port import Port
 
-    port = Port(device=str(device.choose(options.device)), precision=options.precision or "float32")
-    run_sampling(options, port.sampler, prog=PROG)
+    return Port(device=str(device.choose(options.device)), precision=options.precision or "float32").sampler
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""What do a run's log and telemetry say, as curves short enough to draw?
+
+A long curve is thinned to buckets of as many values each: their mean, and their extremes, so that a spike of one line
+in 100,000 is still seen.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from backends.pipeline.runs import Run
+from backends.pipeline.settings import Settings
+
+POINTS = 240  # of a drawn curve: a screen shows no more
+_LOGGED = ("loss", "lr", "images_per_s", "nonfinite")
+_KINDS = ("activation", "weight", "gradient")
+_COLUMNS = (*(f"{kind}_{part}" for kind in _KINDS for part in ("max", "mean")), "update")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """float64 [points]; a missing value is nan. Where nothing was thinned, ``low`` and ``high`` are ``mean``."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    @property
+    def thinned(self) -> bool:
+        return self.low is not self.mean
+
+
+class Place(NamedTuple):
+    """Where in the U-Net: ``role`` is 'enc' or 'dec'."""
+
+    resolution: int
+    role: str
+
+    def __str__(self) -> str:
+        return f"{self.role.capitalize()} {self.resolution}x{self.resolution}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Telemetry:
+    """Lines of telemetry.jsonl as arrays.
+
+    ``nimg`` [lines]; ``magnitudes`` by column and place, each [lines]: the maximum over a place's blocks of maxima, the
+    mean over them of all else; ``sigma`` [bins]; ``loss``, ``u`` and ``count`` [lines, bins].
+    """
+
+    nimg: np.ndarray
+    magnitudes: Mapping[str, Mapping[Place, np.ndarray]]
+    sigma: np.ndarray
+    loss: np.ndarray
+    u: np.ndarray
+    count: np.ndarray
+
+    def parts(self, number: int, /) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """(share of the measured time, mean loss [bins], mean u [bins]) of each of ``number`` equal parts of it; the
+        mean is over images. Parts without lines are left out."""
+        edges = np.linspace(0, self.nimg.max() + 1, number + 1)
+        for part, (start, end) in enumerate(pairwise(edges)):
+            lines = (start <= self.nimg) & (self.nimg < end)
+            if lines.any():
+                loss, u = (_mean(values[lines], self.count[lines]) for values in (self.loss, self.u))
+                yield f"{part * 100 // number}-{(part + 1) * 100 // number}%", loss, u
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """A run as it was read. ``log``: nimg, loss, lr, images_per_s and nonfinite, each float64 [lines]."""
+
+    run: Run
+    settings: Settings
+    log: Mapping[str, np.ndarray]
+    telemetry: Telemetry | None
+
+    @classmethod
+    def of(cls, run: Run, /) -> "History":
+        """Raises InputError: the folder is not a run's, or its config.json is damaged."""
+        return cls(run=run, settings=run.settings(), log=_read_log(run), telemetry=_read_telemetry(run))
+
+
+def _read_log(run: Run) -> dict[str, np.ndarray]:
+    records = run.log()
+    columns = {name: np.array([_number(record.get(name)) for record in records]) for name in _LOGGED}
+    return {"nimg": np.array([record["nimg"] for record in records], np.float64), **columns}
+
+
+def _read_telemetry(run: Run) -> Telemetry | None:
+    """None where there are no measurements. Lines of another shape than the first are left out."""
+    nimg, rows, noise = [], [], []
+    places: dict[str, Place] = {}
+    sigma = np.empty(0)
+    for record in run.telemetry():
+        try:
+            blocks, bins = record["blocks"], record["noise"]
+            if not places:
+                places = {name: Place(int(b["resolution"]), str(b["role"])) for name, b in blocks.items()}
+                sigma = np.array(bins["sigma"], np.float64)
+            row = np.array([[blocks[name][column] for column in _COLUMNS] for name in places], np.float64)
+            levels = np.array([bins[name] for name in ("loss", "u", "count")], np.float64)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue
+        if levels.shape == (3, len(sigma)):
+            nimg.append(record["nimg"])
+            rows.append(row)
+            noise.append(levels)
+    if not nimg:
+        return None
+    values, (loss, u, count) = np.stack(rows), np.stack(noise, axis=1)
+    return Telemetry(
+        nimg=np.array(nimg, np.float64),
+        magnitudes={column: _by_place(column, values[:, :, i], places) for i, column in enumerate(_COLUMNS)},
+        sigma=sigma,
+        loss=loss,
+        u=u,
+        count=count,
+    )
+
+
+def _by_place(column: str, values: np.ndarray, places: Mapping[str, Place]) -> dict[Place, np.ndarray]:
+    """From the image down to the bottleneck and up again; ``values`` are [lines, blocks]."""
+    found = {}
+    for place in sorted(set(places.values()), key=lambda p: (p.role != "enc", -p.resolution)):
+        own = values[:, [own == place for own in places.values()]]
+        found[place] = np.fmax.reduce(own, axis=1) if column.endswith("max") else _mean(own.T, np.ones_like(own.T))
+    return found
+
+
+def thin(x: np.ndarray, y: np.ndarray, /, *, most: int = POINTS) -> Curve:
+    """At most ``most`` points of the curve ``y`` over ``x``, float64 [n]; nan is no value."""
+    if len(x) <= most:
+        return Curve(x=x, mean=y, low=y, high=y)
+    starts = np.linspace(0, len(x), most, endpoint=False).astype(int)
+    buckets = np.split(y, starts[1:])
+    return Curve(
+        x=np.add.reduceat(x, starts) / np.diff([*starts, len(x)]),
+        mean=np.array([_mean(bucket, np.ones_like(bucket)) for bucket in buckets]),
+        low=np.fmin.reduceat(y, starts),
+        high=np.fmax.reduceat(y, starts),
+    )
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Over the first axis, of the values that are there; nan where none is."""
+    there = np.isfinite(values)
+    total = np.where(there, weights, 0).sum(axis=0)
+    summed = (np.where(there, values, 0) * weights).sum(axis=0)
+    return np.divide(summed, total, out=np.full_like(summed, np.nan), where=total > 0)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else np.nan

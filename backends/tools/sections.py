@@ -1,0 +1,279 @@
+"""What does each section of the report show, and what does it say where there is nothing to show?
+
+Of one run or of several: then a line or a column for each, on the same axes.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from backends.pipeline.images import save_rows
+from backends.pipeline.progress import Progress
+from backends.pipeline.reconstruct import Recipe
+from backends.pipeline.sampling import OpenSampler
+from backends.pipeline.settings import Settings
+from edm2_core.ema import reconstruction_error
+from edm2_core.errors import InputError
+from edm2_core.network import parameter_count
+
+from . import page
+from .history import POINTS, Curve, History, thin
+from .page import Chart, Section
+from .plots import draw_by_noise, draw_curves, draw_errors, draw_places, figure, limits, palette, save, svg
+from .strips import LENGTHS, WITHIN, Strip, draw_strips, possible, stored_averages
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_PANEL = (4.6, 3.2)  # inches: on a phone its letters can still be read
+_ERRORS_AT = np.geomspace(0.01, 0.28, 120)
+_QUARTERS = 4
+_LOGGED = {"loss": "Training loss", "lr": "Learning rate", "images_per_s": "Images per second"}
+_MAGNITUDES = {
+    "activation_max": "Activations, maximum",
+    "activation_mean": "Activations, mean",
+    "weight_max": "Weights, maximum",
+    "weight_mean": "Weights, mean",
+    "gradient_max": "Gradients, maximum",
+    "gradient_mean": "Gradients, mean",
+    "update": "Relative update of a step",
+}
+
+Histories = Mapping[str, History]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which averages are sampled, and how. ``sigma_rels`` None: those that the snapshots give; ``open_port`` None:
+    nothing is sampled."""
+
+    sigma_rels: Sequence[float] | None
+    seeds: Sequence[int]
+    steps: int
+    open_port: Callable[[], tuple[str, OpenSampler] | None] | None
+
+
+class Canvas:
+    """Draws charts for the page, and each into a PNG of its own in ``outdir``."""
+
+    def __init__(self, outdir: Path) -> None:
+        self.outdir, self.count = outdir, 0
+
+    def chart(self, name: str, title: str, says: str, draw: "Callable[[Axes], None]") -> Chart:
+        drawn, (axes,) = figure(1, size=_PANEL)
+        draw(axes)
+        path = self._path(name)
+        save(drawn, path)
+        drawn.set_layout_engine("none")  # laid out once is enough, and is a third of the time
+        return Chart(title=title, svg=svg(drawn, name=path.stem), says=says)
+
+    def rows(self, name: str, strips: Sequence[Strip]) -> None:
+        save_rows(self._path(name), [(f"{strip.sigma_rel:g}", strip.images) for strip in strips])
+
+    def _path(self, name: str) -> Path:
+        self.count += 1
+        return self.outdir / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.png"
+
+
+def summary(histories: Histories, /) -> str:
+    return page.cards({name: _facts(history) for name, history in histories.items()})
+
+
+def _facts(history: History) -> Iterator[str]:
+    settings, log = history.settings, history.log
+    size = parameter_count(settings.network) / 1e6
+    yield f"{settings.preset}, CONFIG {settings.network.ladder}, {size:.2f} M parameters"
+    yield f"{int(log['nimg'].max(initial=0)):,} of {settings.duration:,} images"
+    if len(log["nimg"]):
+        yield f"loss {log['loss'][-1]:.4g} at the end, {np.median(log['images_per_s']):.4g} images/s"
+    if zeroed := int(np.nansum(log["nonfinite"])):
+        yield f"{zeroed:,} gradients were not finite, and taken as 0"
+
+
+def loss(histories: Histories, canvas: Canvas, /) -> Section:
+    logged = {name: history.log for name, history in histories.items() if len(history.log["nimg"])}
+    charts = []
+    for column, title in _LOGGED.items() if logged else ():
+        curves = {name: thin(log["nimg"], log[column]) for name, log in logged.items()}
+        says = f"{title} over images seen. {_ends(curves)}"
+        charts.append(
+            canvas.chart(column, title, says, partial(draw_curves, curves=curves, colours=palette(histories)))
+        )
+    text = (
+        "The loss is the weighted total: lambda(sigma) / exp(u) times the mean square error, plus the learned u(sigma) "
+        "(arXiv 2312.02696, Eq. 21). With learned weighting it falls below zero where errors are small, as it should. "
+        f"A curve of more than {POINTS} values is thinned to the means of {POINTS} buckets, in a band from their "
+        "smallest to their largest values."
+    )
+    missing = (f"{name} has no line of log yet." for name in histories if name not in logged)
+    return Section(title="Loss and speed", text=text, body=_notes(missing) + page.charts(charts, columns=3))
+
+
+def noise(histories: Histories, canvas: Canvas, /) -> Section:
+    alone = len(histories) == 1
+    losses, uncertainties = {}, {}
+    for name, history in histories.items():
+        if (telemetry := history.telemetry) is None:
+            continue
+        quarters = list(telemetry.parts(_QUARTERS))
+        for quarter, of_loss, of_u in quarters if alone else quarters[-1:]:
+            label = quarter if alone else name
+            losses[label] = telemetry.sigma, of_loss
+            if np.isfinite(of_u).any():
+                uncertainties[label] = telemetry.sigma, of_u
+    charts, colours = [], palette(losses if alone else histories)
+    for stem, title, lines, log in (
+        ("loss-by-noise", "Unweighted loss", losses, True),
+        ("u-by-noise", "Uncertainty u(sigma)", uncertainties, False),
+    ):
+        if lines:
+            says = f"{title} by noise level, a line for each of {', '.join(lines)}"
+            draw = partial(draw_by_noise, lines=lines, colours=colours, log=log)
+            charts.append(canvas.chart(stem, title, says, draw))
+    which = "a line for each quarter of training" if alone else "the last quarter of each run's training"
+    text = (
+        f"By noise level, {which}. The unweighted loss is lambda(sigma) times the mean square error, without u. "
+        "Training makes u its logarithm, so that all noise levels come to weigh the same; on CONFIG A there is no u."
+    )
+    return Section(title="Loss by noise level", text=text, body=_unmeasured(histories) + page.charts(charts, columns=2))
+
+
+def magnitudes(histories: Histories, canvas: Canvas, /) -> Section:
+    measured = {name: history.telemetry for name, history in histories.items() if history.telemetry is not None}
+    curves = {
+        (column, name): {place: thin(t.nimg, values) for place, values in t.magnitudes[column].items()}
+        for column in _MAGNITUDES
+        for name, t in measured.items()
+    }
+    charts, until = [], max((t.nimg.max() for t in measured.values()), default=0.0)
+    for (column, name), places in curves.items():
+        title = _MAGNITUDES[column] if len(histories) == 1 else f"{_MAGNITUDES[column]}: {name}"
+        stem = column if len(histories) == 1 else f"{column}-{name}"
+        span = limits([curve for other in measured for curve in curves[column, other].values()])
+        says = f"{title}, over images seen. {_ends({str(place): curve for place, curve in places.items()})}"
+        charts.append(canvas.chart(stem, title, says, partial(draw_places, curves=places, until=until, span=span)))
+    text = (
+        "By resolution of the U-Net's encoder and decoder, as in Figure 15 of the paper. The magnitude of a feature is "
+        "its root mean square (Eq. 3); a maximum is over the features of all blocks there, a mean over them. The "
+        "relative update is how far a step moves a block's weights, as a share of their norm."
+    )
+    body = _unmeasured(histories) + page.charts(charts, columns=2 if len(measured) == 1 else min(len(measured), 3))
+    return Section(title="Magnitudes", text=text, body=body)
+
+
+def lengths(histories: Histories, canvas: Canvas, wanted: Wanted, /) -> Section:
+    notes: list[str] = []
+    recipes: dict[str, Recipe] = {}
+    for name, history in histories.items():
+        try:
+            recipes[name] = stored_averages(history.run, wanted.sigma_rels or LENGTHS)
+        except InputError as error:
+            notes.append(f"{name}: {error}.")
+    strips, how = _sampled(recipes, wanted, notes) if recipes else ({}, "")
+    for name, own in strips.items():
+        canvas.rows("lengths" if len(histories) == 1 else f"lengths-{name}", own)
+    errors = {name: reconstruction_error(**recipe.solved(_ERRORS_AT)) for name, recipe in recipes.items()}
+    charts = []
+    if errors:
+        worst = (f"{name}: at most {error.total.max():.2g}" for name, error in errors.items())
+        says = f"Predicted error of an average, over its length. {'; '.join(worst)}"
+        draw = partial(draw_errors, lengths=_ERRORS_AT, curves=errors, colours=palette(histories))
+        charts.append(canvas.chart("error", "Error of reconstruction", says, draw))
+    text = f"The same seeds from averages of many lengths, reconstructed from the stored ones. {how}"
+    body = _notes(notes) + (page.slider(strips, wanted.seeds) if strips else "") + page.charts(charts)
+    return Section(title="Length of the average", text=text, body=body)
+
+
+def _sampled(recipes: Mapping[str, Recipe], wanted: Wanted, notes: list[str]) -> tuple[dict[str, list[Strip]], str]:
+    """Each run's strips, and how they came about; why there are none is added to ``notes``."""
+    if wanted.open_port is None:
+        notes.append("No seeds were sampled, as asked.")
+        return {}, ""
+    if (opened := wanted.open_port()) is None:
+        notes.append("No port is installed to sample with, so there are no pictures: pip install 'edm2[torch]', say.")
+        return {}, ""
+    port, open_sampler = opened
+    strips: dict[str, list[Strip]] = {}
+    for name, recipe in recipes.items():
+        chosen = replace(recipe, sigma_rels=tuple(wanted.sigma_rels or possible(recipe)))
+        try:
+            with Progress(total=len(chosen.lengths), unit="lengths") as progress:
+                strips[name] = []
+                for strip in draw_strips(chosen, open_sampler, seeds=wanted.seeds, steps=wanted.steps):
+                    strips[name].append(strip)
+                    progress.advance(1)
+                progress.report()
+        except InputError as error:
+            notes.append(f"{name}: {error}.")
+            del strips[name]
+    left_out = "" if wanted.sigma_rels else f" Lengths whose predicted error is more than {WITHIN:.0%} are left out."
+    return strips, f"Sampled with {port} in {wanted.steps} steps.{left_out}"
+
+
+def differences(histories: Histories, /) -> list[Section]:
+    """Nothing for one run."""
+    if len(histories) == 1:
+        return []
+    differing, _ = _compared(histories)
+    body = page.table(list(histories), differing) if differing else page.note("All options are the same.")
+    return [Section(title="Options that differ", body=body)]
+
+
+def options(histories: Histories, /) -> Section:
+    _, same = _compared(histories)
+    if len(histories) == 1:
+        return Section(title="Options", body=page.table(["value"], same))
+    return Section(
+        title="Options that are the same", body=page.folded(f"{len(same)} options", page.table(["all"], same))
+    )
+
+
+def _compared(histories: Histories) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Options that differ, with their values; those that do not, with the value."""
+    flat = [_flat(history.settings) for history in histories.values()]
+    names = dict.fromkeys(name for one in flat for name in one)
+    rows = {name: [one.get(name, "") for one in flat] for name in names}
+    differing = {name: values for name, values in rows.items() if len(set(values)) > 1}
+    return differing, {name: values[:1] for name, values in rows.items() if name not in differing}
+
+
+def _flat(settings: Settings) -> dict[str, str]:
+    """Every option, by its path; a switch of the ladder that was not set by itself has its rung's value."""
+    values = asdict(settings)
+    values["network"] |= asdict(settings.network.switches)
+    return dict(_paths(values))
+
+
+def _paths(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", _text(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _ends(curves: Mapping[str, Curve]) -> str:
+    return "; ".join(f"{name}: from {curve.mean[0]:.3g} to {curve.mean[-1]:.3g}" for name, curve in curves.items())
+
+
+def _unmeasured(histories: Histories) -> str:
+    return _notes(
+        f"{name} has no telemetry: train with --telemetry 50, say, which measures every 50th step."
+        for name, history in histories.items()
+        if history.telemetry is None
+    )
+
+
+def _notes(texts: "Sequence[str] | Iterator[str]") -> str:
+    return "".join(map(page.note, texts))
