@@ -16,14 +16,14 @@ from backends.pipeline.commands import command
 from backends.pipeline.runs import Run
 from backends.tools import report
 from edm2_core.ladder import RUNGS, Rung
-from examples.digits import SAMPLES, Study
+from examples.digits import SAMPLES, STEPS, Study
 
 LENGTHS = (0.05, 0.10, 0.15, 0.20)
 
 
 @command
-def main() -> int:
-    return tyro.cli(ladder)
+def main() -> None:
+    tyro.cli(ladder)
 
 
 def ladder(
@@ -32,14 +32,15 @@ def ladder(
     rungs: tuple[Rung, ...] = RUNGS,
     folder: Path = Path("ladder"),
     samples: int = SAMPLES,
-) -> int:
+) -> None:
     """Train RUNGS with PORT for DURATION images each, under FOLDER, and judge each by SAMPLES images."""
     study = Study(folder, port=port)
     runs = {rung: study.train(rung, "--ladder", rung, "--duration", duration, "--telemetry", 20) for rung in rungs}
     print("\nCONFIG  accuracy  Fréchet  at length  activation  weight")
     for rung, run in runs.items():
         print(row(study, rung, run, samples=samples), flush=True)
-    return report.main([str(run.path) for run in runs.values()] + ["--outdir", str(folder / "report"), "--port", port])
+    paths = tuple(run.path for run in runs.values())
+    report.run(report.Options(runs=paths, outdir=folder / "report", port=port, sigma_rels=LENGTHS, steps=STEPS))
 
 
 def row(study: Study, rung: str, run: Run, *, samples: int) -> str:
@@ -49,7 +50,8 @@ def row(study: Study, rung: str, run: Run, *, samples: int) -> str:
         images, labels = study.sample(network, count=samples)
         found.append((study.frechet(images), study.accuracy(images, labels), sigma_rel))
     distance, accuracy, sigma_rel = min(found)
-    last = run.telemetry()[-1]["blocks"].values()
+    *_, line = run.telemetry()
+    last = line["blocks"].values()
     activation, weight = (max(block[f"{kind}_max"] for block in last) for kind in ("activation", "weight"))
     return f"{rung:6}  {accuracy:8.1%}  {distance:7.4f}  {sigma_rel:9.2f}  {activation:10.2f}  {weight:6.3f}"
 

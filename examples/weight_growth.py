@@ -28,7 +28,7 @@ def weight_growth(
 ) -> None:
     """Train CONFIG D and E for DURATION images each."""
     study, options = Study(folder, port=port), ("--duration", duration, "--decay", 0, "--telemetry", 40)
-    lines = [study.train(rung, "--ladder", rung, *options).telemetry()[1:] for rung in "DE"]
+    lines = [list(study.train(rung, "--ladder", rung, *options).telemetry())[1:] for rung in "DE"]
     print("\nimages  weights D        E  updates D        E")
     for pair in zip(*lines, strict=True):
         blocks = [list(line["blocks"].values()) for line in pair]
