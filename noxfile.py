@@ -11,6 +11,22 @@ nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
 
+# XLA takes most of a run to compile, for each network anew, what then runs for milliseconds: compile plainly, each
+# program once for all processes and runs. Numbers differ by rounding, which the tolerances allow either way.
+CHEAP_XLA = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+}
+PARALLEL = ("-n", "auto", "--maxprocesses", "4")
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    """pytest in several processes; arguments after ``--`` go last."""
+    session.install("-e", ".[test,torch,jax,mlx]")
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(session.create_tmp(), "xla").absolute())}
+    session.run("pytest", *PARALLEL, *arguments, *session.posargs, env=CHEAP_XLA | cache)
+
 
 @nox.session
 def lint(session: nox.Session) -> None:
@@ -32,8 +48,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The repo's own tests: pipeline, commands, public API, the digits run."""
-    session.install("-e", ".[test,torch,jax,mlx]")
-    session.run("pytest", "tests", "--ignore=tests/test_examples.py", *session.posargs)
+    pytest(session, "tests", "--dist", "loadfile", "--ignore=tests/test_examples.py")
 
 
 @nox.session
@@ -42,16 +57,14 @@ def conformance(session: nox.Session) -> None:
 
     ``nox -s conformance -- --port torch --profile deep``: one port, more examples.
     """
-    session.install("-e", ".[test,torch,jax,mlx]")
     options = ("--profile", "ci", "--report", "build/conformance")
-    session.run("pytest", "--pyargs", "conformance", *options, *session.posargs)
+    pytest(session, "--pyargs", "conformance", "--dist", "worksteal", *options)
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
     """The examples do what they say."""
-    session.install("-e", ".[test,torch,jax,mlx]")
-    session.run("pytest", "tests/test_examples.py", *session.posargs)
+    pytest(session, "tests/test_examples.py", "--dist", "loadfile")
 
 
 @nox.session(default=False)

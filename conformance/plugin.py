@@ -2,6 +2,9 @@
 
 Installed with the package (entry point ``pytest11``), so that ``pytest --pyargs conformance --port ...`` knows its
 options; it does nothing in sessions that collect none of the suite's tests, and imports nothing until one does.
+
+Where pytest-xdist divides a session, its workers collect and ask; results come to the controller, which writes the one
+report and judges it.
 """
 
 from collections import Counter
@@ -46,6 +49,11 @@ class Session:
                 self.subjects, self.absent = ports.found()
         except ports.PortError as error:
             self.faults.append(str(error))
+
+    def check(self) -> None:
+        """Raises UsageError, which ends the session, where a port cannot be used."""
+        if self.faults:
+            raise pytest.UsageError(self.faults[0])
 
     def takes(self, name: str) -> bool:
         return not self.asked or name in self.asked
@@ -95,8 +103,7 @@ def _subject_of(item: pytest.Item) -> str:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     session = config.stash[_KEY]
-    if session.faults:
-        raise pytest.UsageError(session.faults[0])
+    session.check()
     ours = [item for item in items if _ours(item.path)]
     if not ours:
         return
@@ -239,6 +246,9 @@ _session: Session | None = None  # log reports do not carry the config
 def pytest_sessionstart(session: pytest.Session) -> None:
     global _session
     _session = session.config.stash[_KEY]
+    if _session.asked:  # whoever asks for a port hears at once that there is none, from the controller too
+        _session.start()
+        _session.check()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -246,6 +256,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     for name, result in report.user_properties:
         if name == "conformance":
+            _session.start()  # a controller has collected nothing
             _session.results.append(result)  # type: ignore[arg-type]
             from conformance import golden
 
