@@ -52,7 +52,11 @@ def to_host(x: Any, /) -> np.ndarray:
     """``x`` (an array of any library, or numbers) as a float64 NumPy array. Raises TypeError for a traced array."""
     if is_array(x) and not isinstance(x, np.ndarray | np.generic):
         x = to_device(x.detach(), "cpu") if hasattr(x, "detach") else x  # torch keeps arrays on a device and in a graph
-    return np.asarray(x, dtype=np.float64)
+    try:
+        return np.asarray(x, dtype=np.float64)
+    except RuntimeError:  # some libraries convert only what is on their default device
+        home = namespace(x).__array_namespace_info__().default_device()
+        return np.asarray(to_device(x, home), dtype=np.float64)
 
 
 def from_host(x: np.ndarray, /, *, like: Any) -> Array:
