@@ -1,6 +1,6 @@
 """The paper's ladder on handwritten digits: CONFIG A to G at equal budget, one after the other, and what came of each.
 
-    python -m examples.ladder [--port torch|jax|mlx] [--duration 40Ki] [--folder ladder]
+    python -m examples.ladder [--port torch|jax|mlx] [--duration 32Ki] [--folder ladder]
 
 Ends with a table and a report page that lays the runs side by side. A run that is complete is kept, and one that was
 stopped is resumed. The digits are small and the paper's order is that of ImageNet: see docs/ladder.md.
@@ -28,7 +28,7 @@ def main() -> None:
 
 def ladder(
     port: Literal["torch", "jax", "mlx"] = "torch",
-    duration: str = "40Ki",
+    duration: str = "32Ki",
     rungs: tuple[Rung, ...] = RUNGS,
     folder: Path = Path("ladder"),
     samples: int = SAMPLES,

@@ -32,6 +32,8 @@ _COLOURS = (  # told apart by the colour-blind; 3:1 or more against white and ag
     "#6e7781",
 )
 
+_LONGEST, _LEGEND = 32, 64  # letters of a legend's label, and of a row of them
+
 
 def figure(columns: int, *, size: tuple[float, float] = (6.4, 4.4)) -> "tuple[Figure, Sequence[Axes]]":
     """A figure of so many panels in a row, each of ``size`` inches. Raises InputError where matplotlib is missing."""
@@ -177,14 +179,19 @@ def _readable(axis: "Axis", span: tuple[float, float]) -> None:
 
 
 def _plain(label: str) -> str:
-    """``label`` for a legend to show as it is: no mathematics between dollars; with _ in front, not left out."""
-    return re.sub("^_", "\u200b_", label.replace("$", r"\$"))
+    """``label`` for a legend: no mathematics between dollars, not left out for a _ in front, and of a long one the
+    end."""
+    shown = label if len(label) <= _LONGEST else f"…{label[1 - _LONGEST :]}"
+    return re.sub("^_", "\u200b_", shown.replace("$", r"\$"))
 
 
 def _legend(axes: "Axes") -> None:
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        axes.figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+        columns = max(_LEGEND // (max(map(len, labels)) + 5), 1)
+        axes.figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(columns, 4), fontsize="small", frameon=False
+        )
 
 
 def _visible(values: np.ndarray) -> Any:

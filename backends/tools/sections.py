@@ -106,7 +106,7 @@ def loss(histories: Histories, canvas: Canvas, /) -> Section:
         )
     text = (
         "The loss is the weighted total: lambda(sigma) / exp(u) times the mean square error, plus the learned u(sigma) "
-        "(arXiv 2312.02696, Eq. 21). With learned weighting it falls below zero where errors are small, as it should. "
+        "(arXiv 2312.02696, Eq. 21). With learned weighting a negative loss is normal: errors are small there. "
         f"A curve of more than {POINTS} values is thinned to the means of {POINTS} buckets, in a band from their "
         "smallest to their largest values."
     )

@@ -1,0 +1,406 @@
+"""edm2 report: what is on the page, of whole, broken and very long runs; and how it behaves in a browser."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy_port import PRESET, ToySampler, ToyTrainer
+
+from backends.pipeline.options import TrainOptions
+from backends.pipeline.runs import Run
+from backends.pipeline.snapshots import Snapshot, save_snapshot, snapshot_name
+from backends.pipeline.training import run_training
+from backends.tools import sections, strips
+from backends.tools.cli import main
+from backends.tools.history import POINTS, History, thin
+from edm2_core.network import initialize
+from edm2_core.presets import PRESETS
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BLOCKS = {"unet.enc.8x8_block0": ("enc", 8), "unet.enc.4x4_block0": ("enc", 4), "unet.dec.8x8_block0": ("dec", 8)}
+COLUMNS = [f"{kind}_{part}" for kind in ("activation", "weight", "gradient") for part in ("max", "mean")] + ["update"]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    monkeypatch.setitem(PRESETS, "toy", PRESET)
+    monkeypatch.setattr("backends.tools.report.open_port", lambda name: ("toy", ToySampler()))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of the loop with a port that is all there but its network; telemetry is written by hand."""
+    path = tmp_path_factory.mktemp("runs") / "trained"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "toy", PRESET)
+        options = TrainOptions(outdir=path, preset="toy", data="digits", status=256)
+        assert run_training(options, ToyTrainer, ToySampler(), prog="train") == 0
+    for nimg in range(0, 4096, 256):
+        Run(path).append_telemetry(measurement(nimg))
+    return path
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Run(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def page(trained):
+    """Of the whole run, as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "toy", PRESET)
+        patch.setattr("backends.tools.report.open_port", lambda name: ("toy", ToySampler()))
+        assert report(trained) == 0
+    return Page(trained / "report/report.html")
+
+
+def measurement(nimg, *, value=1.0, u=0.5, blocks=BLOCKS):
+    return {
+        "nimg": nimg,
+        "blocks": {
+            name: {"role": role, "resolution": resolution, **dict.fromkeys(COLUMNS, value)}
+            for name, (role, resolution) in blocks.items()
+        },
+        "noise": {"sigma": [0.1, 1.0, 10.0], "loss": [value, 0.5, None], "u": [u, u, None], "count": [3, 4, 0]},
+    }
+
+
+def edit_config(run, **values):
+    config = json.loads(run.config_path.read_text())
+    for name, value in values.items():
+        (config["network"] if name in config["network"] else config)[name] = value
+    run.config_path.write_text(json.dumps(config))
+
+
+def report(*words):
+    return main(["report", *map(str, words)])
+
+
+class Page(HTMLParser):
+    """The elements of a page: (tag, attributes), and all its text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.words = [], []
+        self.source = Path(path).read_text()
+        self.feed(self.source)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def test_the_page_of_a_run_has_every_section_and_its_pictures_are_files_too(page, trained):
+    for heading in ("Loss and speed", "Loss by noise level", "Magnitudes", "Length of the average", "Options"):
+        assert heading in page.text
+    assert "a negative loss is normal" in page.text
+    names = {path.stem for path in (trained / "report").glob("*.png")}
+    expected = {"loss", "lr", "images_per_s", "loss-by-noise", "u-by-noise", "error", "lengths", *COLUMNS}
+    assert names == expected
+    assert len(page.all("svg")) == len(expected) - 1  # all but the strips of pictures
+    for name in names:
+        with Image.open(trained / f"report/{name}.png") as picture:
+            picture.verify()
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    for _, attributes in page.elements:
+        for name in ("src", "href", "xlink:href", "data", "srcset", "poster", "action"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+    assert not re.search(r"https?:|@import|url\((?!#)|fetch\(|XMLHttp|WebSocket", page.source)
+    assert not any("src" in script for script in page.all("script"))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    used = {attributes["href"][1:] for _, attributes in page.elements if attributes.get("href", "").startswith("#")}
+    assert used | set(re.findall(r"url\(#([^)]+)\)", page.source)) <= set(ids)
+
+
+def test_who_cannot_see_is_told_and_nothing_is_wider_than_a_phone(page):
+    assert all(picture["alt"] for picture in page.all("img"))
+    charts = [attributes for attributes in page.all("div") if attributes.get("role") == "img"]
+    assert len(charts) == len(page.all("svg"))
+    assert all(chart["aria-label"] for chart in charts)
+    assert any("Enc 4x4: from 1 to 1" in chart["aria-label"] for chart in charts)
+    assert [label["for"] for label in page.all("label")] == ["length"]
+    assert not any("width" in svg or "height" in svg for svg in page.all("svg"))
+
+
+def test_thinning_keeps_extremes_and_where_they_were():
+    x, y = np.arange(100_000.0), np.zeros(100_000)
+    y[61_803], y[31_415], y[50_000] = 9.0, -7.0, np.nan
+    curve = thin(x, y)
+    assert len(curve.x) == POINTS
+    assert curve.thinned
+    width = len(x) / POINTS
+    assert curve.high.max() == 9
+    assert abs(curve.x[curve.high.argmax()] - 61_803) <= width
+    assert curve.low.min() == -7
+    assert abs(curve.x[curve.low.argmin()] - 31_415) <= width
+    assert curve.mean.max() == pytest.approx(9 / width, rel=0.01)
+    assert np.isfinite(curve.mean).all()
+
+
+def test_a_short_curve_is_not_thinned_and_a_gap_stays_a_gap():
+    y = np.array([1.0, np.nan, 3.0])
+    curve = thin(np.arange(3.0), y)
+    assert not curve.thinned
+    assert np.array_equal(curve.mean, y, equal_nan=True)
+    gap = thin(np.arange(1000.0), np.where(np.arange(1000) < 500, np.nan, 1.0))
+    assert np.isnan(gap.mean[: POINTS // 2]).all()
+    assert np.isnan(gap.high[0])
+    assert (gap.mean[POINTS // 2 :] == 1).all()
+
+
+def test_maxima_are_over_blocks_and_means_too_and_noise_is_weighed_by_images(run):
+    run.telemetry_path.unlink()
+    two = {"unet.enc.8x8_block0": ("enc", 8), "unet.enc.8x8_block1": ("enc", 8), "unet.dec.4x4_in0": ("dec", 4)}
+    for nimg, value, count in ((0, 1.0, 1), (64, 3.0, 3)):
+        line = measurement(nimg, value=value, blocks=two)
+        line["blocks"]["unet.enc.8x8_block1"] |= dict.fromkeys(COLUMNS, 10 * value)
+        line["noise"]["count"] = [count, 0, 0]
+        run.append_telemetry(line)
+    found = History.of(run).telemetry
+    encoder, decoder = found.magnitudes["activation_max"]
+    assert (str(encoder), str(decoder)) == ("Enc 8x8", "Dec 4x4")
+    assert found.magnitudes["activation_max"][encoder].tolist() == [10, 30]
+    assert found.magnitudes["update"][encoder].tolist() == [5.5, 16.5]
+    ((part, loss, u),) = found.parts(1)
+    assert part == "0-100%"
+    assert loss[0] == (1 * 1.0 + 3 * 3.0) / 4
+    assert u[0] == 0.5
+    assert np.isnan(loss[1:]).all()
+
+
+def test_a_very_long_run_is_a_small_page(run):
+    with open(run.log_path, "w") as file:
+        for i in range(100_000):
+            loss = 500.0 if i == 61_803 else 1 / (1 + i)
+            file.write(f'{{"nimg": {64 * i}, "loss": {loss}, "lr": 0.01, "images_per_s": 9, "nonfinite": 0}}\n')
+    line = json.dumps(measurement(-1))
+    with open(run.telemetry_path, "w") as file:
+        file.writelines(line.replace('"nimg": -1', f'"nimg": {320 * i}') + "\n" for i in range(20_000))
+    assert report(run.path, "--no-samples") == 0
+    assert Path("run/report/report.html").stat().st_size < 1_000_000
+    assert History.of(run).log["loss"].max() == 500
+
+
+def test_a_line_that_a_killed_run_left_torn_is_left_out(run):
+    before = History.of(run)
+    for path in (run.log_path, run.telemetry_path):
+        with open(path, "a") as file:
+            file.write('{"nimg": 4160, "blo')
+    after = History.of(run)
+    assert np.array_equal(before.log["nimg"], after.log["nimg"])
+    assert np.array_equal(before.telemetry.nimg, after.telemetry.nimg)
+    assert report(run.path, "--no-samples") == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"nimg": 4160},
+        {"nimg": 4160, "blocks": None, "noise": {}},
+        measurement(4160, blocks={"other": ("enc", 8)}),
+        measurement(4160) | {"noise": {"sigma": [1.0], "loss": [1.0], "u": [1.0], "count": [1]}},
+    ],
+)
+def test_a_measurement_of_another_shape_is_left_out(run, line):
+    before = len(History.of(run).telemetry.nimg)
+    run.append_telemetry(line)
+    assert len(History.of(run).telemetry.nimg) == before
+
+
+def test_what_was_not_finite_is_a_gap_and_is_counted(run):
+    run.append_log({"nimg": 4160, "loss": float("nan"), "lr": 0.1, "images_per_s": 1.0, "nonfinite": 7})
+    history = History.of(run)
+    assert "7 gradients were not finite, and taken as 0" in sections.summary({"run": history})
+    assert np.isnan(history.log["loss"][-1])
+
+
+def test_a_run_with_nothing_yet_says_what_is_missing_and_how_to_get_it(run):
+    run.log_path.unlink()
+    run.telemetry_path.unlink()
+    shutil.rmtree(run.snapshots_path)
+    assert report(run.path) == 0
+    text = Page("run/report/report.html").text
+    assert "run has no line of log yet" in text
+    assert "run has no telemetry: train with --telemetry 50" in text
+    assert "a run must have snapshots, got none" in text
+
+
+def test_a_damaged_snapshot_costs_its_section_only(run):
+    path = next(run.snapshots_path.iterdir())
+    path.write_bytes(path.read_bytes()[:-10])
+    run.telemetry_path.unlink()
+    assert report(run.path) == 0
+    made = Page("run/report/report.html")
+    assert path.name in made.text
+    assert not made.all("img")
+    assert len(made.all("svg")) == 3
+
+
+def test_latents_get_no_pictures_and_the_page_says_so(run):
+    shutil.rmtree(run.snapshots_path)
+    run.telemetry_path.unlink()
+    edit_config(run, img_channels=4)
+    store_one(run)
+    assert report(run.path) == 0
+    made = Page("run/report/report.html")
+    assert "pictures must be grey or RGB, got 4 channels" in made.text
+    assert not made.all("img")
+    assert "Error of reconstruction" in made.text
+
+
+def store_one(run):
+    config = run.settings().network
+    snapshot = Snapshot(params=initialize(config, seed=0), config=config, nimg=2048, sigma_rel=0.1)
+    save_snapshot(run.snapshots_path / snapshot_name(2048, 0.1), snapshot)
+
+
+def test_without_any_port_the_page_says_so_and_has_the_rest(run, monkeypatch):
+    monkeypatch.setattr("backends.tools.report.open_port", lambda name: None)
+    run.telemetry_path.unlink()
+    assert report(run.path) == 0
+    made = Page("run/report/report.html")
+    assert "No port is installed to sample with" in made.text
+    assert len(made.all("svg")) == 4
+
+
+def test_the_first_port_that_is_installed_samples_and_one_that_is_named_must_be(monkeypatch):
+    def imported(name):
+        if name == "backends.torch.sample":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        return type("Module", (), {"open_sampler": staticmethod(lambda options: name)})
+
+    monkeypatch.setattr(strips, "import_module", imported)
+    assert strips.open_port(None) == ("jax", "backends.jax.sample")
+    assert strips.open_port("mlx") == ("mlx", "backends.mlx.sample")
+    with pytest.raises(ModuleNotFoundError):
+        strips.open_port("torch")
+    monkeypatch.setattr(strips, "PORTS", ("torch",))
+    assert strips.open_port(None) is None
+
+
+def lengths_shown(made):
+    return [attributes["data-length"] for attributes in made.all("div") if "data-length" in attributes]
+
+
+def test_lengths_are_what_was_asked_for_or_those_that_snapshots_give(run, page, capsys):
+    run.telemetry_path.unlink()
+    assert report(run.path, "--sigma-rels", 0.2, 0.01, "--seeds", "3,5") == 0
+    made = Page("run/report/report.html")
+    assert lengths_shown(made) == ["0.01", "0.2"]
+    assert [picture["alt"].partition(",")[0] for picture in made.all("img")] == ["seed 3", "seed 5"] * 2
+    assert capsys.readouterr().out == f"wrote     {run.path}/report/report.html, and 5 pictures beside it\n"
+    assert {"0.05", "0.1"} <= set(lengths_shown(page))
+    assert "0.02" not in lengths_shown(page)  # eight snapshots do not tell
+
+
+def test_several_runs_lie_side_by_side_with_what_differs_first(run, trained, tmp_path):
+    other = Run(shutil.copytree(trained, tmp_path / "a & <b>$x$"))
+    edit_config(other, lr=0.25, dropout=0.5)
+    (tmp_path / "less").mkdir()
+    less = Run(shutil.copytree(trained, tmp_path / "less" / "run"))
+    less.telemetry_path.unlink()
+    for path in list(less.snapshots_path.glob("*-0.100*")):
+        path.unlink()
+    for path in other.snapshots_path.iterdir():
+        path.unlink()
+    assert report(run.path, other.path, less.path) == 0
+    made = Page("report/report.html")
+    assert "3 runs, side by side" in made.text
+    first, same = (made.text.rindex(title) for title in ("Options that differ", "Options that are the same"))
+    assert first < made.text.index("network.dropout") < made.text.index("lr 0.05 0.25") < same
+    assert made.text.index("network.model_channels") > same
+    assert f"{tmp_path / 'less' / 'run'} has no telemetry" in made.text
+    assert "a & <b>$x$: a run must have snapshots" in made.text
+    assert "Activations, maximum: a & <b>$x$" in made.text
+    assert "0.1 cannot be made of what is stored" in made.text
+    assert sum("activation_max-" in path.name for path in Path("report").iterdir()) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere"], "a run must be a folder with a config.json, got nowhere"),
+        ([], "--runs must be one or more run folders"),
+        (["run", "./run"], "runs must differ, got"),
+        (["run", "--sigma-rels", "0.3"], "within (0, 0.2887), got 0.3"),
+        (["run", "--seeds", "x"], "seeds must be numbers and ranges"),
+        (["run", "--steps", "0"], "num_steps >= 1"),
+        (["run", "--port", "tensorflow"], "--port must be one of torch, jax, mlx"),
+        (["run", "--outdir", "run/log.jsonl"], "must be writable"),
+    ],
+)
+def test_bad_input_is_one_line(run, capsys, words, says):
+    assert report(*words) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_in_a_browser_the_slider_moves_the_pictures_and_nothing_sticks_out(
+    run, trained, tmp_path, browser, width, scheme
+):
+    other = shutil.copytree(trained, tmp_path / ("a-very-long-name-of-a-run" * 6))
+    assert report(run.path, other, "--sigma-rels", 0.05, 0.1, 0.2) == 0
+    tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    faults, asked = [], []
+    tab.on("console", lambda message: faults.append(message.text))
+    tab.on("pageerror", lambda error: faults.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(f"file://{tmp_path}/report/report.html")
+
+    def shown():
+        return tab.locator("[data-length]:visible").evaluate_all("found => found.map(e => e.dataset.length)")
+
+    assert shown() == ["0.1", "0.1"]
+    slider = tab.locator("#length")
+    slider.focus()
+    tab.keyboard.press("ArrowRight")
+    assert shown() == ["0.2", "0.2"]
+    assert tab.locator("output").inner_text() == slider.get_attribute("aria-valuetext") == "0.2"
+    tab.keyboard.press("Home")
+    assert shown() == ["0.05", "0.05"]
+    box = slider.bounding_box()
+    tab.mouse.click(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
+    assert shown() == ["0.2", "0.2"]
+    assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth)")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    ink, paper = tab.evaluate(
+        "[getComputedStyle(document.querySelector('svg text')).fill, getComputedStyle(document.body).backgroundColor]"
+    )
+    assert abs(brightness(ink) - brightness(paper)) > 100
+    assert faults == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    tab.close()
+
+
+def brightness(colour):
+    return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
