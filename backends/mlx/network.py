@@ -87,7 +87,7 @@ class Layer(nn.Module):
 
     def seen(self, y: mx.array, *, factor: float = 1.0) -> mx.array:
         if self.watch is not None:
-            self.watch(y / factor)
+            self.watch(y / (factor or 1.0))
         return y
 
 

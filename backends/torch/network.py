@@ -71,7 +71,7 @@ class Layer(nn.Module):
 
     def seen(self, y: Tensor, *, factor: float = 1.0) -> Tensor:
         if self.watch is not None:
-            self.watch(y / factor)
+            self.watch(y / (factor or 1.0))
         return y
 
 
@@ -141,11 +141,11 @@ class UNetBlock(nn.Module):
 
     def conditioned(self, y: Tensor, emb: Tensor) -> Tensor:
         """See :func:`edm2_core.reference.conditioning`."""
-        z = self.emb_linear(emb, gain=1.0 if self.emb_gain is None else self.emb_gain)[:, :, None, None].to(y.dtype)
+        z = self.emb_linear(emb, gain=1.0 if self.emb_gain is None else self.emb_gain)[:, :, None, None]
         if not self.config.switches.shift:
-            return y * (z + 1)
+            return y * (z + 1).to(y.dtype)
         scale, shift = z.chunk(2, dim=1)
-        return torch.addcmul(shift, y, scale + 1)
+        return torch.addcmul(shift.to(y.dtype), y, (scale + 1).to(y.dtype))
 
     def attention(self, x: Tensor, *, factor: float) -> Tensor:
         """Self-attention over pixels. See :func:`edm2_core.reference.attention`."""
