@@ -56,10 +56,10 @@ def stored(state):
     return load_state(Path("state.safetensors"), CONFIG, (LIFE,))
 
 
-def train(outdir, **options):
+def train(outdir, trainer=ToyTrainer, **options):
     options = {"preset": "toy", "data": "digits", "half_life": int(LIFE)} | options
     sampler = ToySampler()
-    assert run_training(TrainOptions(outdir=Path(outdir), **options), ToyTrainer, sampler, prog=PROG) == 0
+    assert run_training(TrainOptions(outdir=Path(outdir), **options), trainer, sampler, prog=PROG) == 0
     return Run(outdir), sampler
 
 
@@ -163,3 +163,22 @@ def test_averages_of_both_kinds_are_refused_in_one_line():
     with pytest.raises(InputError, match=r"^--half-life must be left out where --sigma-rels .* got 700 and 0\.1: .*$"):
         train("run", sigma_rels=(0.1,))
     assert not Path("run").exists()
+
+
+def test_torch_trains_config_a_resumes_samples_and_is_rebuilt_from(capsys):
+    pytest.importorskip("torch", reason="torch is not installed")
+    options = {"trainer": import_module("backends.torch.trainer").TorchTrainer, "ladder": "A", "batch": 64}
+    options |= {"snapshot": 1000, "status": 512}
+    whole, _ = train("whole", **options, duration=2048)
+    train("parts", **options, duration=1024)
+    parts, _ = train("parts", trainer=options["trainer"], preset=None, data=None, half_life=None, duration=2048)
+    assert [found.sigma_rel for found in whole.snapshots()] == [LIFE, LIFE]
+    for path in (whole.state_path, *(found.path for found in whole.snapshots())):
+        assert (parts.path / path.relative_to(whole.path)).read_bytes() == path.read_bytes()
+    sampler = import_module("backends.torch.port").Port(device="cpu").sampler
+    for sigma_rel, origin in ((None, "stored"), (0.2, "reconstructed from 2 snapshots")):
+        capsys.readouterr()
+        run_sampling(SampleOptions(run=whole.path, seeds="0-3", steps=2, sigma_rel=sigma_rel), sampler, prog=PROG)
+        assert f"whole ({origin})" in capsys.readouterr().out
+    assert edm2(["reconstruct", "whole", "--sigma-rels", "0.2"]) == 0
+    assert [path.name for path in Path("whole/reconstructed").iterdir()] == ["0000002-0.200.safetensors"]
