@@ -368,7 +368,8 @@ def browser():
 def test_in_a_browser_the_slider_moves_the_pictures_and_nothing_sticks_out(
     run, trained, tmp_path, browser, width, scheme
 ):
-    other = shutil.copytree(trained, tmp_path / ("a-very-long-name-of-a-run" * 6))
+    other = shutil.copytree(trained, tmp_path / ("averylongnameofarun" * 8))
+    edit_config(Run(other), lr=0.25)
     assert report(run.path, other, "--sigma-rels", 0.05, 0.1, 0.2) == 0
     tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     faults, asked = [], []
