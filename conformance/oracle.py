@@ -108,8 +108,9 @@ def denoiser(config: NetworkConfig, params: Params, labels: Any) -> sampler.Deno
     return denoise
 
 
-def along(config: NetworkConfig, params: Params, batch: Batch, tangent: np.ndarray, *, h: float) -> np.ndarray:
+def along(config: NetworkConfig, params: Params, batch: Batch, tangent: np.ndarray) -> np.ndarray:
     """The derivative of D along ``tangent``, by central differences of the reference."""
+    h = tolerance.STEP
     exact, sigma, labels = wide((params, batch.sigma, batch.labels))
     up, down = (
         reference.denoise(config, exact, wide(batch.noisy) + step * wide(tangent), sigma, labels)[0] for step in (h, -h)

@@ -61,14 +61,16 @@ class Subject:
         return bool(getattr(self.port, "compiles", False))
 
     def versions(self) -> dict[str, str]:
-        """Of the port's distribution and of the library that it stands on, which a port names as ``library``."""
+        """What the port calls itself, its distribution's version, and that of the library that it stands on, which a
+        port names as ``library``."""
         root = type(self.port).__module__.partition(".")[0]
         distributions = metadata.packages_distributions().get(root, [])
         if root in ("backends", "conformance"):  # which an editable installation does not list
             distributions = ["edm2"]
         own = getattr(self.port, "version", None) or (_version(distributions[0]) if distributions else "unknown")
         library = getattr(self.port, "library", getattr(self.port, "name", root))
-        return {"port": str(own), "library": f"{library} {_version(library)}"}
+        name = str(getattr(self.port, "name", self.name))
+        return {"name": name, "port": str(own), "library": f"{library} {_version(library)}"}
 
 
 def _version(distribution: str) -> str:

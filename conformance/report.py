@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from html import escape
@@ -81,8 +82,16 @@ def shown(ratio: float) -> str:
     return "<0.01" if 0 < ratio < 0.01 else f"{ratio:.2f}"
 
 
-def headings(report: Mapping[str, Any], subjects: list[str]) -> list[str]:
-    return ["specification" if name == "core" else name for name in subjects]
+def headings(report: Mapping[str, Any], subjects: Iterable[str]) -> list[str]:
+    """What each subject is called: a port by the name that it gives itself, if no other does, else as it was named."""
+    own = {name: port.get("name", name) for name, port in report["subjects"].items()}
+    taken = Counter(own.values())
+    called = {name: short if taken[short] == 1 else name for name, short in own.items()}
+    return [{"core": "specification", **called}.get(name, name) for name in subjects]
+
+
+def _called(report: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    return headings(report, [result["subject"]])[0]
 
 
 def families(report: Mapping[str, Any]) -> str:
@@ -110,7 +119,9 @@ def _row(cells: Iterable[str]) -> str:
 
 def legend(report: Mapping[str, Any]) -> str:
     versions = report["versions"]
-    ports = "; ".join(f"{name} {v['port']} on {v['library']}" for name, v in report["subjects"].items())
+    names = headings(report, report["subjects"])
+    found = zip(names, report["subjects"].values(), strict=True)
+    ports = "; ".join(f"{name} {v['port']} on {v['library']}" for name, v in found)
     return (
         f"Suite {versions['suite']}, SPEC version {versions['spec']}, profile {report['profile']}, Python "
         f"{versions['python']} on {report['machine']}{'; ' if ports else ''}{ports}."
@@ -133,27 +144,28 @@ def markdown(report: Mapping[str, Any]) -> str:
     missing = [r for r in report["results"] if r["outcome"].startswith("not ")]
     if missing:
         lines += ["", "## Not implemented, not checked", ""]
-        lines += [f"- {r['subject']}: {r['case']}: {r['why']}" for r in missing]
+        lines += [f"- {_called(report, r)}: {r['case']}: {r['why']}" for r in missing]
     for result in report["results"]:
         if result["failure"]:
-            lines += ["", f"## {result['outcome']}: {result['case']} of {result['subject']}", "", "```"]
+            lines += ["", f"## {result['outcome']}: {result['case']} of {_called(report, result)}", "", "```"]
             lines += [f"{heading}: {text}" for heading, text in result["failure"].items()] + ["```"]
     return "\n".join(lines) + "\n"
 
 
 def html(report: Mapping[str, Any]) -> str:
     subjects, rows = table(report)
-    head = "".join(f"<th>{escape(name)}</th>" for name in headings(report, subjects))
+    names = headings(report, subjects)
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = []
     for clause, per in rows:
         facts = f"{clause['draws']}. Held against {clause['oracle']}. To {clause['tolerance']}."
         title = f"<td><details><summary><b>{clause['number']}</b> {escape(clause['title'])}</summary>"
         names = sorted({r["case"] for r in report["results"] if clause["number"] in r["clauses"]})
         title += f"<p>{escape(facts)}</p><p class=cases>{escape(', '.join(names))}</p></details></td>"
-        body.append(f"<tr>{title}{''.join(map(_cell_html, subjects, per))}</tr>")
-    failures = "".join(_failure_html(r) for r in report["results"] if r["failure"])
+        body.append(f"<tr>{title}{''.join(map(_cell_html, names, per))}</tr>")
+    failures = "".join(_failure_html(report, r) for r in report["results"] if r["failure"])
     missing = "".join(
-        f"<li><b>{escape(r['subject'])}</b> {escape(r['case'])}: {escape(r['why'])}</li>"
+        f"<li><b>{escape(_called(report, r))}</b> {escape(r['case'])}: {escape(r['why'])}</li>"
         for r in report["results"]
         if r["outcome"].startswith("not ")
     )
@@ -170,9 +182,8 @@ def html(report: Mapping[str, Any]) -> str:
     )
 
 
-def _cell_html(subject: str, found: Mapping[str, Any]) -> str:
+def _cell_html(name: str, found: Mapping[str, Any]) -> str:
     kind = found["outcome"].replace(" ", "-") or "none"
-    name = "specification" if subject == "core" else subject
     title = "; ".join(found["missing"]) or f"{found['examples']} examples"
     return f'<td class="{kind}" data-port="{escape(name)}" title="{escape(title)}">{escape(cell(found))}</td>'
 
@@ -184,7 +195,7 @@ def _count_html(name: str, report: Mapping[str, Any]) -> str:
     versions = report["subjects"].get(name, {"port": report["versions"]["suite"], "library": "five array libraries"})
     state = f"{failed} failed" if failed else "all held"
     worst = "" if found["worst"] is None else f", worst ratio {shown(found['worst'])}"
-    what = "specification" if name == "core" else name
+    (what,) = headings(report, [name])
     return (
         f'<div class="card {"failed" if failed else "passed"}"><b>{escape(what)}</b> {escape(versions["port"])}<br>'
         f"<small>{escape(versions['library'])}</small><br>{found['cases']} cases, {found['examples']} examples: "
@@ -192,13 +203,13 @@ def _count_html(name: str, report: Mapping[str, Any]) -> str:
     )
 
 
-def _failure_html(result: Mapping[str, Any]) -> str:
+def _failure_html(report: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     facts = "".join(
         f"<dt>{escape(heading)}</dt><dd>{escape(text)}</dd>"
         for heading, text in result["failure"].items()
         if heading != "summary"
     )
-    title = f"{result['subject']}: {result['case']} ({result['outcome']})"
+    title = f"{_called(report, result)}: {result['case']} ({result['outcome']})"
     return f"<section><h3>{escape(title)}</h3><p>{escape(result['failure']['summary'])}</p><dl>{facts}</dl></section>"
 
 

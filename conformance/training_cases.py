@@ -34,7 +34,7 @@ def loss(port: Subject, config: NetworkConfig, seed: int) -> None:
 
 def directions(port: Subject, config: NetworkConfig, seed: int) -> None:
     """(g + error) . v - g . v is N(0, |error|^2) for Gaussian v: within 6 of its standard deviations. The difference
-    itself is good to h^2 and eps / h, given that nothing is clipped: it would straddle the bend."""
+    itself is good to tolerance.difference, given that nothing is clipped: it would straddle the bend."""
     config = replace(config, clip_act=None)
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
     _, gradients = port.loss_and_gradients(config, params, *batch)
@@ -46,13 +46,14 @@ def directions(port: Subject, config: NetworkConfig, seed: int) -> None:
         return float(np.sum(reference.loss(config, moved, *wide(tuple(batch))))) / len(batch.images)
 
     norm = sqrt(sum(float(np.sum(wide(g) ** 2)) for g in gradients.values()))
-    rng, h = np.random.default_rng(seed), 1e-5
+    rng, h = np.random.default_rng(seed), tolerance.STEP
     for _ in range(2):
         v = {name: rng.standard_normal(gradient.shape) for name, gradient in gradients.items()}
         along = sum(float(np.sum(wide(g) * v[name])) for name, g in gradients.items())
-        wanted = (objective(v, h) - objective(v, -h)) / (2 * h)
-        bound = 6 * allowed * norm + 1e-5 * norm
-        why = f"6 standard deviations of |gradient| x ({GRADIENT}), and the difference's own h^2 + eps / h"
+        up, down = objective(v, h), objective(v, -h)
+        wanted = (up - down) / (2 * h)
+        bound = 6 * allowed * norm + tolerance.difference(config) * max(abs(up), abs(down))
+        why = f"6 standard deviations of |gradient| x ({GRADIENT}), and tolerance.difference of the loss"
         what = "the derivative of the loss along a random direction"
         measure.within(abs(along - wanted), bound, what=what, why=why, got=along, wanted=wanted)
 

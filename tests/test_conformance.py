@@ -51,6 +51,7 @@ def test_a_port_from_the_docs_is_proved_and_reported(tmp_path):
     assert outcomes["fresh-network"] == outcomes["seeds"] == "passed"
     assert outcomes["training"] == outcomes["golden-training"] == "not implemented"
     assert found["subjects"][name]["library"].startswith("numpy ")
+    assert "| clause | numpy_port |" in (tmp_path / "out" / "report.md").read_text()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "not implemented: train(config" in page
     assert not re.search(r'(src|href)="', page)
@@ -155,6 +156,12 @@ def test_the_table_goes_between_its_marks(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "stale" not in text
+
+
+def test_two_ports_of_one_name_are_called_as_they_were_asked_for():
+    subjects = {"a:PORT": {"name": "mine"}, "b:PORT": {"name": "mine"}, "c:PORT": {"name": "theirs"}, "d": {}}
+    names = report.headings({"subjects": subjects}, ["core", *subjects])
+    assert names == ["specification", "a:PORT", "b:PORT", "theirs", "d"]
 
 
 def test_the_page_of_wrong_ports_is_theirs():

@@ -12,7 +12,7 @@ Params = Mapping[str, np.ndarray]
 
 
 class NumpyPort:
-    name, library, version = "numpy", "numpy", "1"
+    name, library, version = "numpy_port", "numpy", "1"
 
     def denoise(
         self, config: NetworkConfig, params: Params, x: np.ndarray, sigma: np.ndarray, labels: np.ndarray | None = None
