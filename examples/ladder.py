@@ -35,7 +35,9 @@ def ladder(
 ) -> None:
     """Train RUNGS with PORT for DURATION images each, under FOLDER, and judge each by SAMPLES images."""
     study = Study(folder, port=port)
-    runs = {rung: study.train(rung, "--ladder", rung, "--duration", duration, "--telemetry", 20) for rung in rungs}
+    # on CONFIG A too: of its own traditional average other lengths can hardly be made
+    options = ("--duration", duration, "--telemetry", 20, "--sigma-rels", 0.05, 0.10)
+    runs = {rung: study.train(rung, "--ladder", rung, *options) for rung in rungs}
     print("\nCONFIG  accuracy  Fréchet  at length  activation  weight")
     for rung, run in runs.items():
         print(row(study, rung, run, samples=samples), flush=True)
