@@ -1,0 +1,80 @@
+"""Any two installed ports: what one keeps on disk the other takes in and gives back, and seeds are the same images."""
+
+from dataclasses import replace
+from functools import cache
+from itertools import permutations
+
+import numpy as np
+import pytest
+
+from backends.pipeline import seeds
+from backends.pipeline.datasets import to_uint8
+from backends.pipeline.snapshots import Snapshot, load_snapshot, save_snapshot
+from backends.pipeline.state import State, load_state, save_state
+from conformance import ports
+from conformance import strategies as draw
+from edm2_core.network import plan
+
+CONFIG = draw.FEW_CONFIGS[0]
+SIGMA_RELS = (0.05, 0.10)
+HERE, _ = ports.found()
+PAIRS = [pytest.param(*pair, id="-".join(pair)) for pair in permutations(HERE, 2)]
+each_pair = pytest.mark.parametrize(
+    ("one", "other"), PAIRS or [pytest.param("", "", marks=pytest.mark.skip(reason="fewer than two ports"))]
+)
+
+
+def fresh() -> State:
+    params = draw.random_parameters(CONFIG, 0, max_gain=1.0)
+    zeros = {name: np.zeros(p.shape, np.float32) for name, p in plan(CONFIG).parameters.items() if p.trained}
+    return State(
+        params=params, moments1=zeros, moments2=zeros, averages=dict.fromkeys(SIGMA_RELS, params), nimg=0, steps=0
+    )
+
+
+@cache
+def trained(name: str) -> State:
+    """After two steps of that port."""
+    batches = [draw.random_batch(CONFIG, seed) for seed in (1, 2)]
+    return HERE[name].advance(CONFIG, fresh(), batches, learning_rates=[0.01, 0.01])[1]
+
+
+def through(name: str, state: State) -> State:
+    """What that port gives back of what it took in."""
+    return HERE[name].advance(CONFIG, state, [], learning_rates=[])[1]
+
+
+@each_pair
+def test_a_state_crosses(one, other, tmp_path):
+    save_state(tmp_path / "one", trained(one))
+    save_state(tmp_path / "other", through(other, load_state(tmp_path / "one", CONFIG, SIGMA_RELS)))
+    assert (tmp_path / "other").read_bytes() == (tmp_path / "one").read_bytes()
+
+
+@each_pair
+def test_a_snapshot_crosses(one, other, tmp_path):
+    def snapshot(params):
+        return Snapshot(params=params, config=CONFIG, nimg=4, sigma_rel=0.10)
+
+    save_snapshot(tmp_path / "one", snapshot(trained(one).averages[0.10]))
+    params = load_snapshot(tmp_path / "one").params
+    kept = through(other, replace(fresh(), params=params, averages=dict.fromkeys(SIGMA_RELS, params)))
+    for returned in (kept.params, kept.averages[0.10]):
+        save_snapshot(tmp_path / "other", snapshot(returned))
+        assert (tmp_path / "other").read_bytes() == (tmp_path / "one").read_bytes()
+
+
+@cache
+def images(name: str) -> np.ndarray:
+    """Four seeds of a network that no port has trained, as 8-bit pixels."""
+    chosen, size = range(4), CONFIG.img_resolution
+    labels = seeds.one_hot(seeds.labels(chosen, CONFIG.label_dim), CONFIG.label_dim)
+    noise = seeds.noise(chosen, (CONFIG.img_channels, size, size))
+    return to_uint8(HERE[name].sample(CONFIG, fresh().params, noise, labels, num_steps=6))
+
+
+@each_pair
+def test_seeds_are_the_same_images(one, other):
+    """Float32 is closer than a level by far, so that pixels differ where rounding falls on two sides of one."""
+    assert np.abs(images(one).astype(int) - images(other)).max() <= 1
+    assert np.ptp(images(one)) > 16  # of something
