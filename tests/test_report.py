@@ -18,6 +18,7 @@ from backends.pipeline.training import run_training
 from backends.tools import sections, strips
 from backends.tools.cli import main
 from backends.tools.history import POINTS, History, thin
+from edm2_core.ema import HalfLife
 from edm2_core.network import initialize
 from edm2_core.presets import PRESETS
 
@@ -265,10 +266,22 @@ def test_latents_get_no_pictures_and_the_page_says_so(run):
     assert "Error of reconstruction" in made.text
 
 
-def store_one(run):
+def test_a_traditional_average_is_shown_beside_the_slider(run):
+    shutil.rmtree(run.snapshots_path)
+    run.telemetry_path.unlink()
+    store_one(run, HalfLife(20.0))
+    for words in ((), ("--sigma-rels", 0.1)):
+        assert report(run.path, "--seeds", "3", *words) == 0
+        made = Page("run/report/report.html")
+        assert "half-life 20, stored" in made.text
+        assert lengths_shown(made) == ["0.1"] * len(words[1:])
+        assert len(made.all("img")) == 1 + len(words[1:])
+
+
+def store_one(run, length=0.1):
     config = run.settings().network
-    snapshot = Snapshot(params=initialize(config, seed=0), config=config, nimg=2048, sigma_rel=0.1)
-    save_snapshot(run.snapshots_path / snapshot_name(2048, 0.1), snapshot)
+    snapshot = Snapshot(params=initialize(config, seed=0), config=config, nimg=2048, sigma_rel=length)
+    save_snapshot(run.snapshots_path / snapshot_name(2048, length), snapshot)
 
 
 def test_without_any_port_the_page_says_so_and_has_the_rest(run, monkeypatch):

@@ -90,35 +90,40 @@ def folded(title: str, body: str) -> str:
 
 
 def slider(strips: Mapping[str, Sequence[Strip]], seeds: Sequence[int]) -> str:
-    """The strips of each run, side by side, all of the length that one slider is at. Without scripts all are shown."""
-    lengths = sorted({strip.sigma_rel for own in strips.values() for strip in own})
+    """The strips of each run, side by side, all of the length that one slider is at; those without a length stay.
+    Without scripts all are shown."""
+    lengths = sorted({strip.sigma_rel for own in strips.values() for strip in own if strip.sigma_rel is not None})
+    runs = "".join(_strips(name, own, lengths, seeds) for name, own in strips.items())
+    return f'{_range(lengths) if lengths else ""}<div class="runs">{runs}</div>'
+
+
+def _range(lengths: Sequence[float]) -> str:
     first = min(range(len(lengths)), key=lambda i: abs(lengths[i] - 0.1))
     ticks = "".join(f"<span>{length:g}</span>" for length in lengths)
-    runs = "".join(_strips(name, own, lengths, seeds) for name, own in strips.items())
     return (
         '<div class="slider"><label for="length">Length of the average, sigma_rel: '
         '<output for="length"></output></label><input type="range" id="length" '
         f'min="0" max="{len(lengths) - 1}" step="1" value="{first}" autocomplete="off">'
-        f'<div class="ticks" aria-hidden="true">{ticks}</div></div><div class="runs">{runs}</div>'
+        f'<div class="ticks" aria-hidden="true">{ticks}</div></div>'
     )
 
 
 def _strips(name: str, own: Sequence[Strip], lengths: Sequence[float], seeds: Sequence[int]) -> str:
     found = {strip.sigma_rel: strip for strip in own}
-    parts = "".join(
-        f'<div data-length="{length:g}">'
-        + (_pictures(found[length], seeds) if length in found else note(f"{length:g} cannot be made of what is stored"))
-        + "</div>"
-        for length in lengths
-    )
-    return f"<article><h3>{escape(name)}</h3>{parts}</article>"
+    parts = [_pictures(strip, seeds) for strip in own if strip.sigma_rel is None]
+    for length in lengths:
+        missing = note(f"{length:g} cannot be made of what is stored")
+        shown = _pictures(found[length], seeds) if length in found else missing
+        parts.append(f'<div data-length="{length:g}">{shown}</div>')
+    return f"<article><h3>{escape(name)}</h3>{''.join(parts)}</article>"
 
 
 def _pictures(strip: Strip, seeds: Sequence[int]) -> str:
     kind = ' class="pixelated"' if is_pixelated(strip.images[0]) else ""
+    length = strip.made.partition(",")[0]
     pictures = "".join(
         f'<img{kind} src="{picture_url(image)}" alt="seed {seed}{"" if label < 0 else f", class {label}"}, '
-        f'length {strip.sigma_rel:g}" width="{image.shape[2]}" height="{image.shape[1]}">'
+        f'length {length}" width="{image.shape[2]}" height="{image.shape[1]}">'
         for seed, label, image in zip(seeds, strip.classes.tolist(), strip.images, strict=True)
     )
-    return f'<p>{strip.sigma_rel:g}, {escape(strip.made)}</p><div class="pictures">{pictures}</div>'
+    return f'<p>{escape(strip.made)}</p><div class="pictures">{pictures}</div>'

@@ -25,7 +25,7 @@ from . import page
 from .history import POINTS, Curve, History, thin
 from .page import Chart, Section
 from .plots import draw_by_noise, draw_curves, draw_errors, draw_places, figure, limits, palette, save, svg
-from .strips import LENGTHS, WITHIN, Strip, draw_strips, possible, stored_averages
+from .strips import LENGTHS, WITHIN, Strip, draw_strips, possible, stored_averages, traditional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +73,7 @@ class Canvas:
         return Chart(title=title, svg=svg(drawn, name=path.stem), says=says)
 
     def rows(self, name: str, strips: Sequence[Strip]) -> None:
-        save_rows(self._path(name), [(f"{strip.sigma_rel:g}", strip.images) for strip in strips])
+        save_rows(self._path(name), [(strip.made.partition(",")[0], strip.images) for strip in strips])
 
     def _path(self, name: str) -> Path:
         self.count += 1
@@ -106,7 +106,7 @@ def loss(histories: Histories, canvas: Canvas, /) -> Section:
         )
     text = (
         "The loss is the weighted total: lambda(sigma) / exp(u) times the mean square error, plus the learned u(sigma) "
-        "(arXiv 2312.02696, Eq. 21). With learned weighting a negative loss is normal: errors are small there. "
+        "(arXiv 2312.02696, Eq. 21). With learned weighting a negative loss is normal: small errors make u negative. "
         f"A curve of more than {POINTS} values is thinned to the means of {POINTS} buckets, in a band from their "
         "smallest to their largest values."
     )
@@ -202,7 +202,8 @@ def _sampled(recipes: Mapping[str, Recipe], wanted: Wanted, notes: list[str]) ->
     for name, recipe in recipes.items():
         chosen = replace(recipe, sigma_rels=tuple(wanted.sigma_rels or possible(recipe)))
         try:
-            with Progress(total=len(chosen.lengths), unit="lengths") as progress:
+            total = len(traditional(chosen)) + len(chosen.lengths)
+            with Progress(total=total, unit="averages") as progress:
                 strips[name] = []
                 for strip in draw_strips(chosen, open_sampler, seeds=wanted.seeds, steps=wanted.steps):
                     strips[name].append(strip)

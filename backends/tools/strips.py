@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from io import BytesIO
+from math import isfinite
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,8 @@ from backends.pipeline.options import SampleOptions
 from backends.pipeline.reconstruct import Recipe, reconstruct
 from backends.pipeline.runs import Run
 from backends.pipeline.sampling import Job, OpenSampler, sample_images, seeds_labels
-from backends.pipeline.sources import open_sources
+from backends.pipeline.snapshots import Snapshot, load_snapshot
+from backends.pipeline.sources import Source, open_sources
 from edm2_core.errors import InputError
 
 PORTS = ("torch", "jax", "mlx")
@@ -26,9 +28,10 @@ _BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Strip:
-    """What one average makes of the seeds: uint8 [n, channels, height, width]; classes are -1 without labels."""
+    """What one average makes of the seeds: uint8 [n, channels, height, width]; classes are -1 without labels. A
+    traditional average has no ``sigma_rel``."""
 
-    sigma_rel: float
+    sigma_rel: float | None
     made: str
     images: np.ndarray
     classes: np.ndarray
@@ -63,8 +66,14 @@ def possible(recipe: Recipe, /) -> list[float]:
     return sorted({*stored, *near})
 
 
+def traditional(recipe: Recipe, /) -> list[Source]:
+    """The traditional averages stored last."""
+    return [source for source in recipe.usable if source.time == recipe.time and isfinite(source.half_life)]
+
+
 def draw_strips(recipe: Recipe, open_sampler: OpenSampler, *, seeds: Sequence[int], steps: int) -> Iterator[Strip]:
-    """A strip for each length of ``recipe``, from short to long; memory holds one average at a time.
+    """A strip for each traditional average stored last, then for each length of ``recipe``, from short to long; memory
+    holds one average at a time.
 
     Raises:
         InputError: pixels that are no colours; files that are damaged.
@@ -73,16 +82,24 @@ def draw_strips(recipe: Recipe, open_sampler: OpenSampler, *, seeds: Sequence[in
     if config is None or config.img_channels not in (1, 3):
         came = f"{config.img_channels} channels" if config else "a network that is not edm2's"
         raise InputError(f"pictures must be grey or RGB, got {came}: latents must be decoded elsewhere")
-    errors = dict(zip(recipe.lengths, zip(recipe.error.profile, recipe.error.total, strict=True), strict=True))
     classes = seeds_labels(seeds, config.label_dim)
+
+    def strip(average: Snapshot, sigma_rel: float | None, made: str) -> Strip:
+        job = Job(network=average, seeds=seeds, classes=classes, settings={"num_steps": steps})
+        images = sample_images(job, open_sampler, batch=_BATCH)
+        return Strip(sigma_rel=sigma_rel, made=made, images=images, classes=classes)
+
+    for source in traditional(recipe):
+        yield strip(load_snapshot(source.path), None, f"half-life {source.half_life:.10g}, stored")
+    if not recipe.lengths:
+        return
+    errors = dict(zip(recipe.lengths, zip(recipe.error.profile, recipe.error.total, strict=True), strict=True))
     paths = [source.path for source in recipe.sources]
     for sigma_rel in sorted(recipe.lengths):
         (average,) = reconstruct(paths, nimg=recipe.time, sigma_rels=[sigma_rel])
-        job = Job(network=average, seeds=seeds, classes=classes, settings={"num_steps": steps})
         profile, total = errors[sigma_rel]
         made = f"reconstructed, predicted error {total:.1%}" if profile else "stored"
-        images = sample_images(job, open_sampler, batch=_BATCH)
-        yield Strip(sigma_rel=sigma_rel, made=made, images=images, classes=classes)
+        yield strip(average, sigma_rel, f"{sigma_rel:g}, {made}")
 
 
 def picture_url(image: np.ndarray, /) -> str:
