@@ -18,6 +18,7 @@ CHEAP_XLA = {
     "--xla_cpu_parallel_codegen_split_count=1",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # a process is its core's: threads of several would wait for each other
 PARALLEL = ("-n", "auto", "--maxprocesses", "4")
 
 
@@ -25,7 +26,7 @@ def pytest(session: nox.Session, *arguments: str) -> None:
     """pytest in several processes; arguments after ``--`` go last."""
     session.install("-e", ".[test,torch,jax,mlx]")
     cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(session.create_tmp(), "xla").absolute())}
-    session.run("pytest", *PARALLEL, *arguments, *session.posargs, env=CHEAP_XLA | cache)
+    session.run("pytest", *PARALLEL, *arguments, *session.posargs, env=CHEAP_XLA | ONE_THREAD | cache)
 
 
 @nox.session

@@ -91,7 +91,7 @@ def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD, 
         clip_act=draw(st.sampled_from((256.0, None, 2.0))),
         sigma_data=draw(st.sampled_from((0.5, 1.0, 0.25))),
         logvar_channels=draw(st.integers(3, 8)),
-        **draw(ladder or switches()),
+        **draw(switches() if ladder is None else ladder),
     )
 
 

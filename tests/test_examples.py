@@ -57,6 +57,42 @@ def test_toy_2d_guidance_has_fewer_outliers_and_denser_points(tmp_path):
     assert all(0.005 < (panel != panel[0, 0]).any(axis=2).mean() < 0.3 for panel in panels)  # ink on paper
 
 
+STUDIES = {
+    "ema_length": ("--rates", 0.05, "--durations", "2Ki"),
+    "ema_tensors": ("--duration", "2Ki"),
+    "guidance_length": ("--duration", "2Ki", "--weights", 1, "--samples", 70),
+    "weight_growth": ("--duration", "12Ki"),
+    "overfitting": ("--duration", "2Ki", "--dropout", 0.1, "--count", 50),
+}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_studies_end_with_their_table(tmp_path, study):
+    pytest.importorskip("torch", reason="torch is not installed")
+    lines = printed(study, *STUDIES[study], "--folder", tmp_path / "study")
+    table = lines[lines.index("") + 1 :] if "" in lines else lines
+    rows = [line for line in table if re.match(r"\s*[-+]?\d", line)]
+    assert rows
+    assert all(np.isfinite(float(word.rstrip("*%"))) for row in rows for word in row.split() if word[0] in "+-.0123")
+
+
+def test_the_ladder_ends_with_a_row_for_each_rung_and_a_page(tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed")
+    options = ("--rungs", "A", "G", "--duration", "2Ki", "--samples", 70, "--folder", tmp_path / "ladder")
+    lines = printed("ladder", *options)
+    rows = {line.split()[0]: line.split()[1:] for line in lines if re.match(r"[AG] +\d", line)}
+    assert set(rows) == {"A", "G"}
+    assert all(len(row) == 5 for row in rows.values())
+    assert (tmp_path / "ladder" / "report" / "report.html").stat().st_size > 10_000
+
+
+def printed(example, *options):
+    command = [sys.executable, "-m", f"examples.{example}", *map(str, options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def picture_panels(path):
     picture = np.asarray(Image.open(path))
     return [picture[12:332, 12 + i * 324 : 332 + i * 324] for i in range(3)]
