@@ -85,7 +85,7 @@ class Study:
         return sample_images(job, self._adapter.sampler, batch=250), classes
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        return float((self._reader.predict(_flat(images)) == labels).mean())
+        return float((self._reader.predict(_inked(images)) == labels).mean())
 
     def frechet(self, images: np.ndarray) -> float:
         """|m - m'|^2 + tr(C + C' - 2 (C C')^1/2), from ``images`` to the digits held out."""
@@ -107,7 +107,7 @@ class Study:
 
     @cached_property
     def _reader(self) -> SVC:
-        return SVC(gamma=0.001).fit(_flat(self.images) * 16, self.labels)
+        return SVC(gamma=0.001).fit(_inked(self.images), self.labels)
 
     @cached_property
     def _adapter(self):  # type: ignore[no-untyped-def]
@@ -116,6 +116,11 @@ class Study:
 
 def _flat(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1) / 255
+
+
+def _inked(images: np.ndarray) -> np.ndarray:
+    """Pixels as the digits were scanned, 0 to 16."""
+    return 16 * _flat(images)
 
 
 def _gaussian(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
