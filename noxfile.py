@@ -65,7 +65,7 @@ def conformance(session: nox.Session) -> None:
 @nox.session
 def examples(session: nox.Session) -> None:
     """The examples do what they say."""
-    pytest(session, "tests/test_examples.py", "--dist", "loadfile")
+    pytest(session, "tests/test_examples.py", "--dist", "worksteal")
 
 
 @nox.session(default=False)

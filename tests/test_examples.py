@@ -70,10 +70,8 @@ STUDIES = {
 def test_studies_end_with_their_table(tmp_path, study):
     pytest.importorskip("torch", reason="torch is not installed")
     lines = printed(study, *STUDIES[study], "--folder", tmp_path / "study")
-    table = lines[lines.index("") + 1 :] if "" in lines else lines
-    rows = [line for line in table if re.match(r"\s*[-+]?\d", line)]
-    assert rows
-    assert all(np.isfinite(float(word.rstrip("*%"))) for row in rows for word in row.split() if word[0] in "+-.0123")
+    assert [line for line in lines if re.match(r"\s*[-+]?\d", line)]
+    assert not [line for line in lines if "nan" in line.split()]
 
 
 def test_the_ladder_ends_with_a_row_for_each_rung_and_a_page(tmp_path):
