@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from conformance import measure, oracle, tolerance
 from conformance import strategies as draw
 from conformance.contract import PortCase
-from conformance.ports import Subject
+from conformance.ports import NotImplementedByPort, Subject
 from conformance.strategies import wide
 from edm2_core import reference, sampler
 from edm2_core.network import NetworkConfig, initialize
@@ -88,17 +88,31 @@ def jvp(port: Subject, config: NetworkConfig, seed: int) -> None:
     measure.close(got, wanted, allowed, what="the derivative of D", why=why)
 
 
-def variants(port: Subject, config: NetworkConfig, seed: int) -> None:
-    """In other precision and on other devices; half precision's gains are at most 1, as after training."""
+def _ask_variants(port: Subject, config: NetworkConfig, seed: int, *, compile: bool) -> None:
+    """Half precision's gains are at most 1, as after training."""
+    asked = {name: Subject(name, other) for name, other in port.variants().items()}
+    asked = {name: other for name, other in asked.items() if (other.compiles and not port.compiles) == compile}
+    if not asked:
+        raise NotImplementedByPort(f"not implemented: a variant that {'compiles' if compile else 'differs'}")
     params = draw.random_parameters(config, seed, max_gain=1.0)
     batch = draw.random_batch(config, seed)
     wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
-    for name, other in port.variants().items():
+    for name, other in asked.items():
         dtype = name if name in ("bfloat16", "float16", "float64") else "float32"
         allowed = tolerance.network(config, "float32" if dtype == "float64" else dtype)
         got = other.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
         why = f"eps of {dtype} (4 layers + 8)"
         measure.close(got[0], wanted[0], allowed, what=f"the denoised images of the variant {name}", why=why)
+
+
+def variants(port: Subject, config: NetworkConfig, seed: int) -> None:
+    """In other precision, on other devices, and not compiled where the port compiles."""
+    _ask_variants(port, config, seed, compile=False)
+
+
+def compiled(port: Subject, config: NetworkConfig, seed: int) -> None:
+    """What compiles where the port itself does not: each network takes it long."""
+    _ask_variants(port, config, seed, compile=True)
 
 
 # ---- sampling
@@ -180,6 +194,7 @@ def seeds(port: Subject, config: NetworkConfig, first: int) -> None:
 
 
 CONFIG, SEED = {"config": draw.configs()}, {"seed": draw.seeds}
+COMPILED = {"config": st.just(draw.FEW_CONFIGS[0])}
 LABELLED = {"config": draw.configs(labels=True)}
 BACKWARD = {"config": draw.configs(narrowest=draw.BACKWARD)}
 REFERENCE = "edm2_core.reference on float64 NumPy"
@@ -205,6 +220,10 @@ CASES = (
     PortCase(
         "variants", "API-1 NET-5", CONFIG | SEED, variants, REFERENCE, "eps of the precision (4 layers + 8)",
         ("variants",), cost=8,
+    ),
+    PortCase(
+        "compiled", "API-1 NET-5", COMPILED | SEED, compiled, REFERENCE, "eps of the precision (4 layers + 8)",
+        ("variants",), cost=25,
     ),
     PortCase("sample", "SAMPLE-1 SAMPLE-2", CONFIG | SEED | SCHEDULE, sample, SAMPLER, SAMPLED, ("sample",), cost=4),
     PortCase(

@@ -30,6 +30,7 @@ each_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) fo
 FLOATS_ONLY = {  # no arrays in or out
     schedule.learning_rate,
     sampler.noise_levels,
+    ema.as_length,
     ema.half_life_of_raw,
     ema.plan_from_json,
     ema.plan_snapshots,

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from itertools import permutations
 
 import numpy as np
 import pytest
+from toy_port import train
 
 from backends.pipeline import seeds
 from backends.pipeline.datasets import to_uint8
@@ -62,6 +64,13 @@ def test_a_snapshot_crosses(one, other, tmp_path):
     for returned in (kept.params, kept.averages[0.10]):
         save_snapshot(tmp_path / "other", snapshot(returned))
         assert (tmp_path / "other").read_bytes() == (tmp_path / "one").read_bytes()
+
+
+def test_a_run_goes_on_in_any_port(toy):
+    named = {"torch": "TorchTrainer", "jax": "JaxTrainer", "mlx": "MLXTrainer"}
+    trainers = [getattr(import_module(f"backends.{name}.trainer"), named[name]) for name in HERE if name in named]
+    for i, trainer in enumerate(trainers + trainers[:1]):
+        assert train(trainer, "crossed", 64 * (i + 1)).steps == i + 1
 
 
 @cache

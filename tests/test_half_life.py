@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_port import CONFIG, PRESET, ToySampler, ToyTrainer
+from toy_port import CONFIG, ToySampler, ToyTrainer
 
 from backends.pipeline.datasets import open_dataset
 from backends.pipeline.options import SampleOptions, TrainOptions
@@ -22,18 +22,13 @@ from backends.tools.cli import main as edm2
 from edm2_core.ema import HalfLife, beta, coefficients
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
-from edm2_core.presets import PRESETS
 
 PROG = "python -m backends.toy.train"
 PORTS = {"torch": "TorchTrainer", "jax": "JaxTrainer", "mlx": "MLXTrainer"}
 LIFE = HalfLife(700)
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda _: None)
-    monkeypatch.setitem(PRESETS, "toy", PRESET)
+pytestmark = pytest.mark.usefixtures("toy")
 
 
 @cache

@@ -9,18 +9,17 @@ from socket import socket
 
 import numpy as np
 import pytest
+from toy_port import train
 
 from backends.pipeline.datasets import open_dataset
 from backends.pipeline.options import TrainOptions
 from backends.pipeline.settings import resolve
-from backends.pipeline.state import load_state
 from conformance import oracle, tolerance
 from conformance import strategies as draw
 from edm2_core import reference
 from edm2_core.errors import InputError
 from edm2_core.ladder import RUNGS
 from edm2_core.network import NetworkConfig
-from edm2_core.presets import preset
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
 pytest.importorskip("optax", reason="optax is not installed")
@@ -28,6 +27,7 @@ pytest.importorskip("optax", reason="optax is not installed")
 from backends.jax import network, weights  # noqa: E402
 from backends.jax.port import PORT  # noqa: E402
 from backends.jax.step import Batch, force_weight_norm, init, make_step, to_stored  # noqa: E402
+from backends.jax.trainer import JaxTrainer  # noqa: E402
 
 CONFIGS = {
     "plain": NetworkConfig(
@@ -48,8 +48,7 @@ LADDER = {
     )
     for rung in RUNGS
 }  # fmt: skip
-each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-TRAIN, SAMPLE = ("-m", "backends.jax.train"), ("-m", "backends.jax.sample")
+TRAIN = ("-m", "backends.jax.train")
 SMALL = ("--duration", "384", "--batch", "64", "--snapshot", "1000", "--status", "128", "--checkpoint", "1Ki")
 
 
@@ -85,42 +84,6 @@ def test_weights_are_forced_onto_their_spheres_from_config_e_on(rung):
     forced = force_weight_norm(LADDER[rung], native)
     moved = {name for name in native if not np.array_equal(forced[name], native[name])}
     assert moved == ({name for name in native if name.endswith(".weight")} if rung == "E" else set())
-
-
-@each_config
-def test_jit_changes_no_more_than_rounding(config):
-    params, batch = arguments(config)
-    compiled, _ = PORT.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
-    with jax.default_matmul_precision("highest"):
-        native = weights.load(config, params)
-        plain, _ = network.denoise(config, native, weights.to_nhwc(batch.noisy), batch.sigma, batch.labels)
-    assert tolerance.relative(compiled, weights.to_nchw(plain)) < tolerance.network(config)
-
-
-@each_config
-def test_the_derivative_along_a_direction_is_a_finite_difference(config):
-    """In float64 arithmetic of the difference; forward mode in float32."""
-    params, batch = arguments(config)
-    native = weights.load(config, params)
-    direction = np.random.default_rng(0).standard_normal(batch.noisy.shape).astype(np.float32)
-
-    def run(x):
-        return network.denoise(config, native, x, batch.sigma, batch.labels)[0]
-
-    with jax.default_matmul_precision("highest"):
-        _, got = jax.jvp(run, (weights.to_nhwc(batch.noisy),), (weights.to_nhwc(direction),))
-    h = 1e-6
-    sides = (
-        reference.denoise(
-            config,
-            draw.wide(params),
-            batch.noisy + s * h * direction.astype(np.float64),
-            *draw.wide((batch.sigma, batch.labels)),
-        )[0]
-        for s in (1, -1)
-    )
-    wanted = np.subtract(*sides) / (2 * h)
-    assert tolerance.relative(weights.to_nchw(got), wanted) < 1e-4
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (3, 5)])
@@ -159,7 +122,7 @@ def one_step(config, params, batch, **options):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    config = CONFIGS["attention, labels, filter"]
+    config = LADDER["G"]
     params, batch = arguments(config)
     whole, _ = one_step(config, params, batch)
     parts, _ = one_step(config, params, batch, microbatch=2)
@@ -191,15 +154,6 @@ def test_64_bit_numbers_stay_off():
     assert not jax.config.jax_enable_x64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Commands keep what they compile: most train the same network, and compiling takes longest."""
-    folder = tmp_path_factory.mktemp("compiled")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-        yield folder
-
-
 def run(*args, cwd, status=0, **environment):
     done = subprocess.run(
         [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
@@ -208,69 +162,75 @@ def run(*args, cwd, status=0, **environment):
     return done
 
 
-@pytest.fixture(scope="module")
-def short(tmp_path_factory):
-    """A short run, as far as it goes without stopping."""
-    folder = tmp_path_factory.mktemp("short")
-    done = run(*TRAIN, *SMALL, "--outdir", "whole", cwd=folder)
-    assert "first step after" in done.stderr
-    return folder
+def test_what_is_compiled_is_kept_where_that_is_asked_for(tmp_path):
+    def kept():
+        return {path.name for path in (tmp_path / "cache").iterdir() if "train_step" in path.name}
+
+    for outdir in ("first", "second"):
+        done = run(*TRAIN, *SMALL, "--outdir", outdir, cwd=tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))
+        assert "first step after" in done.stderr
+        assert len(kept()) == 1
 
 
-def state_of(run_folder):
-    return load_state(run_folder / "state" / "state.safetensors", preset("digits").network, (0.05, 0.10))
+def test_resuming_is_not_stopping(toy):
+    for name, duration in (("whole", 192), ("parts", 128), ("parts", 192)):
+        train(JaxTrainer, name, duration)
+    assert len({(toy / name / "state" / "state.safetensors").read_bytes() for name in ("whole", "parts")}) == 1
 
 
-def samples(cwd, command, *args):
-    run(*command, *args, "--format", "npz", "--outdir", "out", cwd=cwd)
-    with np.load(cwd / "out" / "samples.npz") as file:
-        return dict(file)
+SCRIPT = """
+from toy_port import PRESET, PRESETS, train
+from backends.jax import device
+from backends.jax.trainer import JaxTrainer
+PRESETS["toy"] = PRESET
+device.join()
+train(JaxTrainer, "{name}", {duration})
+"""
 
 
-def test_what_is_compiled_is_kept_where_that_is_asked_for(short, cache):
-    kept = {path.name for path in cache.iterdir()}
-    assert any("train_step" in name for name in kept)
-    run(*TRAIN, *SMALL, "--outdir", "again", cwd=short)
-    assert {path.name for path in cache.iterdir() if "train_step" in path.name} <= kept
+def train_elsewhere(name, duration, **environment):
+    """A run on the toy's network, begun in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment}
+    command = [sys.executable, "-c", SCRIPT.format(name=name, duration=duration)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_resuming_is_not_stopping(short):
-    run(*TRAIN, *SMALL, "--duration", "192", "--outdir", "parts", cwd=short)
-    assert "resumed" in run(*TRAIN, "--outdir", "parts", "--duration", "384", cwd=short).stdout
-    paths = (short / name / "state" / "state.safetensors" for name in ("whole", "parts"))
-    assert len({path.read_bytes() for path in paths}) == 1
+def check_as_one(toy, name):
+    one, other = train(JaxTrainer, "one", 192), train(JaxTrainer, name, 192)
+    assert other.nimg == one.nimg
+    # three steps of Adam, each of which moves a weight by lr at most, whatever the rounding of its gradient
+    assert tolerance.relative_all(other.params, one.params, 1.0)[0] < 1e-4
 
 
-def test_eight_devices_do_as_one(short):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = run(*TRAIN, *SMALL, "--outdir", "eight", cwd=short, **flags)
-    assert "8 x cpu" in done.stdout
-    one, eight = state_of(short / "whole"), state_of(short / "eight")
-    # six steps of Adam, each of which moves a weight by lr at most, whatever the rounding of its gradient
-    assert tolerance.relative_all(eight.params, one.params, 1.0)[0] < 1e-4
-    done = run(*TRAIN, *SMALL, "--batch", "60", "--outdir", "odd", cwd=short, status=2, **flags)
+EIGHT = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"}
+
+
+def test_eight_devices_do_as_one(toy):
+    said, _ = train_elsewhere("eight", 192, **EIGHT).communicate(timeout=300)
+    assert "8 x cpu" in said
+    check_as_one(toy, "eight")
+    assert train(JaxTrainer, "eight", 256).nimg == 256  # a state of eight devices loads on one
+
+
+def test_a_batch_must_be_divisible_among_devices(tmp_path):
+    done = run(*TRAIN, "--batch", "60", cwd=tmp_path, status=2, **EIGHT)
     assert "divisible by the number of devices, got 60 for 8" in done.stderr
-    run(*TRAIN, "--outdir", "eight", "--duration", "512", cwd=short)  # a state of eight devices loads on one
+    assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_do_as_one(short):
+def test_two_processes_do_as_one(toy):
     with socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    command = [sys.executable, *TRAIN, *SMALL, "--outdir", "two"]
-    both = [
-        subprocess.Popen(command, cwd=short, env={**environment, "JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE)
-        for i in range(2)
-    ]
-    said = [process.communicate(timeout=300)[1] for process in both]
+    where = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    both = [train_elsewhere("two", 192, **where, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    one, two = state_of(short / "whole"), state_of(short / "two")
-    assert tolerance.relative_all(two.params, one.params, 1.0)[0] < 1e-4
+    check_as_one(toy, "two")
 
 
-def test_processes_that_cannot_meet_are_one_line(short):
-    done = run(*TRAIN, cwd=short, status=2, JAX_COORDINATOR_ADDRESS="127.0.0.1:1", JAX_NUM_PROCESSES="none")
+def test_processes_that_cannot_meet_are_one_line(tmp_path):
+    done = run(*TRAIN, cwd=tmp_path, status=2, JAX_COORDINATOR_ADDRESS="127.0.0.1:1", JAX_NUM_PROCESSES="none")
     assert done.stderr.startswith("error: processes must meet at JAX_COORDINATOR_ADDRESS 127.0.0.1:1")
 
 
@@ -292,37 +252,14 @@ def test_too_little_memory_names_the_batch_to_try(monkeypatch):
         room.JaxTrainer(resolve(options, dataset), options)
 
 
-def test_snapshots_and_states_cross_between_ports(short):
-    pytest.importorskip("torch", reason="torch is not installed")
-    options = ("--run", "whole", "--seeds", "0-7", "--steps", 6)
-    ours, theirs = samples(short, SAMPLE, *options), samples(short, ("-m", "backends.torch.sample"), *options)
-    assert np.abs(ours["images"].astype(int) - theirs["images"]).max() <= 1
-    run(*TRAIN, *SMALL, "--duration", "192", "--outdir", "crossed", cwd=short)
-    run("-m", "backends.torch.train", "--outdir", "crossed", "--duration", "384", cwd=short)
-    run(*TRAIN, "--outdir", "crossed", "--duration", "512", cwd=short)
-    assert state_of(short / "crossed").nimg == 512
-
-
-def test_other_precision_dropout_and_guidance_run(short):
-    run(
-        *TRAIN,
-        *SMALL,
-        "--precision",
-        "bfloat16",
-        "--dropout",
-        "0.1",
-        "--batch-per-device",
-        16,
-        "--outdir",
-        "b",
-        cwd=short,
-    )
-    log = [json.loads(line) for line in (short / "b" / "log.jsonl").read_text().splitlines()]
+def test_other_precision_dropout_and_parts_of_a_batch_run(toy):
+    train(JaxTrainer, "b", 192, precision="bfloat16", dropout=0.1, batch_per_device=16, status=64)
+    log = [json.loads(line) for line in (toy / "b" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 3
     assert all(np.isfinite(record["loss"]) for record in log)
-    assert len(samples(short, SAMPLE, "--run", "b", "--seeds", "0-2", "--steps", 3, "--guidance", 2)["images"]) == 3
 
 
-def test_a_device_that_is_not_here_is_one_line(short):
-    done = run(*TRAIN, "--device", "tpu", cwd=short, status=2)
+def test_a_device_that_is_not_here_is_one_line(tmp_path):
+    done = run(*TRAIN, "--device", "tpu", cwd=tmp_path, status=2)
     assert done.stderr.startswith("error: --device must be one that is here (cpu")
-    assert Path(short / "runs").exists() is False
+    assert not list(tmp_path.iterdir())

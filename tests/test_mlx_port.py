@@ -12,19 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_port import PRESET, ToySampler
+from toy_port import PRESET, train
 
-from backends.pipeline.options import TrainOptions
-from backends.pipeline.snapshots import Snapshot, load_snapshot, save_snapshot
 from backends.pipeline.state import load_state
-from backends.pipeline.training import run_training
 from conformance import network_cases, tolerance, training_cases
 from conformance import strategies as draw
 from edm2_core import reference
 from edm2_core.errors import InputError
 from edm2_core.ladder import RUNGS
 from edm2_core.network import NetworkConfig, initialize, plan
-from edm2_core.presets import PRESETS
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
@@ -229,57 +225,10 @@ def test_memory_stays_flat():
 # ---- runs
 
 
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """Where short runs on a toy's network may be made."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(PRESETS, "toy", PRESET)
-    return tmp_path
-
-
-def run(outdir, duration, trainer=MLXTrainer, **options):
-    if not Path(outdir).exists():
-        options |= {"preset": "toy", "data": "digits"}
-    options |= {"outdir": Path(outdir), "duration": duration}
-    assert run_training(TrainOptions(**options), trainer, ToySampler(), prog="python -m backends.toy.train") == 0
-    return load_state(Path(outdir) / "state" / "state.safetensors", PRESET.network, (0.05, 0.10))
-
-
 def test_resuming_is_not_stopping(toy):
-    run("whole", 192)
-    run("parts", 128)
-    run("parts", 192)
+    for name, duration in (("whole", 192), ("parts", 128), ("parts", 192)):
+        train(MLXTrainer, name, duration)
     assert len({(toy / name / "state" / "state.safetensors").read_bytes() for name in ("whole", "parts")}) == 1
-
-
-def test_states_of_other_ports_go_on(toy):
-    pytest.importorskip("torch", reason="torch is not installed")
-    from backends.torch.trainer import TorchTrainer
-
-    run("crossed", 128, TorchTrainer)
-    run("crossed", 192)
-    assert run("crossed", 256, TorchTrainer).steps == 4
-
-
-@pytest.mark.parametrize("stored_by", ["torch", "jax", "mlx"])
-def test_snapshots_cross_and_show_the_same_images(tmp_path, stored_by):
-    names = ("torch", "jax", "mlx")
-    for name in names:
-        pytest.importorskip(name, reason=f"{name} is not installed")
-    from conformance.ports import load
-
-    config = SMALL
-    params, batch = arguments(config)
-    _, _, averages = load(stored_by).train(config, params, [batch] * 2, learning_rates=[0.01] * 2)
-    path = tmp_path / "0000000-0.100.safetensors"
-    save_snapshot(path, Snapshot(params=averages[0.10], config=config, nimg=8, sigma_rel=0.10))
-    stored = load_snapshot(path)
-    images = [
-        load(name).sample(config, stored.params, batch.unit_noise, batch.labels, num_steps=4, guidance=1.5)
-        for name in names
-    ]
-    for other in images[1:]:
-        assert tolerance.relative(other, images[0]) < 1e-4
 
 
 def launch(script, *, timeout=300, cwd):
@@ -296,14 +245,19 @@ def launch(script, *, timeout=300, cwd):
 def test_two_processes_train_what_one_does(toy):
     script = """
 from pathlib import Path
-from test_mlx_port import PRESET, PRESETS, run, devices
+from toy_port import PRESET, PRESETS, train
+from backends.mlx import device as devices
+from backends.mlx.trainer import MLXTrainer
 PRESETS["toy"] = PRESET
 devices._BUCKET = 1000
-run("two", 192, batch_per_device=16)
+train(MLXTrainer, "two", 192, batch_per_device=16)
 """
     done = launch(script, cwd=toy)
     assert "2 processes" in done.stdout, done.stdout + done.stderr
-    one, two = run("one", 192), load_state(toy / "two/state/state.safetensors", PRESET.network, (0.05, 0.10))
+    one, two = (
+        train(MLXTrainer, "one", 192),
+        load_state(toy / "two/state/state.safetensors", PRESET.network, (0.05, 0.10)),
+    )
     assert two.nimg == one.nimg
     # three steps of Adam, each of which moves a weight by lr at most, whatever the rounding of its gradient
     assert tolerance.relative_all(two.params, one.params, 1.0)[0] < 1e-4

@@ -28,10 +28,7 @@ COLUMNS = [f"{kind}_{part}" for kind in ("activation", "weight", "gradient") for
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda _: None)
-    monkeypatch.setitem(PRESETS, "toy", PRESET)
+def _in_an_empty_folder(toy, monkeypatch):
     monkeypatch.setattr("backends.tools.report.open_port", lambda name: ("toy", ToySampler()))
 
 

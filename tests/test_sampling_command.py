@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from toy_port import CONFIG, PRESET, ToySampler
+from toy_port import CONFIG, ToySampler
 
 from backends.pipeline.datasets import open_dataset
 from backends.pipeline.options import SampleOptions, TrainOptions
@@ -17,17 +17,12 @@ from backends.pipeline.settings import resolve
 from backends.pipeline.snapshots import Snapshot, save_snapshot, snapshot_name
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
-from edm2_core.presets import PRESETS
 
 PROG = "python -m backends.toy.sample"
 UNCONDITIONAL = replace(CONFIG, label_dim=0)
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda _: None)
-    monkeypatch.setitem(PRESETS, "toy", PRESET)
+pytestmark = pytest.mark.usefixtures("toy")
 
 
 def store(path, config=CONFIG, *, seed=0, nimg=1024, sigma_rel=0.1):

@@ -118,10 +118,11 @@ def test_a_line_holds_blocks_and_noise_levels():
 
 
 def ladder_run(tmp_path, rung):
-    """A short run on digits, whose lines are (largest activation, mean weight magnitude) over blocks."""
+    """A short run on digits, at one learning rate on all rungs: the largest activation and the mean magnitude of
+    weights, over blocks, each time that they were measured."""
     train = import_module("backends.torch.train").main
-    options = ("--ladder", rung, "--duration", "12Ki", "--telemetry", "16", "--snapshot", "64Ki", "--sigma-rels", "0.1")
-    assert train([*options, "--outdir", str(tmp_path / rung)]) == 0
+    options = ("--ladder", rung, "--lr", "0.05", "--duration", "12Ki", "--telemetry", "16", "--snapshot", "64Ki")
+    assert train([*options, "--sigma-rels", "0.1", "--outdir", str(tmp_path / rung)]) == 0
     lines = [line["blocks"].values() for line in Run(tmp_path / rung).telemetry()]
     pairs = [
         [max(b["activation_max"] for b in blocks), np.mean([b["weight_mean"] for b in blocks])] for blocks in lines
@@ -129,9 +130,15 @@ def ladder_run(tmp_path, rung):
     return np.array(pairs).T
 
 
-def test_weights_grow_in_config_d_and_stay_in_config_e(tmp_path):
+def test_activations_grow_up_to_config_c_and_weights_up_to_config_d(tmp_path):
+    """Figures 3 and 15, in small: C's largest activation grows by two orders of magnitude, those of D and E stay below
+    where C's begins; D's weights grow at every measurement, E's are forced to 1 - 1e-4."""
     pytest.importorskip("torch", reason="torch is not installed")
-    (_, grown), (_, forced) = ladder_run(tmp_path, "D"), ladder_run(tmp_path, "E")
+    (c, _), (d, grown), (e, forced) = (ladder_run(tmp_path, rung) for rung in "CDE")
+    assert np.all(np.diff(c[:4]) > 0)
+    assert c[-1] > 50 * c[0]
+    assert max(d.max(), e.max()) < c[0]
+    assert max(d[-1] / d[0], e[-1] / e[0]) < 4
     assert np.all(np.diff(grown) > 0)
     assert grown[-1] > 1.02 * grown[0]
-    assert np.abs(forced - 1).max() < 2e-4  # forced to 1 - 1e-4
+    assert np.abs(forced - 1).max() < 2e-4

@@ -19,17 +19,12 @@ from backends.pipeline.training import run_training
 from edm2_core.ema import plan_snapshots
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
-from edm2_core.presets import PRESETS
 from edm2_core.schedule import learning_rate
 
 PROG = "python -m backends.toy.train"
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(PRESETS, "toy", PRESET)
-    monkeypatch.setattr("os.fsync", lambda _: None)
+pytestmark = pytest.mark.usefixtures("toy")
 
 
 def train(outdir="run", trainer=ToyTrainer, sampler=None, **options):

@@ -1,10 +1,13 @@
 """A port small enough to see through: what looks like training depends on every input and nothing else."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from backends.pipeline.state import State
+from backends.pipeline.options import TrainOptions
+from backends.pipeline.state import State, load_state
+from backends.pipeline.training import run_training
 from edm2_core.ema import beta
 from edm2_core.network import NetworkConfig, initialize, plan
 from edm2_core.presets import PRESETS
@@ -104,3 +107,12 @@ class ToySampler:
             return np.tanh(noise + churn + mean).astype(np.float32) * 0.8 + np.float32(0.1) * hue
 
         return sample
+
+
+def train(trainer, outdir, duration, **options):
+    """The state that ``trainer`` leaves on the toy's network, in a run that is new or goes on."""
+    if not Path(outdir).exists():
+        options |= {"preset": "toy", "data": "digits"}
+    options |= {"outdir": Path(outdir), "duration": duration}
+    assert run_training(TrainOptions(**options), trainer, ToySampler(), prog="python -m backends.toy.train") == 0
+    return load_state(Path(outdir) / "state" / "state.safetensors", CONFIG, (0.05, 0.10))

@@ -28,13 +28,15 @@ from .weights import to_nchw, to_nhwc
 class Port(Sampling):
     """NumPy in, NumPy out: images NCHW, labels one-hot [N, label_dim] or None, sigma [N, 1, 1, 1], params canonical.
 
-    All computations run on ``device`` (None: JAX's own choice), compiled, with activations in ``precision`` and matrix
-    products in ``matmul``: 'highest' is float32 everywhere, None whatever is fastest.
+    All computations run on ``device`` (None: JAX's own choice), with activations in ``precision`` and matrix products
+    in ``matmul``: 'highest' is float32 everywhere, None whatever is fastest. It ``compiles`` whole functions, which
+    takes seconds for each new network and shape, or runs them operation by operation.
     """
 
     device: Any = None
     precision: str = "float32"
     matmul: str | None = "highest"
+    compiles: bool = True
     name: str = "jax"
 
     def denoise(
@@ -121,16 +123,12 @@ class Port(Sampling):
             losses.append(float(metrics.loss))
         return losses, to_stored(state)
 
-    @property
-    def compiles(self) -> bool:
-        """Each new network and shape takes seconds."""
-        return True
-
     def variants(self) -> dict[str, "Port"]:
-        """This port in other precision, and on the other devices that are here."""
+        """This port in other precision, not compiled, and on the other devices that are here."""
         others = {device.platform: device for device in jax.devices() if device.platform != "cpu"}
         devices = {name: replace(self, device=device) for name, device in others.items()}
-        return devices | {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
+        narrow = {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
+        return devices | narrow | {"not compiled": replace(self, compiles=False)}
 
     def sampler(self, config: NetworkConfig, params: Params, *, guide: Guide | None = None) -> "Sampler":
         """A sampler that keeps its networks: call it for batch after batch."""
@@ -146,7 +144,7 @@ class Port(Sampling):
         return Batch(_pixels(images), _pixels(noise), _array(sigma), _array(labels))
 
     def _place(self) -> Any:
-        return _Place(self.device, self.matmul)
+        return _Place(self)
 
 
 @dataclass(frozen=True)
@@ -189,10 +187,14 @@ class Sampler:
 
 
 class _Place:
-    """Where, and how exactly, products are computed inside a ``with``. JAX's own settings are as before afterwards."""
+    """Where, how exactly and how is computed inside a ``with``. JAX's own settings are as before afterwards."""
 
-    def __init__(self, device: Any, matmul: str | None) -> None:
-        self._entered = (jax.default_device(device), jax.default_matmul_precision(matmul))
+    def __init__(self, port: Port) -> None:
+        self._entered = (
+            jax.default_device(port.device),
+            jax.default_matmul_precision(port.matmul),
+            jax.disable_jit(not port.compiles),
+        )
 
     def __enter__(self) -> None:
         for context in self._entered:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from edm2_core.ema import TimedPlan
+from edm2_core.ema import HalfLife, TimedPlan
 from edm2_core.errors import InputError
 from edm2_core.ladder import LADDER
 from edm2_core.network import NetworkConfig, multiply_adds, parameter_count
@@ -236,7 +236,8 @@ def _say_end(run: Run, settings: Settings, drawn: tuple[Path, dict[str, float]] 
         print(f"picture  {picture}: the raw weights, then averages from short to long")
         print("error    of denoising: " + ", ".join(f"{name} {error:.4f}" for name, error in errors.items()))
     print("next, for instance:")
-    print(f"  {sample} --sigma-rel 0.15")
+    other = not all(isinstance(length, HalfLife) for length in settings.lengths)  # of those no other length is made
+    print(f"  {sample} --sigma-rel 0.15" if other else f"  {sample}")
     if settings.network.label_dim:
         print(f"  {sample} --class 3 --guidance 2")
     if not isinstance(settings.plan, TimedPlan):  # which ends with its run

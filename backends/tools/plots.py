@@ -119,9 +119,9 @@ def draw_places(axes: "Axes", curves: Mapping[Place, Curve], *, until: float, sp
     for place, curve in curves.items():
         style = "-" if place.role == "enc" else "--"
         _line(axes, curve, label=str(place), color=colours[place.resolution], linestyle=style)
+    axes.set_xlim(0, max(until, 1))  # a run may have been measured once
+    axes.set_ylim(span)  # first: without a positive value there is no logarithmic scale
     axes.set_yscale("log", nonpositive="mask")
-    axes.set_xlim(0, until)
-    axes.set_ylim(span)
     _readable(axes.yaxis, span)
     _over_images(axes)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from edm2_core import ladder
 from edm2_core.network import Block, NetworkConfig, plan
-from edm2_core.precond import precondition
+from edm2_core.precond import Preconditioning
 from edm2_core.reference import GROUP_EPS
 
 
@@ -25,8 +25,15 @@ def normalize(x: Tensor, dims: tuple[int, ...], *, eps: float = 1e-4) -> Tensor:
     """Scale to unit root mean square over ``dims``, norms in float32 or better. See :func:`edm2_core.mp.normalize`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=wide)
-    scale = (norm * (1 / sqrt(prod(x.shape[d] for d in dims)))).add_(eps)
+    scale = (norm * (1 / sqrt(prod([x.shape[d] for d in dims])))).add_(eps)
     return x / scale.to(x.dtype)
+
+
+def precondition(sigma: Tensor, *, sigma_data: float) -> Preconditioning:
+    """See :func:`edm2_core.precond.precondition`, whose search for its arrays' library torch.compile warns of."""
+    variance = sigma.square() + sigma_data**2
+    root = variance.sqrt()
+    return Preconditioning(sigma_data**2 / variance, sigma * sigma_data / root, 1 / root, sigma.log() / 4)
 
 
 class Fourier(nn.Module):

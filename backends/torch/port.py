@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from os import environ
+from shutil import which
 from typing import Any
 
 import numpy as np
@@ -25,11 +27,12 @@ from .weights import build, dump
 class Port(Sampling):
     """NumPy in, NumPy out: images NCHW, labels one-hot [N, label_dim] or None, sigma [N, 1, 1, 1], params canonical.
 
-    All computations run on ``device`` with activations in ``precision``.
+    All computations run on ``device`` with activations in ``precision``; ``compiles`` the network by torch.compile.
     """
 
     device: str = "cpu"
     precision: str = "float32"
+    compiles: bool = False
     name: str = "torch"
 
     def denoise(
@@ -110,10 +113,12 @@ class Port(Sampling):
         return [float(training.step(self.batch(*batch), lr=lr)[0]) for batch, lr in steps]
 
     def variants(self) -> dict[str, "Port"]:
-        """This port in other precision, and on the other devices that are here."""
+        """This port in other precision, compiled, and on the other devices that are here."""
         here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         devices = {name: replace(self, device=name) for name, there in here.items() if there}
-        return devices | {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
+        narrow = {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
+        compiled = {"compiled": replace(self, compiles=True)} if _has_a_compiler() else {}
+        return devices | narrow | compiled
 
     def sampler(self, config: NetworkConfig, params: Params, *, guide: Guide | None = None) -> "Sampler":
         """A sampler that keeps its networks: call it for batch after batch."""
@@ -124,7 +129,10 @@ class Port(Sampling):
         return Sampler(self, net, self.network(guide_config, guide_params))
 
     def network(self, config: NetworkConfig, params: Params) -> Network:
-        return build(config, params, device=self.device, dtype=getattr(torch, self.precision))
+        network = build(config, params, device=self.device, dtype=getattr(torch, self.precision))
+        if self.compiles:
+            network.compile(dynamic=False)
+        return network
 
     def tensor(self, array: np.ndarray | None) -> Any:
         return None if array is None else torch.tensor(np.asarray(array), dtype=torch.float32, device=self.device)
@@ -162,6 +170,11 @@ class Sampler:
             denoise = sampler.guided(denoise, guide, guidance=guidance, interval=guide_interval)
         churn = None if churn_noise is None else map(self.port.tensor, churn_noise)
         return sampler.sample(denoise, self.port.tensor(noise), churn_noise=churn, **steps).cpu().numpy()
+
+
+def _has_a_compiler() -> bool:
+    """torch.compile writes C++ for a CPU."""
+    return any(map(which, (environ.get("CXX", "g++"), "clang++", "cl")))
 
 
 def denoiser(network: Network, labels: Tensor | None) -> sampler.Denoiser:

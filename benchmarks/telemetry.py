@@ -1,0 +1,68 @@
+"""What ``--telemetry 50`` costs: measured steps beside plain ones, in each port; writes docs/benchmark_telemetry.md.
+
+python -m benchmarks.telemetry [--steps 10] [--ports torch jax mlx]
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from backends.pipeline.datasets import open_dataset
+from backends.pipeline.options import TrainOptions
+from backends.pipeline.settings import resolve
+from benchmarks.ema_reconstruct import machine
+
+EVERY = 50
+TRAINERS = {"torch": "TorchTrainer", "jax": "JaxTrainer", "mlx": "MLXTrainer"}
+
+
+def main(*, steps: int = 10, ports: tuple[str, ...] = ("torch", "jax", "mlx")) -> None:
+    """Take STEPS steps of either kind in each of PORTS, and write the table to docs/benchmark_telemetry.md."""
+    table = "\n".join(row(name, *seconds(name, steps)) for name in ports)
+    text = f"""# What telemetry costs
+
+Measured by `python -m benchmarks.telemetry` on {machine()}; medians of {steps} steps of either kind,
+in turns. The digits preset, float32, on the CPU. The last column is what `--telemetry {EVERY}` adds to a run's time.
+
+| port | step | measured step | x | at every {EVERY} |
+|---|---|---|---|---|
+{table}
+"""
+    print(text)
+    (Path(__file__).parents[1] / "docs" / "benchmark_telemetry.md").write_text(text)
+
+
+def row(name: str, plain: float, measured: float) -> str:
+    share = (measured - plain) / (EVERY * plain)
+    return f"| {name} | {plain * 1e3:.0f} ms | {measured * 1e3:.0f} ms | {measured / plain:.2f} | {share:+.1%} |"
+
+
+def seconds(name: str, steps: int) -> tuple[float, float]:
+    """Medians of a plain step and of a measured one, after one of each."""
+    options, dataset = TrainOptions(), open_dataset("digits")
+    settings = resolve(options, dataset)
+    trainer = getattr(import_module(f"backends.{name}.trainer"), TRAINERS[name])(settings, options)
+    chosen = np.arange(settings.batch)
+    images, labels = dataset.images(chosen).astype(np.float32) / 127.5 - 1, np.eye(10)[dataset.labels(chosen)]
+    batch = (images, labels.astype(np.float32))
+    found = [(timed(trainer, trainer.step, batch, i), timed(trainer, trainer.measured_step, batch, i))
+             for i in range(steps + 1)]  # fmt: skip
+    plain, measured = (statistics.median(column) for column in zip(*found[1:], strict=True))
+    return plain, measured
+
+
+def timed(trainer: Any, step: Callable[..., Any], batch: tuple[np.ndarray, np.ndarray], i: int) -> float:
+    start = time.perf_counter()
+    step(*batch, nimg=i * len(batch[0]), lr=0.01)
+    trainer.metrics()  # which waits for the step
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
