@@ -48,8 +48,8 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The repo's own tests: pipeline, commands, public API, the digits run."""
-    pytest(session, "tests", "--dist", "loadfile", "--ignore=tests/test_examples.py")
+    """The repo's own tests: pipeline, commands, public API, the digits run, the examples."""
+    pytest(session, "tests", "--dist", "loadgroup")
 
 
 @nox.session
@@ -60,12 +60,6 @@ def conformance(session: nox.Session) -> None:
     """
     options = ("--profile", "ci", "--report", "build/conformance")
     pytest(session, "--pyargs", "conformance", "--dist", "worksteal", *options)
-
-
-@nox.session
-def examples(session: nox.Session) -> None:
-    """The examples do what they say."""
-    pytest(session, "tests/test_examples.py", "--dist", "worksteal")
 
 
 @nox.session(default=False)

@@ -93,7 +93,7 @@ def _ask_variants(port: Subject, config: NetworkConfig, seed: int, *, compile: b
     asked = {name: Subject(name, other) for name, other in port.variants().items()}
     asked = {name: other for name, other in asked.items() if (other.compiles and not port.compiles) == compile}
     if not asked:
-        raise NotImplementedByPort(f"not implemented: a variant that {'compiles' if compile else 'differs'}")
+        raise NotImplementedByPort(f"not implemented: a variant{' that compiles, of a port that does not' * compile}")
     params = draw.random_parameters(config, seed, max_gain=1.0)
     batch = draw.random_batch(config, seed)
     wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))

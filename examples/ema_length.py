@@ -2,7 +2,7 @@
 
     python -m examples.ema_length [--port torch|jax|mlx] [--folder ema-length]
 
-A row for each run: the denoising loss of digits held out, by averages of six lengths, the best one marked. A higher
+A row for each run: the denoising loss of digits held out, by averages of nine lengths, the best one marked. A higher
 rate and a shorter run both want a longer average: they leave more noise in the weights.
 """
 
@@ -16,7 +16,7 @@ import tyro
 from backends.pipeline.commands import command
 from examples.digits import Study
 
-LENGTHS = (0.02, 0.05, 0.10, 0.15, 0.20, 0.25)
+LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.15, 0.20)
 
 
 @command

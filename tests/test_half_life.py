@@ -1,5 +1,6 @@
 """Traditional averages from training to images: tracked alike by all ports, resumed, stored, sampled, rebuilt from."""
 
+import re
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -165,6 +166,7 @@ def test_torch_trains_config_a_resumes_samples_and_is_rebuilt_from(capsys):
     options = {"trainer": import_module("backends.torch.trainer").TorchTrainer, "ladder": "A", "batch": 64}
     options |= {"snapshot": 1000, "status": 512}
     whole, _ = train("whole", **options, duration=2048)
+    assert re.search(r"sample --run \S*whole\n", capsys.readouterr().out)  # the length that there is
     train("parts", **options, duration=1024)
     parts, _ = train("parts", trainer=options["trainer"], preset=None, data=None, half_life=None, duration=2048)
     assert [found.sigma_rel for found in whole.snapshots()] == [LIFE, LIFE]

@@ -19,6 +19,7 @@ from backends.pipeline.state import load_state
 from edm2_core.presets import preset
 
 TRAIN, SAMPLE = ("-m", "backends.torch.train"), ("-m", "backends.torch.sample")
+pytestmark = pytest.mark.xdist_group("torch commands")  # one process trains on digits, for all that look at it
 SMALL = ("--duration", "384", "--batch", "64", "--snapshot", "1000", "--status", "128", "--checkpoint", "1Ki")
 
 
