@@ -2,8 +2,7 @@
 
     python -m examples.ema_length [--port torch|jax|mlx] [--folder ema-length]
 
-A row for each run: the denoising loss of digits held out, by averages of nine lengths, the best one marked. A higher
-rate and a shorter run both want a longer average: they leave more noise in the weights.
+A row for each run: the denoising loss of digits held out, by averages of nine lengths, the best one marked.
 """
 
 import sys

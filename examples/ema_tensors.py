@@ -2,8 +2,8 @@
 
     python -m examples.ema_tensors [--port torch|jax|mlx] [--folder ema-tensors]
 
-All tensors are averaged over one length, the best for the whole network, but for a single one: a row for each, with
-what a shorter and a longer average of it alone change in the denoising loss of digits held out, in percent.
+All tensors are averaged over one length, about the best for the whole network, but for a single one: a row for each,
+with what a shorter and a longer average of it alone change in the denoising loss of digits held out, in percent.
 """
 
 import sys
@@ -28,7 +28,7 @@ def main() -> None:
 def ema_tensors(
     port: Literal["torch", "jax", "mlx"] = "torch",
     duration: str = "32Ki",
-    length: float = 0.10,
+    length: float = 0.05,
     folder: Path = Path("ema-tensors"),
 ) -> None:
     """Train for DURATION images; move one tensor at a time away from LENGTH."""
