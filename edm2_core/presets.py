@@ -85,7 +85,7 @@ _DIGITS = Preset(  # ours
         channels_per_head=32,
         logvar_channels=32,
     ),
-    duration=80 * Ki,
+    duration=64 * Ki,
     batch=128,
     lr=0.0500,
     decay=200,
