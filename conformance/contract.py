@@ -66,9 +66,10 @@ class PortCase:
 
     def prove(self, subject: Subject) -> int:
         """Ask as often as the profile says; returns how often. A port that compiles each network is asked less often;
-        about few networks in ``dev``, and where a case is among the dearest in ``ci`` too."""
-        few, dearest = subject.compiles and profiles.current() != "deep", self.cost > 5
-        narrowed = draw.few(dearest=dearest) if few and (dearest or profiles.current() == "dev") else {}
+        about few networks in ``dev``, and where a case is dear in ``ci`` too."""
+        few = subject.compiles and profiles.current() != "deep"
+        narrow = few and (self.cost > 2 or profiles.current() == "dev")
+        narrowed = draw.few(dearest=self.cost > 5) if narrow else {}
         draws = {name: narrowed.get(name, how) for name, how in self.draws.items()}
         own = profiles.fewer(self.cost * (10 if few else 1), least=2 if few else 4)
         if few:  # smaller examples would be compiled one by one

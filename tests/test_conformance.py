@@ -55,6 +55,7 @@ def test_a_port_from_the_docs_is_proved_and_reported(tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "not implemented: train(config" in page
     assert not re.search(r'(src|href)="', page)
+    assert set(re.findall(r'data-port="([^"]*)"', page)) == {"numpy_port"}  # what a phone shows beside each cell
     assert "| STEP-2 order | not implemented |" in (tmp_path / "out" / "report.md").read_text()
 
 

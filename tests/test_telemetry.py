@@ -121,7 +121,7 @@ def ladder_run(tmp_path, rung):
     """A short run on digits, at one learning rate on all rungs: the largest activation and the mean magnitude of
     weights, over blocks, each time that they were measured."""
     train = import_module("backends.torch.train").main
-    options = ("--ladder", rung, "--lr", "0.05", "--duration", "12Ki", "--telemetry", "16", "--snapshot", "64Ki")
+    options = ("--ladder", rung, "--lr", "0.05", "--duration", "8Ki", "--telemetry", "16", "--snapshot", "64Ki")
     assert train([*options, "--sigma-rels", "0.1", "--outdir", str(tmp_path / rung)]) == 0
     lines = [line["blocks"].values() for line in Run(tmp_path / rung).telemetry()]
     pairs = [
@@ -135,10 +135,9 @@ def test_activations_grow_up_to_config_c_and_weights_up_to_config_d(tmp_path):
     where C's begins; D's weights grow at every measurement, E's are forced to 1 - 1e-4."""
     pytest.importorskip("torch", reason="torch is not installed")
     (c, _), (d, grown), (e, forced) = (ladder_run(tmp_path, rung) for rung in "CDE")
-    assert np.all(np.diff(c[:4]) > 0)
+    assert np.all(np.diff(c) > 0)
     assert c[-1] > 50 * c[0]
     assert max(d.max(), e.max()) < c[0]
-    assert max(d[-1] / d[0], e[-1] / e[0]) < 4
     assert np.all(np.diff(grown) > 0)
     assert grown[-1] > 1.02 * grown[0]
     assert np.abs(forced - 1).max() < 2e-4

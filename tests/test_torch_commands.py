@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from importlib import import_module
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +32,18 @@ def run(*args: object, cwd: Path, status: int = 0) -> subprocess.CompletedProces
     return done
 
 
+def run_here(*args: object, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """``-m module`` and its arguments in this process, which has PyTorch already: that takes seconds to import."""
+    _, module, *argv = map(str, args)
+    out, err = StringIO(), StringIO()
+    with chdir(cwd), redirect_stdout(out), redirect_stderr(err):
+        got = import_module(module).main(argv)
+    assert got == status, out.getvalue() + err.getvalue()
+    return subprocess.CompletedProcess(args, got, out.getvalue(), err.getvalue())
+
+
 def samples(cwd: Path, *args: object) -> dict[str, np.ndarray]:
-    run(*SAMPLE, *args, "--format", "npz", "--outdir", "out", cwd=cwd)
+    run_here(*SAMPLE, *args, "--format", "npz", "--outdir", "out", cwd=cwd)
     with np.load(cwd / "out" / "samples.npz") as file:
         return dict(file)
 
@@ -47,7 +60,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run, as far as it goes without stopping."""
     folder = tmp_path_factory.mktemp("short")
-    run(*TRAIN, *SMALL, "--outdir", "whole", cwd=folder)
+    run_here(*TRAIN, *SMALL, "--outdir", "whole", cwd=folder)
     return folder
 
 
@@ -76,7 +89,7 @@ def test_a_run_leaves_what_it_promises(digits: Path) -> None:
 
 
 def test_sampling_with_no_argument_takes_the_newest_run(digits: Path) -> None:
-    printed = run(*SAMPLE, "--seeds", "0-3", cwd=digits).stdout
+    printed = run_here(*SAMPLE, "--seeds", "0-3", cwd=digits).stdout
     (grid,) = (digits / "runs" / "00000-digits" / "samples").glob("*/grid.png")
     assert str(grid.relative_to(digits)) in printed
     with Image.open(grid) as picture:
@@ -109,14 +122,14 @@ def test_stopping_by_a_signal_and_resuming_is_not_stopping(short: Path) -> None:
         process.communicate()
         assert process.returncode == status
         assert load_state_of(outdir).nimg < 384
-        assert "resumed" in run(*TRAIN, "--outdir", outdir, cwd=short).stdout
+        assert "resumed" in run_here(*TRAIN, "--outdir", outdir, cwd=short).stdout
         assert state_bytes(outdir) == state_bytes(short / "whole")
 
 
 def test_a_finished_run_goes_on_when_prolonged(short: Path) -> None:
-    run(*TRAIN, *SMALL, "--duration", "192", "--outdir", "prolonged", cwd=short)
-    assert "complete" in run(*TRAIN, "--outdir", "prolonged", cwd=short).stdout
-    run(*TRAIN, "--outdir", "prolonged", "--duration", "384", cwd=short)
+    run_here(*TRAIN, *SMALL, "--duration", "192", "--outdir", "prolonged", cwd=short)
+    assert "complete" in run_here(*TRAIN, "--outdir", "prolonged", cwd=short).stdout
+    run_here(*TRAIN, "--outdir", "prolonged", "--duration", "384", cwd=short)
     assert state_bytes(short / "prolonged") == state_bytes(short / "whole")
 
 
@@ -132,7 +145,7 @@ def test_two_processes_train_what_one_does(short: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_trains(short: Path, precision: str) -> None:
-    run(*TRAIN, *SMALL, "--precision", precision, "--batch-per-device", 32, "--outdir", precision, cwd=short)
+    run_here(*TRAIN, *SMALL, "--precision", precision, "--batch-per-device", 32, "--outdir", precision, cwd=short)
     last = [json.loads((short / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("whole", precision)]
     assert last[1]["loss"] == pytest.approx(last[0]["loss"], rel=0.05)
     assert last[1]["nonfinite"] == 0
@@ -192,7 +205,7 @@ def nothing(folder: Path) -> None:
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, prepare, command, says: str) -> None:
     prepare(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    done = run(*command, cwd=tmp_path, status=2)
+    done = run_here(*command, cwd=tmp_path, status=2)
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert __import__("re").search(says, done.stderr), done.stderr
@@ -204,14 +217,14 @@ def test_bad_input_to_a_run_is_one_line(short: Path) -> None:
         (("--outdir", "whole", "--lr", 0.5), "--lr must stay"),
         (("--outdir", "whole", "--preset", "img64-s"), "--preset must stay"),
     ):
-        assert says in run(*TRAIN, *options, cwd=short, status=2).stderr
+        assert says in run_here(*TRAIN, *options, cwd=short, status=2).stderr
     for options, says in (
         (("--run", "whole", "--sigma-rel", 0.4), "within (0, 0.2887)"),
         (("--run", "whole", "--class", 10), "--class must be from 0 to 9"),
         (("--run", "whole", "--seeds", "3-1"), "seeds"),
         (("--run", "whole", "--guide", "x"), "--guidance"),
     ):
-        assert says in run(*SAMPLE, *options, cwd=short, status=2).stderr
+        assert says in run_here(*SAMPLE, *options, cwd=short, status=2).stderr
 
 
 @pytest.mark.skipif(
@@ -234,7 +247,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path) -> None
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
-    printed = run(*TRAIN, "--dry-run", cwd=tmp_path).stdout
+    printed = run_here(*TRAIN, "--dry-run", cwd=tmp_path).stdout
     assert '"preset": "digits"' in printed
     assert not list(tmp_path.iterdir())
 
