@@ -63,7 +63,7 @@ def test_status_and_checkpoint_of_a_long_run_stay_frequent():
 def test_config_a_keeps_the_traditional_average_of_its_rung_unless_told_otherwise():
     rung = settings(ladder="A")
     assert (rung.half_life, rung.sigma_rels) == (1526, ())  # as 50 million are of 2048 Mi
-    assert rung.lengths == (HalfLife(1907),)
+    assert rung.lengths == (HalfLife(1526),)
     power = settings(ladder="A", sigma_rels=(0.05, 0.10))
     assert (power.half_life, power.lengths) == (None, (0.05, 0.10))
     own = settings(half_life=500)
