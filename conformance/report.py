@@ -160,8 +160,8 @@ def html(report: Mapping[str, Any]) -> str:
     for clause, per in rows:
         facts = f"{clause['draws']}. Held against {clause['oracle']}. To {clause['tolerance']}."
         title = f"<td><details><summary><b>{clause['number']}</b> {escape(clause['title'])}</summary>"
-        cases = sorted({r["case"] for r in report["results"] if clause["number"] in r["clauses"]})
-        title += f"<p>{escape(facts)}</p><p class=cases>{escape(', '.join(cases))}</p></details></td>"
+        asked = sorted({r["case"] for r in report["results"] if clause["number"] in r["clauses"]})
+        title += f"<p>{escape(facts)}</p><p class=cases>{escape(', '.join(asked))}</p></details></td>"
         body.append(f"<tr>{title}{''.join(map(_cell_html, names, per))}</tr>")
     failures = "".join(_failure_html(report, r) for r in report["results"] if r["failure"])
     missing = "".join(
