@@ -236,7 +236,7 @@ def _say_end(run: Run, settings: Settings, drawn: tuple[Path, dict[str, float]] 
         print(f"picture  {picture}: the raw weights, then averages from short to long")
         print("error    of denoising: " + ", ".join(f"{name} {error:.4f}" for name, error in errors.items()))
     print("next, for instance:")
-    other = not all(isinstance(length, HalfLife) for length in settings.lengths)  # of those no other length is made
+    other = not all(isinstance(length, HalfLife) for length in settings.lengths)  # those may reach no other
     print(f"  {sample} --sigma-rel 0.15" if other else f"  {sample}")
     if settings.network.label_dim:
         print(f"  {sample} --class 3 --guidance 2")

@@ -131,7 +131,7 @@ class Port(Sampling):
     def network(self, config: NetworkConfig, params: Params) -> Network:
         network = build(config, params, device=self.device, dtype=getattr(torch, self.precision))
         if self.compiles:
-            network.compile(dynamic=False)
+            network.compile(fullgraph=True, dynamic=False)
         return network
 
     def tensor(self, array: np.ndarray | None) -> Any:
