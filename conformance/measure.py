@@ -24,8 +24,14 @@ class Record:
     at: str = ""
     failure: dict[str, str] = field(default_factory=dict)
 
+    def add(self, other: "Record") -> None:
+        self.comparisons += other.comparisons
+        if not other.worst <= self.worst:
+            self.worst, self.at = other.worst, other.at
+
 
 _records: list[Record] = []  # the innermost is being written to
+_wider: list[float] = [1.0]  # the innermost multiplies tolerances
 
 
 @contextmanager
@@ -38,11 +44,28 @@ def recording(record: Record) -> Iterator[Record]:
         _records.pop()
 
 
-class Disagreement(AssertionError):
-    """A result outside its tolerance. ``words`` is what it says, by heading."""
+def record(made: Record) -> None:
+    """Keep what was compared, where anything is kept."""
+    if _records:
+        _records[-1].add(made)
 
-    def __init__(self, summary: str, words: Mapping[str, str]):
-        self.summary, self.words = summary, dict(words)
+
+@contextmanager
+def widened(factor: float) -> Iterator[None]:
+    """Tolerances are ``factor`` times as wide inside."""
+    _wider.append(factor * _wider[-1])
+    try:
+        yield
+    finally:
+        _wider.pop()
+
+
+class Disagreement(AssertionError):
+    """A result outside its tolerance, ``ratio`` times (infinitely where there is none). ``words`` is what it says, by
+    heading."""
+
+    def __init__(self, summary: str, words: Mapping[str, str], ratio: float = np.inf):
+        self.summary, self.words, self.ratio = summary, dict(words), ratio
         super().__init__(summary)
 
     def __str__(self) -> str:
@@ -52,15 +75,12 @@ class Disagreement(AssertionError):
 
 def within(off: float, allowed: float, *, what: str, why: str, got: Any = None, wanted: Any = None) -> None:
     """Keep the ratio of ``off`` to ``allowed``, and raise Disagreement unless it is at most 1."""
+    allowed *= _wider[-1]
     ratio = float(off) / allowed if allowed else (np.inf if off else 0.0)
-    if _records:
-        record = _records[-1]
-        record.comparisons += 1
-        if not ratio <= record.worst:
-            record.worst, record.at = ratio, what
+    record(Record(comparisons=1, worst=ratio, at=what))
     if not ratio <= 1:
         words = {"got": _shown(got), "wanted": _shown(wanted), "tolerance": f"{allowed:.3g}: {why}"}
-        raise Disagreement(f"{what}: off by {off:.3g}, {ratio:.3g} times the tolerance", words)
+        raise Disagreement(f"{what}: off by {off:.3g}, {ratio:.3g} times the tolerance", words, ratio)
 
 
 def close(got: Any, wanted: Any, allowed: float, *, what: str, why: str, floor: float = 0.0) -> None:
@@ -82,8 +102,7 @@ def close_all(
 
 def holds(condition: bool, what: str, *, got: Any = "", wanted: Any = "") -> None:
     """A statement without a tolerance."""
-    if _records:
-        _records[-1].comparisons += 1
+    record(Record(comparisons=1))
     if not condition:
         raise Disagreement(what, {"got": str(got), "wanted": str(wanted), "tolerance": "0: holds exactly"})
 

@@ -26,25 +26,43 @@ def trained_names(config: NetworkConfig) -> list[str]:
     return [name for name, parameter in plan(config).parameters.items() if parameter.trained]
 
 
-def torch_gradients(
-    config: NetworkConfig, params: Params, batch: Batch, *, dtype: str = "float64"
-) -> tuple[np.ndarray, Params]:
-    """The loss of each element and the gradients of loss.sum() / N: the reference, differentiated by PyTorch."""
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise OracleMissing("the oracle of whole gradients differentiates with PyTorch: install it too") from error
-    torch.set_num_threads(1)  # in networks this small threads wait for each other, and on a busy machine for long
-    names, kind = trained_names(config), getattr(torch, dtype)
-    tensors = {name: torch.tensor(value, dtype=kind) for name, value in params.items()}
+def torch_gradients(config: NetworkConfig, params: Params, batch: Batch) -> tuple[np.ndarray, Params]:
+    """The loss of each element and the gradients of loss.sum() / N: the reference, differentiated by PyTorch, in the
+    dtype of ``params``."""
+    torch, names = _torch(), trained_names(config)
+    tensors, inputs = _tensors(params, batch)
     for name in names:
         tensors[name].requires_grad_()
-    inputs = [None if array is None else torch.tensor(array, dtype=kind) for array in batch]
     loss = reference.loss(config, tensors, *inputs)
     gradients = torch.autograd.grad(
         loss.sum() / len(batch.images), [tensors[name] for name in names], materialize_grads=True
     )
     return loss.detach().numpy(), {name: g.numpy() for name, g in zip(names, gradients, strict=True)}
+
+
+def torch_jvp(
+    config: NetworkConfig, params: Params, x: np.ndarray, sigma: np.ndarray, labels: Any, tangent: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """D and its derivative along ``tangent``: the reference, differentiated by PyTorch, in the dtype of ``params``."""
+    torch = _torch()
+    tensors, (x, sigma, labels, tangent) = _tensors(params, (x, sigma, labels, tangent))
+    answer = torch.func.jvp(lambda x: reference.denoise(config, tensors, x, sigma, labels)[0], (x,), (tangent,))
+    return tuple(tensor.numpy() for tensor in answer)
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise OracleMissing("the oracle of derivatives differentiates with PyTorch: install it too") from error
+    torch.set_num_threads(1)  # in networks this small threads wait for each other, and on a busy machine for long
+    return torch
+
+
+def _tensors(params: Params, arrays: Sequence[Any]) -> tuple[dict[str, Any], list[Any]]:
+    dtype = getattr(_torch(), str(next(iter(params.values())).dtype))
+    tensors = {name: _torch().tensor(value, dtype=dtype) for name, value in params.items()}
+    return tensors, [None if array is None else _torch().tensor(array, dtype=dtype) for array in arrays]
 
 
 class Trained(NamedTuple):

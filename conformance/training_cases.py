@@ -61,7 +61,7 @@ def directions(port: Subject, config: NetworkConfig, seed: int) -> None:
 def gradients(port: Subject, config: NetworkConfig, seed: int) -> None:
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
     _, got = port.loss_and_gradients(config, params, *batch)
-    _, wanted = oracle.torch_gradients(config, params, batch)
+    _, wanted = oracle.torch_gradients(config, wide(params), batch)
     allowed = GRADIENT_SHARE * tolerance.gradient(config, batch.sigma, batch.images)
     why = f"{GRADIENT_SHARE} x ({GRADIENT}), of the tensors' root mean square at least"
     measure.close_all(got, wanted, allowed, what="the gradient", why=why, floor=tolerance.gradient_floor(wanted))

@@ -1,7 +1,7 @@
 """A right port that trains, and the handles by which a fault makes it wrong.
 
-It walks the reference in float64, and differentiates it by PyTorch. A fault replaces functions of ``edm2_core`` while
-the port runs, and only then, so that the oracle stays right; or lines of the training step.
+It walks the reference in float64, or in float32, and differentiates it by PyTorch. A fault replaces functions of
+``edm2_core`` while the port runs, and only then, so that the oracle stays right; or lines of the training step.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,12 +76,12 @@ class Step:
 
 
 class TrainingPort(NumpyPort):
-    """A right port in float64, with :class:`Step`'s lines; a fault makes it wrong."""
+    """A right port, with :class:`Step`'s lines; a fault makes it wrong."""
 
     name, version = "right", "1"
 
-    def __init__(self, fault: Fault | None = None):
-        self.fault, self.steps = fault, Step()
+    def __init__(self, fault: Fault | None = None, *, dtype: Any = np.float64):
+        self.fault, self.steps, self.dtype = fault, Step(), dtype
         if fault:
             self.name = fault.name
             for line, wrong in fault.step.items():
@@ -110,8 +110,15 @@ class TrainingPort(NumpyPort):
 
     def loss_and_gradients(self, config: NetworkConfig, params: Any, *batch: Any) -> Any:
         with self._wrong():
-            values, gradients = self.steps.gradients(config, params, Batch(*batch))
+            values, gradients = self.steps.gradients(config, self.cast(params), Batch(*batch))
         return values.astype(np.float32), _narrow(gradients)
+
+    def jvp(self, config: NetworkConfig, params: Any, *given: Any) -> Any:
+        with self._wrong():
+            return tuple(part.astype(np.float32) for part in oracle.torch_jvp(config, self.cast(params), *given))
+
+    def variants(self) -> dict[str, Any]:
+        return {"float32": TrainingPort(self.fault, dtype=np.float32)}
 
     def train(
         self,
@@ -133,15 +140,14 @@ class TrainingPort(NumpyPort):
         return self._run(config, self.steps.resumed(state), batches, learning_rates, (0.9, 0.99))
 
     def _run(self, config: NetworkConfig, state: State, batches: Any, rates: Any, betas: Any) -> tuple[Any, State]:
-        steps, losses = self.steps, []
-        wide = oracle.wide
+        steps, losses, cast = self.steps, [], self.cast
         with self._wrong():
             for batch, lr in zip(batches, rates, strict=True):
-                weights = steps.forced(config, wide(dict(state.params)))
+                weights = steps.forced(config, cast(state.params))
                 values, gradients = steps.gradients(config, weights, Batch(*batch))
                 losses.append(float(values.mean()))
                 pairs = {
-                    name: steps.moments(wide(state.moments1[name]), wide(state.moments2[name]), gradient, betas)
+                    name: steps.moments(cast(state.moments1[name]), cast(state.moments2[name]), gradient, betas)
                     for name, gradient in gradients.items()
                 }
                 for name, (first, second) in pairs.items():

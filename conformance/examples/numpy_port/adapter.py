@@ -13,11 +13,12 @@ Params = Mapping[str, np.ndarray]
 
 class NumpyPort:
     name, library, version = "numpy_port", "numpy", "1"
+    dtype: Any = np.float64  # of its arithmetic
 
     def denoise(
         self, config: NetworkConfig, params: Params, x: np.ndarray, sigma: np.ndarray, labels: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        denoised, logvar = reference.denoise(config, wide(params), wide(x), wide(sigma), wide(labels))
+        denoised, logvar = reference.denoise(config, *(self.cast(given) for given in (params, x, sigma, labels)))
         return denoised.astype(np.float32), logvar.astype(np.float32)
 
     def sample(
@@ -32,23 +33,25 @@ class NumpyPort:
         churn_noise: Iterable[np.ndarray] | None = None,
         **steps: Any,
     ) -> np.ndarray:
-        net = denoiser(config, params, labels)
+        net = self.denoiser(config, params, labels)
         other, weights = (config, guide or params) if guide is None or isinstance(guide, Mapping) else guide
-        away = denoiser(other, weights, labels if guide is not None else None)
-        churn = None if churn_noise is None else map(wide, churn_noise)
+        away = self.denoiser(other, weights, labels if guide is not None else None)
+        churn = None if churn_noise is None else map(self.cast, churn_noise)
         run = sampler.guided(net, away, guidance=guidance)
-        return sampler.sample(run, wide(noise), churn_noise=churn, **steps).astype(np.float32)
+        return sampler.sample(run, self.cast(noise), churn_noise=churn, **steps).astype(np.float32)
 
+    def denoiser(self, config: NetworkConfig, params: Params, labels: np.ndarray | None) -> sampler.Denoiser:
+        weights, given = self.cast(params), self.cast(labels) if config.label_dim else None
 
-def denoiser(config: NetworkConfig, params: Params, labels: np.ndarray | None) -> sampler.Denoiser:
-    weights, given = wide(params), wide(labels) if config.label_dim else None
-    return lambda x, sigma: reference.denoise(config, weights, x, np.full((len(x), 1, 1, 1), sigma), given)[0]
+        def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
+            return reference.denoise(config, weights, x, np.full((len(x), 1, 1, 1), sigma, self.dtype), given)[0]
 
+        return denoise
 
-def wide(values: Any) -> Any:
-    if isinstance(values, Mapping):
-        return {name: wide(value) for name, value in values.items()}
-    return None if values is None else np.asarray(values, np.float64)
+    def cast(self, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            return {name: self.cast(value) for name, value in values.items()}
+        return None if values is None else np.asarray(values, self.dtype)
 
 
 PORT = NumpyPort()
