@@ -1,8 +1,12 @@
-"""Every check of the project, each in an environment of its own: ``nox`` runs all but benchmarks, ``nox -s NAME`` one.
+"""Every check of the project: ``nox`` runs all but benchmarks, ``nox -s NAME`` one.
 
-Arguments after ``--`` go to pytest: ``nox -s conformance -- --port torch``.
+Those that need the frameworks share an environment, ``.nox/all``, which takes minutes to install. Arguments after
+``--`` go to pytest: ``nox -s conformance -- --port torch``.
 """
 
+import functools
+import os
+import sys
 from pathlib import Path
 
 import nox
@@ -21,12 +25,23 @@ CHEAP_XLA = {
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # a process is its core's: threads of several would wait for each other
 PARALLEL = ("-n", "auto", "--maxprocesses", "4")
 
+shared = functools.partial(nox.session, venv_backend="none")
+
+
+def run(session: nox.Session, module: str, *arguments: str, **environment: str) -> None:
+    """``python -m module`` in the shared environment, made if it is not there and brought up to date."""
+    home = Path(".nox", "all").absolute()
+    python = str(home / ("Scripts" if os.name == "nt" else "bin") / "python")
+    if not Path(python).exists():
+        session.run(sys.executable, "-m", "venv", str(home), external=True)
+    session.run(python, "-m", "pip", "install", "--quiet", "-e", ".[dev,torch,jax,mlx]", external=True)
+    session.run(python, "-m", module, *arguments, external=True, env=environment)
+
 
 def pytest(session: nox.Session, *arguments: str) -> None:
     """pytest in several processes; arguments after ``--`` go last."""
-    session.install("-e", ".[test,torch,jax,mlx]")
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(session.create_tmp(), "xla").absolute())}
-    session.run("pytest", *PARALLEL, *arguments, *session.posargs, env=CHEAP_XLA | ONE_THREAD | cache)
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(".nox", "xla").absolute())}
+    run(session, "pytest", *PARALLEL, *arguments, *session.posargs, **CHEAP_XLA, **ONE_THREAD, **cache)
 
 
 @nox.session
@@ -39,20 +54,19 @@ def lint(session: nox.Session) -> None:
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
 
 
-@nox.session
+@shared
 def types(session: nox.Session) -> None:
     """Static types."""
-    session.install("-e", ".[dev,torch]")
-    session.run("mypy")
+    run(session, "mypy")
 
 
-@nox.session
+@shared
 def tests(session: nox.Session) -> None:
     """The repo's own tests: pipeline, commands, public API, the digits run, the examples."""
-    pytest(session, "tests", "--dist", "loadgroup")
+    pytest(session, "tests")
 
 
-@nox.session
+@shared
 def conformance(session: nox.Session) -> None:
     """The specification in every array library, every port against its oracles; the report in build/conformance.
 

@@ -29,16 +29,18 @@ def ema_tensors(
     port: Literal["torch", "jax", "mlx"] = "torch",
     duration: str = "32Ki",
     length: float = 0.05,
+    tensors: str = "",
     folder: Path = Path("ema-tensors"),
 ) -> None:
-    """Train for DURATION images; move one tensor at a time away from LENGTH."""
+    """Train for DURATION images; move one tensor at a time away from LENGTH, of those with TENSORS in their name."""
     study = Study(folder, port=port)
     run = study.train("run", "--duration", duration, "--snapshot", "1Ki")
     base, short, long = study.averages(run, (length, SHORT, LONG))
     least = study.denoising_loss(base, held_out=True)
     print(f"\nloss {least:.5f} with all at {length:g}; percent more with one tensor's average at")
     print(f"{SHORT:>8} {LONG:>8}  tensor")
-    weights = [name for name, parameter in plan(base.network).parameters.items() if parameter.kind == "weight"]
+    table = plan(base.network).parameters
+    weights = [name for name, parameter in table.items() if parameter.kind == "weight" and tensors in name]
     changes = {
         name: [
             100 * (study.denoising_loss(replace(base, params={**base.params, name: other.params[name]}), held_out=True)

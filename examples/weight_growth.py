@@ -15,6 +15,8 @@ import numpy as np
 import tyro
 
 from backends.pipeline.commands import command
+from backends.pipeline.options import parse_count
+from edm2_core.presets import preset
 from examples.digits import Study
 
 
@@ -27,7 +29,8 @@ def weight_growth(
     port: Literal["torch", "jax", "mlx"] = "torch", duration: str = "40Ki", folder: Path = Path("weight-growth")
 ) -> None:
     """Train CONFIG D and E for DURATION images each."""
-    study, options = Study(folder, port=port), ("--duration", duration, "--decay", 0, "--telemetry", 40)
+    every = max(1, parse_count(duration) // preset("digits").batch // 8)
+    study, options = Study(folder, port=port), ("--duration", duration, "--decay", 0, "--telemetry", every)
     lines = [list(study.train(rung, "--ladder", rung, *options).telemetry())[1:] for rung in "DE"]
     print("\nimages  weights D        E  updates D        E")
     for pair in zip(*lines, strict=True):

@@ -2,8 +2,23 @@
 
 import pytest
 from toy_port import PRESET
+from xdist.scheduler import LoadScopeScheduling
 
 from edm2_core.presets import PRESETS
+
+SHARED_RUNS = "test_torch_commands.py"  # one process trains on digits, for all that look at it
+
+
+class OneByOne(LoadScopeScheduling):
+    """Tests go to whichever process is free, those of SHARED_RUNS to one: first, as they are many."""
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0]
+        return file if file.endswith(SHARED_RUNS) else nodeid
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return OneByOne(config, log)  # pytest-xdist's own groups are lost on pytest 9.2
 
 
 @pytest.fixture

@@ -59,9 +59,9 @@ def test_toy_2d_guidance_has_fewer_outliers_and_denser_points(tmp_path):
 
 STUDIES = {
     "ema_length": ("--rates", 0.05, "--durations", "2Ki"),
-    "ema_tensors": ("--duration", "2Ki"),
+    "ema_tensors": ("--duration", "2Ki", "--tensors", "out_conv"),
     "guidance_length": ("--duration", "2Ki", "--weights", 1, "--samples", 70),
-    "weight_growth": ("--duration", "12Ki"),
+    "weight_growth": ("--duration", "2Ki"),
     "overfitting": ("--duration", "2Ki", "--dropout", 0.1, "--count", 50),
 }
 
@@ -76,7 +76,7 @@ def test_studies_end_with_their_table(tmp_path, study):
 
 def test_the_ladder_ends_with_a_row_for_each_rung_and_a_page(tmp_path):
     pytest.importorskip("torch", reason="torch is not installed")
-    options = ("--rungs", "A", "G", "--duration", "2Ki", "--samples", 70, "--folder", tmp_path / "ladder")
+    options = ("--rungs", "A", "G", "--duration", "1Ki", "--samples", 70, "--folder", tmp_path / "ladder")
     lines = printed("ladder", *options)
     rows = {line.split()[0]: line.split()[1:] for line in lines if re.match(r"[AG] +\d", line)}
     assert set(rows) == {"A", "G"}

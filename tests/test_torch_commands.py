@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from backends.pipeline.state import load_state
 from edm2_core.presets import preset
 
 TRAIN, SAMPLE = ("-m", "backends.torch.train"), ("-m", "backends.torch.sample")
-pytestmark = pytest.mark.xdist_group("torch commands")  # one process trains on digits, for all that look at it
 SMALL = ("--duration", "384", "--batch", "64", "--snapshot", "1000", "--status", "128", "--checkpoint", "1Ki")
 
 
@@ -208,7 +208,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path: Path, prepare, comma
     done = run_here(*command, cwd=tmp_path, status=2)
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert __import__("re").search(says, done.stderr), done.stderr
+    assert re.search(says, done.stderr), done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from backends.torch.network import Network
+from backends.torch.port import PORT
 from backends.torch.step import Batch, Training, batch_loss, force_weight_norm, zero_nonfinite
 from backends.torch.weights import build, dump, tensors
+from conformance import oracle, tolerance
+from conformance import strategies as draw
 from edm2_core.network import NetworkConfig, initialize, plan
 
 CONFIG = NetworkConfig(
@@ -168,3 +171,15 @@ def test_forward_mode_derivative_is_the_finite_difference() -> None:
     with torch.no_grad():
         ahead, behind = (network(x + step * direction, sigma, labels)[0] for step in (h, -h))
     assert ((ahead - behind) / (2 * h) - derivative).norm() < 1e-6 * derivative.norm()
+
+
+def test_config_b_has_forward_derivatives_at_any_size() -> None:
+    """Convolutions of two pixels a side answer channels last, of which PyTorch's group norm has none."""
+    config = NetworkConfig(
+        img_resolution=2, img_channels=1, model_channels=6, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
+        channels_per_head=6, channels_per_group=6, ladder="B",
+    )  # fmt: skip
+    params, batch = draw.random_parameters(config, 0), draw.random_batch(config, 0)
+    tangent = draw.normal(2, *batch.images.shape)
+    _, along = PORT.jvp(config, params, batch.noisy, batch.sigma, batch.labels, tangent)
+    assert tolerance.relative(along, oracle.along(config, params, batch, tangent)) < 4 * tolerance.network(config)

@@ -97,6 +97,7 @@ class GroupNorm(nn.Module):
             return x
         if self.kind is ladder.GroupNorm.PLAIN:
             return normalize(x.unflatten(1, (self.groups, -1)), (2, 3, 4)).flatten(1, 2)
+        x = x.contiguous()  # convolutions may answer channels last, of which it has no forward derivative
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.group_norm(x.to(wide), self.groups, self.scale, self.bias, GROUP_EPS).to(x.dtype)
 
