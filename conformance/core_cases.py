@@ -78,10 +78,14 @@ def _mp_cases() -> list[Case]:
     def angle(x: np.ndarray, freqs: np.ndarray, phases: np.ndarray) -> np.ndarray:
         return sqrt(2) * (1 + np.abs(x[:, None] * freqs) + np.abs(phases))
 
+    def tail(x: np.ndarray) -> np.ndarray:
+        """exp(x) that reduces x by one rounded product is off by |x| eps / 2, beside 8 eps of the rest."""
+        return np.abs(mp.mp_silu(x)) * (1 + np.maximum(-x, 0) / 16)
+
     cases = [
         Case("normalize", "MP-1", mp.normalize, one, mp.normalize, 4 + tolerance.reduction(6 * 24)),
         Case("normalize-pixel", "MP-1", mp.normalize, one, lambda x: mp.normalize(x, axis=1), 4 + pixel),
-        Case("mp_silu", "MP-2", mp.mp_silu, one, mp.mp_silu, 8, flushed=200.0),
+        Case("mp_silu", "MP-2", mp.mp_silu, one, mp.mp_silu, 8, tail, flushed=200.0),
         Case("mp_sum", "MP-3", mp.mp_sum, two, blend, 4, _magnitudes(blend)),
         Case("mp_cat", "MP-4", mp.mp_cat, unequal, joined, 4),
         Case("mp_fourier", "MP-5", mp.mp_fourier, angles, mp.mp_fourier, 4, angle),

@@ -44,7 +44,7 @@ def normalize(x: Array, /, *, axis: int | tuple[int, ...] | None = None, eps: fl
 
 @scalars_too
 def mp_silu(x: Array, /) -> Array:
-    """silu(x) / 0.596, elementwise. Source: Eq. 81. Accurate and free of overflow for any finite ``x``."""
+    """silu(x) / 0.596, elementwise. Source: Eq. 81. Accurate and free of overflow where the answer is finite."""
     xp, wide = namespace(x), widened(x)
     tail = xp.exp(-xp.abs(wide))
     return cast(wide * xp.where(wide >= 0, xp.ones_like(tail), tail) / ((1 + tail) * SILU_RMS), x)
