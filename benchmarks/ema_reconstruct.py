@@ -69,7 +69,7 @@ Measured by `nox -s bench_ema` on {machine()}; medians of {repeats} runs, times 
 {found["read", False]["seconds"]:.2f} s from the page cache and {found["read", True]["seconds"]:.2f} s from the disk;
 `x reading` is the ratio to that.
 
-Averages in memory, from the page cache: `backends.pipeline.reconstruct.reconstruct` beside `synthesize_ema_model` of
+Averages in memory, from the page cache: `backends.pipeline.checkpoints.reconstruct.reconstruct` beside `synthesize_ema_model` of
 {_version("ema_pytorch")}, which is called once per output.
 
 | outputs | ours | ema-pytorch | x faster | its peak |
@@ -173,8 +173,8 @@ def _command(folder: Path, targets: list[float], out: Path) -> Callable[[], None
     import array_api_compat.numpy  # noqa: F401
     import typeguard  # noqa: F401
 
-    import backends.tools.reconstruct  # noqa: F401
-    from backends.tools.cli import main as edm2
+    import backends.commands.reconstruct  # noqa: F401
+    from backends.commands.cli import main as edm2
 
     words = ["reconstruct", str(folder), "--sigma-rels", *map(str, targets), "--outdir", str(out), "--memory", "1Gi"]
 
@@ -188,7 +188,7 @@ def _command(folder: Path, targets: list[float], out: Path) -> Callable[[], None
 def _ours(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
     import array_api_compat.numpy  # noqa: F401
 
-    from backends.pipeline.reconstruct import reconstruct
+    from backends.pipeline.checkpoints.reconstruct import reconstruct
 
     def work() -> None:
         reconstruct(folder, sigma_rels=targets)
@@ -221,7 +221,7 @@ def _module() -> Any:
 
 def _make(folder: Path, *, files: int, times: int = 1) -> Path:
     """Snapshots at equal intervals; ``times`` as many parameters."""
-    from backends.pipeline.snapshots import Snapshot, save_snapshot
+    from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot
 
     if not folder.exists():
         generator, shapes = np.random.default_rng(0), {n: (times * s[0], *s[1:]) for n, s in SHAPES.items()}

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from backends.pipeline.datasets import open_dataset
-from backends.pipeline.options import TrainOptions
-from backends.pipeline.settings import resolve
+from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs.config import resolve
+from backends.pipeline.runs.options import TrainOptions
 from benchmarks.ema_reconstruct import machine
 
 EVERY = 50

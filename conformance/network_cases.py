@@ -178,7 +178,7 @@ def sample_batch_independence(port: Subject, config: NetworkConfig, seed: int) -
 def seeds(port: Subject, config: NetworkConfig, first: int) -> None:
     """What a person sees: 8-bit pixels of seeded noise and labels, at most a level from the oracle's. So all ports
     agree with each other to two levels, where rounding to a level falls on different sides."""
-    from backends.pipeline import seeds as seeded
+    from backends.pipeline.data import seeds as seeded
 
     params = draw.random_parameters(config, 0, max_gain=1.0)
     chosen, shape = range(first, first + 2), (config.img_channels, *[config.img_resolution] * 2)

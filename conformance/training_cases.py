@@ -117,7 +117,7 @@ def first_step(port: Subject, config: NetworkConfig, seed: int) -> None:
 
 def _state(config: NetworkConfig, params: Params, seed: int) -> Any:
     """A run between two steps, with moments and averages that are not each other's."""
-    from backends.pipeline.state import State
+    from backends.pipeline.checkpoints.states import State
 
     names = trained_names(config)
     constants = {name: params[name] for name in params if name not in names}
@@ -136,7 +136,7 @@ def _state(config: NetworkConfig, params: Params, seed: int) -> Any:
 def state_file(port: Subject, config: NetworkConfig, seed: int) -> None:
     """Written, read, taken in by the port, given back, written: the same bytes. A file that each port gives back as it
     was crosses between any two."""
-    from backends.pipeline.state import load_state, save_state
+    from backends.pipeline.checkpoints.states import load_state, save_state
 
     before = _state(config, draw.random_parameters(config, seed), seed)
     with TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 
-from backends.pipeline.state import State
+from backends.pipeline.checkpoints.states import State
 from conformance import oracle
 from conformance.examples.numpy_port.adapter import NumpyPort
 from conformance.strategies import Batch

@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from backends.pipeline.state import State
+from backends.pipeline.checkpoints.states import State
 from conformance import measure, oracle
 from conformance.ports import Subject
 from conformance.strategies import Batch

@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image
 from sklearn.svm import SVC
 
-from backends.pipeline.datasets import open_dataset, to_model
-from backends.pipeline.reconstruct import reconstruct
-from backends.pipeline.runs import Run
-from backends.pipeline.sampling import Job, sample_images
-from backends.pipeline.seeds import labels as seeded_labels
-from backends.pipeline.seeds import noise
-from backends.pipeline.snapshots import Snapshot, load_snapshot
+from backends.pipeline.checkpoints.reconstruct import reconstruct
+from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot
+from backends.pipeline.data.datasets import open_dataset, to_model
+from backends.pipeline.data.seeds import labels as seeded_labels
+from backends.pipeline.data.seeds import noise
+from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.sampling import Job, sample_images
 from edm2_core.errors import InputError
 from edm2_core.loss import weight
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from backends.pipeline.commands import command
+from backends.pipeline.runs.exit_codes import command
 from examples.digits import Study
 
 LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.15, 0.20)

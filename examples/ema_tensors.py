@@ -13,7 +13,7 @@ from typing import Literal
 
 import tyro
 
-from backends.pipeline.commands import command
+from backends.pipeline.runs.exit_codes import command
 from edm2_core.network import plan
 from examples.digits import Study
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from backends.pipeline.commands import command
+from backends.pipeline.runs.exit_codes import command
 from examples.digits import SAMPLES, Study
 
 LENGTHS = (0.02, 0.05, 0.10, 0.15, 0.25)

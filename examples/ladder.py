@@ -12,9 +12,9 @@ from typing import Literal
 
 import tyro
 
-from backends.pipeline.commands import command
-from backends.pipeline.runs import Run
-from backends.tools import report
+from backends.commands import report
+from backends.pipeline.runs.exit_codes import command
+from backends.pipeline.runs.folder import Run
 from edm2_core.ladder import RUNGS, Rung
 from examples.digits import SAMPLES, STEPS, Study
 

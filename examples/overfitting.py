@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from backends.pipeline.commands import command
+from backends.pipeline.runs.exit_codes import command
 from examples.digits import Study
 
 

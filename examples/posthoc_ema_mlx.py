@@ -14,7 +14,7 @@ from mlx import nn, optimizers
 from mlx.utils import tree_flatten
 
 from backends.mlx.ema import PowerEMA, reconstruct
-from backends.pipeline.datasets import open_dataset, to_model
+from backends.pipeline.data.datasets import open_dataset, to_model
 
 BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images a step, from snapshot to snapshot, and to learn from
 LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.10, 0.13, 0.17, 0.22, 0.28)  # shares of training that averages reach back

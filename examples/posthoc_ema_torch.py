@@ -14,7 +14,7 @@ import tyro
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from backends.pipeline.datasets import open_dataset, to_model
+from backends.pipeline.data.datasets import open_dataset, to_model
 from backends.torch.ema import PowerEMA, reconstruct
 
 BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images a step, from snapshot to snapshot, and to learn from

@@ -15,8 +15,8 @@ import torch
 import tyro
 from torch import Tensor, distributions, nn
 
-from backends.pipeline.commands import command
-from backends.pipeline.images import save_rows
+from backends.pipeline.runs.exit_codes import command
+from backends.pipeline.runs.pictures import save_rows
 from backends.torch.ema import PowerEMA
 from edm2_core.loss import loss, noise_level
 from edm2_core.mp import force_weight_norm, mp_cat, mp_fourier, mp_silu, mp_sum, mp_weight

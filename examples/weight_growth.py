@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from backends.pipeline.commands import command
-from backends.pipeline.options import parse_count
+from backends.pipeline.runs.exit_codes import command
+from backends.pipeline.runs.options import parse_count
 from edm2_core.presets import preset
 from examples.digits import Study
 

@@ -20,7 +20,7 @@ def main() -> None:
     check(any("LICENSE" in str(file) for file in metadata.files("edm2") or ()), "LICENSE is missing")
 
     import conformance
-    from backends.pipeline.datasets import open_dataset
+    from backends.pipeline.data.datasets import open_dataset
 
     check(bool(conformance.__doc__), "conformance is missing")
     held = resources.files("conformance")

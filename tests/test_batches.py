@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.pipeline.batches import Batches, sample_indices
-from backends.pipeline.datasets import open_dataset, to_model
+from backends.pipeline.data.batches import Batches, sample_indices
+from backends.pipeline.data.datasets import open_dataset, to_model
 from edm2_core.errors import InputError
 
 PINNED = [3, 0, 2, 4, 8, 7, 6, 9, 5, 0]

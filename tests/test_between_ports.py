@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from toy_port import train
 
-from backends.pipeline import seeds
-from backends.pipeline.datasets import to_uint8
-from backends.pipeline.snapshots import Snapshot, load_snapshot, save_snapshot
-from backends.pipeline.state import State, load_state, save_state
+from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, save_snapshot
+from backends.pipeline.checkpoints.states import State, load_state, save_state
+from backends.pipeline.data import seeds
+from backends.pipeline.data.datasets import to_uint8
 from conformance import ports
 from conformance import strategies as draw
 from edm2_core.network import plan

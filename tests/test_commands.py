@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from backends.pipeline.commands import Interrupts, command
+from backends.pipeline.runs.exit_codes import Interrupts, command
 from edm2_core.errors import InputError
 
 

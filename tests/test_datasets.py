@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backends.pipeline.datasets import Dataset, open_dataset, to_model, to_uint8
+from backends.pipeline.data.datasets import Dataset, open_dataset, to_model, to_uint8
 from edm2_core.errors import InputError
 
 Pack = Callable[[Path], Path]

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import pytest
 
-from backends.pipeline.files import write_atomically
+from backends.pipeline.checkpoints.atomic import write_atomically
 from edm2_core.errors import InputError
 
 
@@ -92,7 +92,7 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_bytes(b"old")
     script = (
         "import os, signal, sys\n"
-        "from backends.pipeline.files import write_atomically\n"
+        "from backends.pipeline.checkpoints.atomic import write_atomically\n"
         "def write(file):\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_atomically(sys.argv[1], write)\n"

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from toy_port import CONFIG, ToySampler, ToyTrainer
 
-from backends.pipeline.datasets import open_dataset
-from backends.pipeline.options import SampleOptions, TrainOptions
-from backends.pipeline.runs import Run
-from backends.pipeline.sampling import run_sampling
-from backends.pipeline.settings import resolve
-from backends.pipeline.snapshots import Metadata, load_snapshot, read_metadata
-from backends.pipeline.sources import open_sources
-from backends.pipeline.state import State, load_state, save_state
-from backends.pipeline.training import run_training
-from backends.tools.cli import main as edm2
+from backends.commands.cli import main as edm2
+from backends.pipeline.checkpoints.snapshots import Metadata, load_snapshot, read_metadata
+from backends.pipeline.checkpoints.sources import open_sources
+from backends.pipeline.checkpoints.states import State, load_state, save_state
+from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs.config import resolve
+from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.options import SampleOptions, TrainOptions
+from backends.pipeline.runs.sampling import run_sampling
+from backends.pipeline.runs.training import run_training
 from edm2_core.ema import HalfLife, beta, coefficients
 from edm2_core.errors import InputError
 from edm2_core.network import initialize

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backends.pipeline.images import save_grid, save_images, save_rows
+from backends.pipeline.runs.pictures import save_grid, save_images, save_rows
 from edm2_core.errors import InputError
 
 GAP, MARGIN = 4, 12

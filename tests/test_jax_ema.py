@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from backends.pipeline.snapshots import load_snapshot
+from backends.pipeline.checkpoints.snapshots import load_snapshot
 from edm2_core.ema import beta as exact_beta
 from edm2_core.ema import profile, sigma_rel_to_gamma
 from edm2_core.errors import InputError

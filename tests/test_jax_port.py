@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from toy_port import train
 
-from backends.pipeline.datasets import open_dataset
-from backends.pipeline.options import TrainOptions
-from backends.pipeline.settings import resolve
+from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs.config import resolve
+from backends.pipeline.runs.options import TrainOptions
 from conformance import oracle, tolerance
 from conformance import strategies as draw
 from edm2_core import reference

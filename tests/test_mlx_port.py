@@ -263,7 +263,7 @@ def test_a_process_that_waits_for_another_in_vain_says_so(tmp_path, end):
     script = f"""
 import os, sys, time
 from backends.mlx.device import Processes
-from backends.pipeline.commands import command
+from backends.pipeline.runs.exit_codes import command
 @command
 def main():
     here = Processes.here()

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backends.pipeline.official import LICENCE, read_official
-from backends.pipeline.snapshots import load_snapshot
-from backends.tools.cli import main
+from backends.commands.cli import main
+from backends.pipeline.checkpoints.official import LICENCE, read_official
+from backends.pipeline.checkpoints.snapshots import load_snapshot
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, initialize
 

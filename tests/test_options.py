@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.pipeline.options import SampleOptions, TrainOptions, count_text, flag, parse, parse_count
+from backends.pipeline.runs.options import SampleOptions, TrainOptions, count_text, flag, parse, parse_count
 from edm2_core.errors import InputError
 
 

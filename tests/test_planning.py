@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from backends.tools.cli import main
+from backends.commands.cli import main
 from edm2_core.ema import (
     OpenPlan,
     TimedPlan,

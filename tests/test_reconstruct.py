@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backends.pipeline.reconstruct import Recipe, reconstruct, run
-from backends.pipeline.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_name
-from backends.pipeline.sources import Described, open_sources
-from backends.pipeline.tensorfiles import DTYPES, TensorFile, layout
+from backends.pipeline.checkpoints.reconstruct import Recipe, reconstruct, run
+from backends.pipeline.checkpoints.safetensors_io import DTYPES, TensorFile, layout
+from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_name
+from backends.pipeline.checkpoints.sources import Described, open_sources
 from edm2_core.ema import beta, coefficients
 from edm2_core.errors import InputError
 

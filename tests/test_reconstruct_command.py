@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from backends.pipeline.reconstruct import Recipe, reconstruct, run
-from backends.pipeline.snapshots import Snapshot, load_snapshot, save_snapshot
-from backends.pipeline.sources import Described, open_sources
-from backends.tools.cli import main
+from backends.commands.cli import main
+from backends.pipeline.checkpoints.reconstruct import Recipe, reconstruct, run
+from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, save_snapshot
+from backends.pipeline.checkpoints.sources import Described, open_sources
 from edm2_core.ema import beta, coefficients, gamma_to_sigma_rel, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 
@@ -104,8 +104,8 @@ def test_memory_and_threads_do_not_change_the_result(folder, monkeypatch):
     recipe = Recipe.of(sources, sigma_rels=[0.03, 0.2])
     results = []
     for threads, most in ((1, 1 << 16), (4, 1 << 16), (4, 1 << 9)):
-        monkeypatch.setattr("backends.pipeline.reconstruct.THREADS", threads)
-        monkeypatch.setattr("backends.pipeline.reconstruct._BLOCKS", (1 << 8, most))
+        monkeypatch.setattr("backends.pipeline.checkpoints.reconstruct.THREADS", threads)
+        monkeypatch.setattr("backends.pipeline.checkpoints.reconstruct._BLOCKS", (1 << 8, most))
         made = recipe.empty(), recipe.empty()
 
         def keep(block, values, made=made):
@@ -224,18 +224,18 @@ def test_an_empty_folder_is_refused(tmp_path, capsys):
 
 
 BIG = {f"layer{i}": (512, 2048) for i in range(8)}
-START = [sys.executable, "-c", "import sys; from backends.tools.cli import main; sys.exit(main())", "reconstruct"]
+START = [sys.executable, "-c", "import sys; from backends.commands.cli import main; sys.exit(main())", "reconstruct"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
 def test_what_was_stopped_goes_on_and_ends_the_same(tmp_path, signum):
     stored = fill(tmp_path / "stored", BIG)
     slow = (
-        "import sys, time; from backends.tools import reconstruct as r; r._EVERY = 0.05\n"
-        "from backends.pipeline.outputs import Writer; write = Writer.write\n"
+        "import sys, time; from backends.commands import reconstruct as r; r._EVERY = 0.05\n"
+        "from backends.pipeline.checkpoints.outputs import Writer; write = Writer.write\n"
         "def slowly(*a): time.sleep(0.05); write(*a)\n"
         "Writer.write = slowly\n"
-        "from backends.tools.cli import main; sys.exit(main())"
+        "from backends.commands.cli import main; sys.exit(main())"
     )
     words = [str(stored), "--sigma-rels", "0.03", "0.2", "--outdir"]
     subprocess.run([*START, *words, str(tmp_path / "whole")], check=True, capture_output=True)

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 from toy_port import PRESET, ToySampler, ToyTrainer
 
-from backends.pipeline.options import TrainOptions
-from backends.pipeline.runs import Run
-from backends.pipeline.snapshots import Snapshot, save_snapshot, snapshot_name
-from backends.pipeline.training import run_training
-from backends.tools import sections, strips
-from backends.tools.cli import main
-from backends.tools.history import POINTS, History, thin
+from backends.commands import sections, strips
+from backends.commands.cli import main
+from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
+from backends.pipeline.report.history import POINTS, History, thin
+from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.options import TrainOptions
+from backends.pipeline.runs.training import run_training
 from edm2_core.ema import HalfLife
 from edm2_core.network import initialize
 from edm2_core.presets import PRESETS
@@ -29,7 +29,7 @@ COLUMNS = [f"{kind}_{part}" for kind in ("activation", "weight", "gradient") for
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(toy, monkeypatch):
-    monkeypatch.setattr("backends.tools.report.open_port", lambda name: ("toy", ToySampler()))
+    monkeypatch.setattr("backends.commands.report.open_port", lambda name: ("toy", ToySampler()))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def page(trained):
     """Of the whole run, as it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "toy", PRESET)
-        patch.setattr("backends.tools.report.open_port", lambda name: ("toy", ToySampler()))
+        patch.setattr("backends.commands.report.open_port", lambda name: ("toy", ToySampler()))
         assert report(trained) == 0
     return Page(trained / "report/report.html")
 
@@ -282,7 +282,7 @@ def store_one(run, length=0.1):
 
 
 def test_without_any_port_the_page_says_so_and_has_the_rest(run, monkeypatch):
-    monkeypatch.setattr("backends.tools.report.open_port", lambda name: None)
+    monkeypatch.setattr("backends.commands.report.open_port", lambda name: None)
     run.telemetry_path.unlink()
     assert report(run.path) == 0
     made = Page("run/report/report.html")

@@ -5,11 +5,11 @@ import os
 import pytest
 from toy_port import CONFIG
 
-from backends.pipeline.datasets import open_dataset
-from backends.pipeline.options import TrainOptions
-from backends.pipeline.runs import Run, create, newest
-from backends.pipeline.settings import resolve
-from backends.pipeline.snapshots import Snapshot, save_snapshot, snapshot_name
+from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
+from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs.config import resolve
+from backends.pipeline.runs.folder import Run, create, newest
+from backends.pipeline.runs.options import TrainOptions
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
 

@@ -7,14 +7,14 @@ import pytest
 from PIL import Image
 from toy_port import CONFIG, ToySampler
 
-from backends.pipeline.datasets import open_dataset
-from backends.pipeline.options import SampleOptions, TrainOptions
-from backends.pipeline.runs import Run
-from backends.pipeline.sampling import run_sampling
-from backends.pipeline.seeds import labels as seed_labels
-from backends.pipeline.seeds import noise
-from backends.pipeline.settings import resolve
-from backends.pipeline.snapshots import Snapshot, save_snapshot, snapshot_name
+from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
+from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.data.seeds import labels as seed_labels
+from backends.pipeline.data.seeds import noise
+from backends.pipeline.runs.config import resolve
+from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.options import SampleOptions, TrainOptions
+from backends.pipeline.runs.sampling import run_sampling
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
 

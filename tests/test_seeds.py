@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.pipeline import seeds
+from backends.pipeline.data import seeds
 from edm2_core.errors import InputError
 
 SHAPE = (2, 3, 4)

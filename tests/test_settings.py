@@ -5,9 +5,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from backends.pipeline.datasets import open_dataset
-from backends.pipeline.options import TrainOptions
-from backends.pipeline.settings import Settings, data_spec, microbatches, resolve
+from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs.config import Settings, data_spec, microbatches, resolve
+from backends.pipeline.runs.options import TrainOptions
 from edm2_core.ema import HalfLife
 from edm2_core.errors import InputError
 from edm2_core.presets import PRESETS

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from backends.pipeline import snapshots, tensorfiles
-from backends.pipeline.snapshots import Snapshot, load_snapshot, read_metadata, save_snapshot, snapshot_name
+from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, read_metadata, save_snapshot, snapshot_name
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, initialize
 

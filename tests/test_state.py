@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from toy_port import CONFIG
 
-from backends.pipeline import tensorfiles
-from backends.pipeline.state import State, load_state, read_counters, save_state
+from backends.pipeline.checkpoints import safetensors_io as tensorfiles
+from backends.pipeline.checkpoints.states import State, load_state, read_counters, save_state
 from edm2_core.errors import InputError
 from edm2_core.network import initialize, plan
 

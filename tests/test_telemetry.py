@@ -7,12 +7,12 @@ from itertools import product
 import numpy as np
 import pytest
 
-from backends.pipeline import telemetry
-from backends.pipeline.datasets import open_dataset
-from backends.pipeline.options import TrainOptions
-from backends.pipeline.runs import Run
-from backends.pipeline.settings import resolve
-from backends.pipeline.telemetry import BINS, Measurement
+from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs import telemetry
+from backends.pipeline.runs.config import resolve
+from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.options import TrainOptions
+from backends.pipeline.runs.telemetry import BINS, Measurement
 from conformance import tolerance
 from edm2_core import reference
 from edm2_core.network import initialize, plan

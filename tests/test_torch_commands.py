@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from sklearn.svm import SVC
 
-from backends.pipeline.datasets import open_dataset
-from backends.pipeline.snapshots import load_snapshot
-from backends.pipeline.state import load_state
+from backends.pipeline.checkpoints.snapshots import load_snapshot
+from backends.pipeline.checkpoints.states import load_state
+from backends.pipeline.data.datasets import open_dataset
 from edm2_core.presets import preset
 
 TRAIN, SAMPLE = ("-m", "backends.torch.train"), ("-m", "backends.torch.sample")

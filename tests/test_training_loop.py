@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from toy_port import PRESET, ToySampler, ToyTrainer
 
-from backends.pipeline.options import TrainOptions
-from backends.pipeline.runs import Run
-from backends.pipeline.snapshots import load_snapshot, save_snapshot
-from backends.pipeline.state import load_state, read_counters
-from backends.pipeline.training import run_training
+from backends.pipeline.checkpoints.snapshots import load_snapshot, save_snapshot
+from backends.pipeline.checkpoints.states import load_state, read_counters
+from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.options import TrainOptions
+from backends.pipeline.runs.training import run_training
 from edm2_core.ema import plan_snapshots
 from edm2_core.errors import InputError
 from edm2_core.network import initialize

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from backends.pipeline.options import TrainOptions
-from backends.pipeline.state import State, load_state
-from backends.pipeline.training import run_training
+from backends.pipeline.checkpoints.states import State, load_state
+from backends.pipeline.runs.options import TrainOptions
+from backends.pipeline.runs.training import run_training
 from edm2_core.ema import beta
 from edm2_core.network import NetworkConfig, initialize, plan
 from edm2_core.presets import PRESETS

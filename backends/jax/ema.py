@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from backends.pipeline.reconstruct import reconstruct as reconstruct_arrays
-from backends.pipeline.snapshots import save_averages
+from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_arrays
+from backends.pipeline.checkpoints.snapshots import save_averages
 from edm2_core.ema import HalfLife, as_length, beta, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from backends.pipeline.adapters import Guide, Params, Sampling
-from backends.pipeline.state import State
+from backends.pipeline.checkpoints.states import State
+from backends.ports import Guide, Params, Sampling
 from edm2_core import sampler
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from backends.pipeline.commands import command
-from backends.pipeline.options import SampleOptions, parse
-from backends.pipeline.sampling import OpenSampler, run_sampling
+from backends.pipeline.runs.exit_codes import command
+from backends.pipeline.runs.options import SampleOptions, parse
+from backends.pipeline.runs.sampling import OpenSampler, run_sampling
 
 PROG = "python -m backends.jax.sample"
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from backends.pipeline.state import State as Stored
+from backends.pipeline.checkpoints.states import State as Stored
 from edm2_core import loss as objective
 from edm2_core.ema import as_length
 from edm2_core.network import NetworkConfig, plan

@@ -1,4 +1,4 @@
-"""What a training step is made of, measured beside it: see :mod:`backends.pipeline.telemetry`."""
+"""What a training step is made of, measured beside it: see :mod:`backends.pipeline.runs.telemetry`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from backends.pipeline.telemetry import Measurement, watched
+from backends.pipeline.runs.telemetry import Measurement, watched
 from edm2_core import loss as objective
 from edm2_core.network import NetworkConfig
 
@@ -25,7 +25,7 @@ class Start(NamedTuple):
 
 
 class Found(NamedTuple):
-    """:class:`~backends.pipeline.telemetry.Measurement`, on the device."""
+    """:class:`~backends.pipeline.runs.telemetry.Measurement`, on the device."""
 
     activations: Rows
     weights: Rows

@@ -7,9 +7,9 @@ the first one's address and port, JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0 o
 import sys
 from collections.abc import Sequence
 
-from backends.pipeline.commands import command
-from backends.pipeline.options import TrainOptions, parse
-from backends.pipeline.training import run_training
+from backends.pipeline.runs.exit_codes import command
+from backends.pipeline.runs.options import TrainOptions, parse
+from backends.pipeline.runs.training import run_training
 
 PROG = "python -m backends.jax.train"
 

@@ -13,10 +13,10 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
-from backends.pipeline.options import TrainOptions
-from backends.pipeline.settings import Settings, microbatches
-from backends.pipeline.state import State as Stored
-from backends.pipeline.telemetry import Measurement
+from backends.pipeline.checkpoints.states import State as Stored
+from backends.pipeline.runs.config import Settings, microbatches
+from backends.pipeline.runs.options import TrainOptions
+from backends.pipeline.runs.telemetry import Measurement
 from edm2_core.errors import InputError
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
@@ -35,7 +35,7 @@ def drawn(settings: Settings, images: Array, labels: Array | None, key: Array) -
 
 
 class JaxTrainer:
-    """A :class:`~backends.pipeline.training.Trainer`: noise is drawn inside the compiled step, a function of
+    """A :class:`~backends.pipeline.runs.training.Trainer`: noise is drawn inside the compiled step, a function of
     (seed, images seen) however many devices share the batch."""
 
     def __init__(self, settings: Settings, options: TrainOptions):

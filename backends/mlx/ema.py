@@ -17,8 +17,8 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from backends.pipeline.reconstruct import reconstruct as reconstruct_arrays
-from backends.pipeline.snapshots import save_averages
+from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_arrays
+from backends.pipeline.checkpoints.snapshots import save_averages
 from edm2_core.ema.tracking import advance, start
 from edm2_core.errors import InputError
 

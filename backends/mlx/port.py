@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from backends.pipeline.adapters import Guide, Params, Sampling
-from backends.pipeline.state import State
+from backends.pipeline.checkpoints.states import State
+from backends.ports import Guide, Params, Sampling
 from edm2_core import sampler
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig

@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-from backends.pipeline.commands import command
-from backends.pipeline.options import SampleOptions, parse
-from backends.pipeline.runs import newest
-from backends.pipeline.sampling import OpenSampler, run_sampling
+from backends.pipeline.runs.exit_codes import command
+from backends.pipeline.runs.folder import newest
+from backends.pipeline.runs.options import SampleOptions, parse
+from backends.pipeline.runs.sampling import OpenSampler, run_sampling
 from edm2_core.errors import InputError
 
 PROG = "python -m backends.mlx.sample"

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx import optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.pipeline.state import State
+from backends.pipeline.checkpoints.states import State
 from edm2_core import loss as objective
 from edm2_core.ema import beta
 

@@ -1,4 +1,4 @@
-"""What a training step is made of, measured beside it: see :mod:`backends.pipeline.telemetry`."""
+"""What a training step is made of, measured beside it: see :mod:`backends.pipeline.runs.telemetry`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from backends.pipeline.telemetry import Measurement, watched
+from backends.pipeline.runs.telemetry import Measurement, watched
 from edm2_core import loss as objective
 
 from .network import Layer, Network

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from backends.pipeline.commands import command
-from backends.pipeline.options import TrainOptions, count_text, parse
-from backends.pipeline.runs import Run
-from backends.pipeline.training import run_training
+from backends.pipeline.runs.exit_codes import command
+from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.options import TrainOptions, count_text, parse
+from backends.pipeline.runs.training import run_training
 from edm2_core.presets import Ki
 
 PROG = "python -m backends.mlx.train"

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import mlx.core as mx
 import numpy as np
 
-from backends.pipeline.options import TrainOptions
-from backends.pipeline.settings import Settings
-from backends.pipeline.state import State
-from backends.pipeline.telemetry import Measurement
+from backends.pipeline.checkpoints.states import State
+from backends.pipeline.runs.config import Settings
+from backends.pipeline.runs.options import TrainOptions
+from backends.pipeline.runs.telemetry import Measurement
 from edm2_core.errors import InputError
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
@@ -21,7 +21,7 @@ from .weights import build, dump, tensors, to_nhwc
 
 
 class MLXTrainer:
-    """A :class:`~backends.pipeline.training.Trainer`: draws noise on the device, a function of (seed, images seen)."""
+    """A trainer: draws noise on the device, a function of (seed, images seen)."""
 
     def __init__(self, settings: Settings, options: TrainOptions):
         device = devices.choose(options.device)

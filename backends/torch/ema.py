@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backends.pipeline.reconstruct import reconstruct as reconstruct_arrays
-from backends.pipeline.snapshots import save_averages
+from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_arrays
+from backends.pipeline.checkpoints.snapshots import save_averages
 from edm2_core.ema import as_length, beta
 from edm2_core.errors import InputError
 

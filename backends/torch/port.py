@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from backends.pipeline.adapters import Guide, Params, Sampling
-from backends.pipeline.state import State
+from backends.pipeline.checkpoints.states import State
+from backends.ports import Guide, Params, Sampling
 from edm2_core import sampler
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig

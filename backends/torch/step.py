@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from backends.pipeline.state import State
+from backends.pipeline.checkpoints.states import State
 from edm2_core import loss as objective
 
 from .ema import PowerEMA

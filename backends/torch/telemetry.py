@@ -1,4 +1,4 @@
-"""What a training step is made of, measured beside it: see :mod:`backends.pipeline.telemetry`."""
+"""What a training step is made of, measured beside it: see :mod:`backends.pipeline.runs.telemetry`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from backends.pipeline.telemetry import Measurement, watched
+from backends.pipeline.runs.telemetry import Measurement, watched
 from edm2_core import loss as objective
 
 from .network import Layer, Network

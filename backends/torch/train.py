@@ -6,9 +6,9 @@ Several GPUs: torchrun --nproc-per-node=8 -m backends.torch.train ... Each batch
 import sys
 from collections.abc import Sequence
 
-from backends.pipeline.commands import command
-from backends.pipeline.options import TrainOptions, parse
-from backends.pipeline.training import run_training
+from backends.pipeline.runs.exit_codes import command
+from backends.pipeline.runs.options import TrainOptions, parse
+from backends.pipeline.runs.training import run_training
 
 PROG = "python -m backends.torch.train"
 

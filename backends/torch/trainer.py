@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backends.pipeline.options import TrainOptions
-from backends.pipeline.settings import Settings
-from backends.pipeline.state import State
-from backends.pipeline.telemetry import Measurement
+from backends.pipeline.checkpoints.states import State
+from backends.pipeline.runs.config import Settings
+from backends.pipeline.runs.options import TrainOptions
+from backends.pipeline.runs.telemetry import Measurement
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
 
@@ -20,7 +20,7 @@ from .weights import build, dump, tensors
 
 
 class TorchTrainer:
-    """A :class:`~backends.pipeline.training.Trainer`: draws noise on the device, a function of (seed, images seen)."""
+    """A trainer: draws noise on the device, a function of (seed, images seen)."""
 
     def __init__(self, settings: Settings, options: TrainOptions):
         processes = devices.Processes.here()

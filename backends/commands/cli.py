@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from backends.pipeline.commands import command
-from backends.pipeline.options import parse
+from backends.pipeline.runs.exit_codes import command
+from backends.pipeline.runs.options import parse
 from edm2_core import __version__
 from edm2_core.errors import InputError
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         raise InputError(f"edm2 must be followed by one of {', '.join(COMMANDS)}, got {words[0]!r}: see edm2 --help")
     module_name, what = COMMANDS[words[0]]
-    module = import_module(f"backends.tools.{module_name}")
+    module = import_module(f"backends.commands.{module_name}")
     return (
         module.run(parse(module.Options, words[1:], prog=f"edm2 {words[0]}", description=what.capitalize() + ".")) or 0
     )

@@ -26,9 +26,9 @@ from edm2_core.ema import ReconstructionError, coefficients, reconstruction_erro
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
 
+from .safetensors_io import DTYPES
 from .snapshots import Snapshot
 from .sources import Broken, Source, open_sources
-from .tensorfiles import DTYPES
 
 GiB = 1 << 30
 THREADS = os.cpu_count() or 1

@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
+from backends.pipeline.data.datasets import Dataset
 from edm2_core import __version__
 from edm2_core.ema import HalfLife, SnapshotPlan, TimedPlan, as_length, plan_from_json
 from edm2_core.errors import InputError
@@ -17,7 +18,6 @@ from edm2_core.ladder import Rung, Switches
 from edm2_core.network import NetworkConfig
 from edm2_core.presets import Ki, Mi, Preset, on_rung, preset
 
-from .datasets import Dataset
 from .options import TrainOptions, flag
 
 FORMAT = 1

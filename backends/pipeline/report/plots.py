@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from backends.pipeline.files import write_atomically
+from backends.pipeline.checkpoints.atomic import write_atomically
 from edm2_core.ema import ReconstructionError
 from edm2_core.errors import InputError
 

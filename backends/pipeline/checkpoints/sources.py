@@ -26,8 +26,8 @@ from edm2_core.ema import HalfLife, gamma_to_sigma_rel, half_life_of_raw, sigma_
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, check_parameters
 
+from .safetensors_io import Entry, TensorFile
 from .snapshots import KIND, metadata_of, save_snapshot
-from .tensorfiles import Entry, TensorFile
 
 KINDS = (".safetensors", ".pt", ".pkl")
 

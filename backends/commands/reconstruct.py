@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from backends.pipeline.commands import Interrupts
-from backends.pipeline.options import Bytes, Given, Images, Lengths, Location, Number, Whole, choice, quiet, spec
-from backends.pipeline.outputs import Writer, plan_outputs
-from backends.pipeline.progress import Progress
-from backends.pipeline.reconstruct import GiB, Recipe, block_size
-from backends.pipeline.reconstruct import run as compute
-from backends.pipeline.sources import Broken, Described, Source, open_sources
+from backends.pipeline.checkpoints.outputs import Writer, plan_outputs
+from backends.pipeline.checkpoints.reconstruct import GiB, Recipe, block_size
+from backends.pipeline.checkpoints.reconstruct import run as compute
+from backends.pipeline.checkpoints.sources import Broken, Described, Source, open_sources
+from backends.pipeline.runs.exit_codes import Interrupts
+from backends.pipeline.runs.options import Bytes, Given, Images, Lengths, Location, Number, Whole, choice, quiet, spec
+from backends.pipeline.runs.progress import Progress
 from edm2_core.errors import InputError
 
 _EVERY = 10.0  # seconds from journal to journal
@@ -77,7 +77,8 @@ def run(options: Options) -> int:
     """Reconstruct what ``options`` ask for. Returns the exit status.
 
     Raises:
-        InputError: see :mod:`backends.pipeline.sources`, :mod:`~backends.pipeline.outputs`; an error above the limit.
+        InputError: see :mod:`backends.pipeline.checkpoints.sources`, :mod:`~backends.pipeline.checkpoints.outputs`;
+            an error above the limit.
     """
     if not options.sigma_rels:
         raise InputError("a length must be wanted, got none: add --sigma-rels 0.05 0.10, say")

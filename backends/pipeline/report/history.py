@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from backends.pipeline.runs import Run
-from backends.pipeline.settings import Settings
+from backends.pipeline.runs.config import Settings
+from backends.pipeline.runs.folder import Run
 
 POINTS = 240  # of a drawn curve: a screen shows no more
 _LOGGED = ("loss", "lr", "images_per_s", "nonfinite")

@@ -20,7 +20,7 @@ import numpy as np
 
 from edm2_core.errors import InputError
 
-from .files import write_atomically
+from .atomic import write_atomically
 
 _CODES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "BOOL": "?"}
 _CODES |= {f"{kind.upper()}{8 * size}": f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}

@@ -17,7 +17,7 @@ from edm2_core.ema import HalfLife
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, check_parameters
 
-from .tensorfiles import TensorFile, checked_metadata, write_tensors
+from .safetensors_io import TensorFile, checked_metadata, write_tensors
 
 KIND, VERSION = "edm2-snapshot", 1
 _LARGEST = float(np.finfo(np.float16).max)

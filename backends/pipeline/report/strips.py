@@ -10,13 +10,13 @@ from math import isfinite
 import numpy as np
 from PIL import Image
 
-from backends.pipeline.commands import missing_framework
-from backends.pipeline.options import SampleOptions
-from backends.pipeline.reconstruct import Recipe, reconstruct
-from backends.pipeline.runs import Run
-from backends.pipeline.sampling import Job, OpenSampler, sample_images, seeds_labels
-from backends.pipeline.snapshots import Snapshot, load_snapshot
-from backends.pipeline.sources import Source, open_sources
+from backends.pipeline.checkpoints.reconstruct import Recipe, reconstruct
+from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot
+from backends.pipeline.checkpoints.sources import Source, open_sources
+from backends.pipeline.runs.exit_codes import missing_framework
+from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.options import SampleOptions
+from backends.pipeline.runs.sampling import Job, OpenSampler, sample_images, seeds_labels
 from edm2_core.errors import InputError
 
 PORTS = ("torch", "jax", "mlx")

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backends.pipeline.images import save_rows
-from backends.pipeline.progress import Progress
-from backends.pipeline.reconstruct import Recipe
-from backends.pipeline.sampling import OpenSampler
-from backends.pipeline.settings import Settings
+from backends.pipeline.checkpoints.reconstruct import Recipe
+from backends.pipeline.runs.config import Settings
+from backends.pipeline.runs.pictures import save_rows
+from backends.pipeline.runs.progress import Progress
+from backends.pipeline.runs.sampling import OpenSampler
 from edm2_core.ema import reconstruction_error
 from edm2_core.errors import InputError
 from edm2_core.network import parameter_count

@@ -30,7 +30,7 @@ class Section:
 def page(*, title: str, summary: str, sections: Sequence[Section]) -> str:
     """The whole page."""
     links = "".join(f'<a href="#{_anchor(s.title)}">{escape(s.title)}</a>' for s in sections)
-    return Template(files("backends.tools").joinpath("page.html").read_text(encoding="utf-8")).substitute(
+    return Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title=escape(title), summary=summary, links=links, sections="\n".join(map(_section, sections))
     )
 

@@ -12,20 +12,20 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from backends.pipeline.checkpoints.atomic import write_atomically
+from backends.pipeline.checkpoints.reconstruct import reconstruct
+from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, snapshot_name
+from backends.pipeline.data.datasets import to_uint8
+from backends.pipeline.data.seeds import churn_noise, labels, noise, one_hot, parse_seeds
 from edm2_core.ema import HalfLife, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, parameter_count
 from edm2_core.sampler import noise_levels
 
-from .datasets import to_uint8
-from .files import write_atomically
-from .images import save_grid, save_images
+from .folder import Run, newest
 from .options import SampleOptions
+from .pictures import save_grid, save_images
 from .progress import Progress
-from .reconstruct import reconstruct
-from .runs import Run, newest
-from .seeds import churn_noise, labels, noise, one_hot, parse_seeds
-from .snapshots import Snapshot, load_snapshot, snapshot_name
 
 _IN_GRID = 100
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from backends.pipeline.options import Images, Lengths, Location
-from backends.pipeline.reconstruct import Recipe
+from backends.pipeline.checkpoints.reconstruct import Recipe
+from backends.pipeline.report.plots import draw_errors, draw_profiles, figure, save
+from backends.pipeline.runs.options import Images, Lengths, Location
 from edm2_core.ema import profile, reconstructed_profile, reconstruction_error
 
-from .plots import draw_errors, draw_profiles, figure, save
 from .reconstruct import SourceOptions, open_described
 
 _LENGTHS = (0.02, 0.05, 0.10, 0.20)

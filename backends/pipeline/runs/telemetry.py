@@ -14,7 +14,7 @@ import numpy as np
 
 from edm2_core.network import NetworkConfig, plan
 
-from .settings import Settings
+from .config import Settings
 
 BINS = 16  # of ln(sigma), over three standard deviations on either side; what lies beyond is counted in the last ones
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from backends.pipeline.checkpoints.atomic import write_atomically
 from edm2_core.errors import InputError
-
-from .files import write_atomically
 
 _VISIBLE = 48  # pixels that an image in a grid should have at least
 _GAP = 4

@@ -14,7 +14,7 @@ import numpy as np
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, check_parameters, plan
 
-from .tensorfiles import TensorFile, read_metadata_of, write_tensors
+from .safetensors_io import TensorFile, read_metadata_of, write_tensors
 
 KIND, VERSION = "edm2-state", 1
 Arrays = Mapping[str, np.ndarray]

@@ -13,12 +13,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from backends.pipeline.checkpoints.atomic import write_bytes, write_error
+from backends.pipeline.checkpoints.snapshots import read_metadata
+from backends.pipeline.checkpoints.states import read_counters
 from edm2_core.errors import InputError
 
-from .files import write_bytes, write_error
-from .settings import Settings
-from .snapshots import read_metadata
-from .state import read_counters
+from .config import Settings
 
 RUNS = Path("runs")
 

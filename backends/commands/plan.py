@@ -6,13 +6,12 @@ from typing import Annotated
 
 import numpy as np
 
-from backends.pipeline.files import write_bytes
-from backends.pipeline.options import Location, Text, Whole, choice, count_text, parse_count, quiet, spec
+from backends.pipeline.checkpoints.atomic import write_bytes
+from backends.pipeline.report.plots import draw_errors, figure, save
+from backends.pipeline.runs.options import Location, Text, Whole, choice, count_text, parse_count, quiet, spec
 from edm2_core.ema import SnapshotPlan, TimedPlan, plan_snapshots, uniform_plan, worst_error
 from edm2_core.network import parameter_count
 from edm2_core.presets import preset
-
-from .plots import draw_errors, figure, save
 
 _TABLE = (0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20, 0.25)
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}

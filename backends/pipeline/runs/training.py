@@ -13,6 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
+from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
+from backends.pipeline.checkpoints.states import State, load_state, save_state
+from backends.pipeline.data.batches import Batches
+from backends.pipeline.data.datasets import Dataset, open_dataset
 from edm2_core.ema import HalfLife, TimedPlan
 from edm2_core.errors import InputError
 from edm2_core.ladder import LADDER
@@ -20,17 +24,13 @@ from edm2_core.network import NetworkConfig, multiply_adds, parameter_count
 from edm2_core.schedule import learning_rate
 
 from . import telemetry
-from .batches import Batches
-from .commands import Interrupts
-from .datasets import Dataset, open_dataset
-from .lengths import draw_lengths
+from .config import Settings, data_spec, microbatches, resolve
+from .exit_codes import Interrupts
+from .folder import Run, create
+from .length_picture import draw_lengths
 from .options import TrainOptions, count_text
 from .progress import Progress
-from .runs import Run, create
 from .sampling import OpenSampler
-from .settings import Settings, data_spec, microbatches, resolve
-from .snapshots import Snapshot, save_snapshot, snapshot_name
-from .state import State, load_state, save_state
 from .telemetry import Measurement
 
 
@@ -69,7 +69,7 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
     """Train as ``options`` ask, in a fresh run folder or on from where one stopped. Returns the exit status.
 
     Raises:
-        InputError: see :func:`~.settings.resolve`; a damaged state; or nowhere to write.
+        InputError: see :func:`~.config.resolve`; a damaged state; or nowhere to write.
     """
     run = None if options.outdir is None else Run(options.outdir)
     previous = run.settings() if run is not None and run.exists() else None

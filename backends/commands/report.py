@@ -8,18 +8,17 @@ from typing import Annotated
 
 import tyro
 
-from backends.pipeline.files import write_bytes
-from backends.pipeline.options import Lengths, Location, Text, Whole, choice, quiet, spec
-from backends.pipeline.runs import Run
-from backends.pipeline.seeds import parse_seeds
+from backends.pipeline.checkpoints.atomic import write_bytes
+from backends.pipeline.data.seeds import parse_seeds
+from backends.pipeline.report import sections
+from backends.pipeline.report.history import History
+from backends.pipeline.report.page import page
+from backends.pipeline.report.strips import PORTS, open_port
+from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.options import Lengths, Location, Text, Whole, choice, quiet, spec
 from edm2_core.ema import sigma_rel_to_gamma
 from edm2_core.errors import InputError
 from edm2_core.sampler import noise_levels
-
-from . import sections
-from .history import History
-from .page import page
-from .strips import PORTS, open_port
 
 Runs = Annotated[
     tuple[Path, ...], spec(Path, "RUN [RUN ...]", "one or more run folders", many=True), tyro.conf.Positional

@@ -19,10 +19,10 @@ import numpy as np
 
 from edm2_core.errors import InputError
 
-from .files import write_bytes, write_error
+from .atomic import write_bytes, write_error
 from .reconstruct import Block, Recipe
+from .safetensors_io import DTYPES, Entry, layout, read_header
 from .snapshots import Metadata, snapshot_metadata
-from .tensorfiles import DTYPES, Entry, layout, read_header
 
 MADE_FROM = "made_from"
 _JOURNAL = ".reconstruct.json"

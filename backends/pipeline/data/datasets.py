@@ -100,7 +100,7 @@ class _Digits:
     label_dim = 10
 
     def __init__(self) -> None:
-        with resources.files(__package__).joinpath("data", "digits.npz").open("rb") as file, np.load(file) as arrays:
+        with resources.files(__package__).joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
             self._images = np.rint(arrays["images"][:, None] * (255 / 16)).astype(np.uint8)
             self._labels = arrays["labels"].astype(np.int64)
 

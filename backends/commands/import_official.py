@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from backends.pipeline.official import LICENCE, read_official
-from backends.pipeline.options import Given, Images, Location, Number
-from backends.pipeline.snapshots import save_snapshot, snapshot_name
+from backends.pipeline.checkpoints.official import LICENCE, read_official
+from backends.pipeline.checkpoints.snapshots import save_snapshot, snapshot_name
+from backends.pipeline.runs.options import Given, Images, Location, Number
 from edm2_core.errors import InputError
 from edm2_core.network import parameter_count
 
@@ -27,7 +27,7 @@ def run(options: Options) -> None:
     """Read the pickle, write the snapshot, and say under what licence the weights are.
 
     Raises:
-        InputError: as :func:`~backends.pipeline.official.read_official`, or the snapshot is there already.
+        InputError: as :func:`~backends.pipeline.checkpoints.official.read_official`, or the snapshot is there already.
     """
     snapshot = read_official(options.source, nimg=options.nimg, sigma_rel=options.sigma_rel)
     path = options.out or options.source.with_name(snapshot_name(snapshot.nimg, snapshot.sigma_rel or 0))

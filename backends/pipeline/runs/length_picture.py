@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
+from backends.pipeline.checkpoints.reconstruct import Recipe, reconstruct
+from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot
+from backends.pipeline.checkpoints.sources import open_sources
+from backends.pipeline.data.datasets import Dataset, to_model
+from backends.pipeline.data.seeds import noise, one_hot
 from edm2_core.ema import HalfLife
 
-from .datasets import Dataset, to_model
-from .images import save_rows
-from .reconstruct import Recipe, reconstruct
-from .runs import Run
+from .folder import Run
+from .pictures import save_rows
 from .sampling import Job, OpenSampler, sample_images
-from .seeds import noise, one_hot
-from .snapshots import Snapshot, load_snapshot
-from .sources import open_sources
 
 RECONSTRUCTED = (0.02, 0.05, 0.10, 0.15, 0.20)
 _FARTHEST = 0.5  # relative L2 distance of a drawn profile from the wanted one; it explains 1 - 0.5^2 of that at least
