@@ -132,7 +132,7 @@ def _shown(value: Any) -> str:
 
 def to_json(example: Example) -> str:
     """An example as text that a shell takes within single quotes."""
-    plain = {name: asdict(v) if isinstance(v, NetworkConfig) else v for name, v in example.items()}
+    plain = {name: v.to_json() if isinstance(v, NetworkConfig) else v for name, v in example.items()}
     return json.dumps(plain)
 
 

@@ -1,16 +1,15 @@
 """The paper's ladder as data: CONFIG A to G, each rung the one before with some switches changed.
 
-A rung is a :class:`Switches`, what a network is made of; :class:`Training` is how the paper trained it. A
-:class:`~edm2_core.network.NetworkConfig` names its rung and may set any switch by itself.
+A rung is a :class:`Switches`, what a network is made of; :class:`RungTraining` is how the paper trained it. A
+:class:`~edm2_core.network.NetworkConfig` is built on a rung and may set any switch by itself.
 
 Source: arXiv 2312.02696 Section 2, Appendix B, Figures 16 to 22.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from itertools import pairwise
-from math import sqrt
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from .errors import InputError
 
@@ -68,6 +67,7 @@ class Switches:
     learned, which weighs the loss (Eq. 21); without it u is 0, and the loss that of Eq. 14.
     """
 
+    ladder: Rung
     group_norm: GroupNorm
     bias: bool
     ones_channel: bool
@@ -88,16 +88,11 @@ class Switches:
     uncertainty: bool
 
     def __post_init__(self) -> None:
-        for name, kind in _ENUMS.items():  # JSON brings their values
-            given = getattr(self, name)
-            if given not in list(kind):
-                raise InputError(f"{name} must be one of {', '.join(kind)}, got {given!r}")
-            object.__setattr__(self, name, kind(given))
         if self.embedding_layers not in (1, 2):
             raise InputError(f"embedding_layers must be 1 or 2, got {self.embedding_layers!r}")
-        for name, value in vars(self).items():
-            if name not in _ENUMS and name != "embedding_layers" and not isinstance(value, bool):
-                raise InputError(f"{name} must be True or False, got {value!r}: leave it out for the rung's")
+        for field in fields(self):
+            if field.type is bool and not isinstance(value := getattr(self, field.name), bool):
+                raise InputError(f"{field.name} must be True or False, got {value!r}: leave it out for the rung's")
 
     @property
     def fan_in_scaled(self) -> bool:
@@ -113,14 +108,8 @@ _ENUMS: dict[str, type[StrEnum]] = {
 }
 
 
-def blend(t: float, /) -> tuple[float, float]:
-    """Factors of a and b in a sum of the two that preserves magnitude. Source: Eq. 88."""
-    scale = 1 / sqrt((1 - t) ** 2 + t**2)
-    return (1 - t) * scale, t * scale
-
-
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class RungTraining:
     """How the paper trained a rung, in latents of ImageNet-512 at 64x64x4.
 
     ``decay`` is t_ref in batches, 0 for none; ``half_life`` that of a traditional average, in images, None for averages
@@ -141,6 +130,7 @@ class Training:
 
 
 _A = Switches(
+    ladder="A",
     group_norm=GroupNorm.AFFINE,
     bias=True,
     ones_channel=False,
@@ -160,7 +150,7 @@ _A = Switches(
     gains=False,
     uncertainty=False,
 )
-_A_TRAINING = Training(
+_A_TRAINING = RungTraining(
     batch=4096,
     lr=0.0001,
     decay=0,
@@ -198,7 +188,27 @@ _STEPS: dict[Rung, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 LADDER: dict[Rung, Switches] = {"A": _A}
-LADDER_TRAINING: dict[Rung, Training] = {"A": _A_TRAINING}
+LADDER_TRAINING: dict[Rung, RungTraining] = {"A": _A_TRAINING}
 for _below, _rung in pairwise(RUNGS):
-    LADDER[_rung] = replace(LADDER[_below], **_STEPS[_rung][0])
+    LADDER[_rung] = replace(LADDER[_below], ladder=_rung, **_STEPS[_rung][0])
     LADDER_TRAINING[_rung] = replace(LADDER_TRAINING[_below], **_STEPS[_rung][1])
+
+
+def rung(name: str, /) -> Switches:
+    """The switches of CONFIG ``name``. Raises InputError, listing the rungs, where there is none of that name."""
+    if name not in LADDER:
+        raise InputError(f"ladder must be one of {', '.join(LADDER)}, got {name!r}: G is the paper's last")
+    return LADDER[cast(Rung, name)]
+
+
+def with_switches(switches: Switches, /, **own: Any) -> Switches:
+    """``switches`` with some set by themselves; enums may be given by their values, as JSON has them.
+
+    Raises:
+        InputError: a value that the switch does not have.
+    """
+    for name in own.keys() & _ENUMS.keys():
+        if own[name] not in list(_ENUMS[name]):
+            raise InputError(f"{name} must be one of {', '.join(_ENUMS[name])}, got {own[name]!r}")
+        own[name] = _ENUMS[name](own[name])
+    return replace(switches, **own)

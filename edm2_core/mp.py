@@ -17,7 +17,6 @@ from typing import Literal
 
 from .arrays import Array, cast, namespace, scalars_too, widened
 from .errors import InputError
-from .ladder import blend
 
 Resample = Literal["keep", "up", "down"]
 SILU_RMS = 0.596
@@ -43,11 +42,27 @@ def normalize(x: Array, /, *, axis: int | tuple[int, ...] | None = None, eps: fl
 
 
 @scalars_too
+def silu(x: Array, /) -> Array:
+    """x sigmoid(x), elementwise. Source: Eq. 9. No overflow where the answer is finite. Shapes: any, kept."""
+    return _silu(x, rms=1.0)
+
+
+@scalars_too
 def mp_silu(x: Array, /) -> Array:
-    """silu(x) / 0.596, elementwise. Source: Eq. 81. Accurate and free of overflow where the answer is finite."""
+    """silu(x) / 0.596, elementwise. Source: Eq. 81. No overflow where the answer is finite. Shapes: any, kept."""
+    return _silu(x, rms=SILU_RMS)
+
+
+def _silu(x: Array, *, rms: float) -> Array:
     xp, wide = namespace(x), widened(x)
-    tail = xp.exp(-xp.abs(wide))
-    return cast(wide * xp.where(wide >= 0, xp.ones_like(tail), tail) / ((1 + tail) * SILU_RMS), x)
+    tail = xp.exp(-xp.abs(wide))  # at most 1: nothing overflows on either side
+    return cast(wide * xp.where(wide >= 0, xp.ones_like(tail), tail) / ((1 + tail) * rms), x)
+
+
+def blend(t: float, /) -> tuple[float, float]:
+    """Factors of a and b in the sum of the two that preserves magnitude; t within [0, 1]. Source: Eq. 88."""
+    scale = 1 / sqrt((1 - t) ** 2 + t**2)
+    return (1 - t) * scale, t * scale
 
 
 @scalars_too

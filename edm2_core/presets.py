@@ -7,34 +7,88 @@ channels), which the published rates follow to 3 %.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
+from math import inf, isfinite
 
+from .ema import Length
 from .errors import InputError
-from .ladder import LADDER_TRAINING, Rung
+from .ladder import LADDER, LADDER_TRAINING, Rung
 from .network import NetworkConfig
 
 Ki, Mi = 1 << 10, 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A network and how to train it. ``decay`` is t_ref in batches; every other length is in images.
+class Hyperparameters:
+    """How a network is trained. ``decay`` is in batches, every other length in images.
 
-    ``P_mean`` and ``P_std`` are of ln(sigma); ``snapshot`` is how often the averages are stored; ``betas`` are Adam's.
-    ``half_life`` is that of a traditional average, None for averages of power-function profile.
+    Raises:
+        InputError: a value is out of range, or two averages would be stored under one file name.
     """
 
-    network: NetworkConfig
-    duration: int
-    batch: int
-    lr: float
-    decay: float
-    rampup: int
-    P_mean: float
-    P_std: float
-    snapshot: int
+    duration: int = 64 * Ki
+    """When to stop, in images since the start of the run: 96, 192Ki, 8Mi, 2Gi."""
+    batch: int = 128
+    """Images per step, on all devices together."""
+    lr: float = 0.0100
+    """Reference learning rate."""
+    decay: float = 0
+    """Batches after which the learning rate falls with the square root of time; 0 is never."""
+    rampup: int = 0
+    """Images over which the learning rate rises."""
     betas: tuple[float, float] = (0.9, 0.99)
+    """Adam's decay rates of the running means of gradients and of their squares."""
+    P_mean: float = -0.4
+    """Mean of ln(sigma) in training."""
+    P_std: float = 1.0
+    """Standard deviation of ln(sigma) in training."""
     loss_scaling: float = 1.0
+    """Factor on the loss while gradients are computed, for float16."""
+    sigma_rels: tuple[float, ...] = (0.05, 0.10)
+    """Relative lengths of the averages to keep, each within (0, 0.2887)."""
     half_life: int | None = None
+    """Half-life in images of a traditional average, which is kept instead of --sigma-rels."""
+    snapshot: int = 4 * Ki
+    """How often to store the averages, in images."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def lengths(self) -> tuple[Length, ...]:
+        """The averages that are kept."""
+        return tuple(map(Length.of, self.sigma_rels)) if self.half_life is None else (Length.half_life(self.half_life),)
+
+
+KIMG = 1000  # snapshots are named by thousands of images
+_LEAST = {"duration": 1, "batch": 1, "decay": 0, "rampup": 0, "half_life": 1, "snapshot": KIMG}
+
+
+def _check(hyper: Hyperparameters) -> None:
+    for name, least in _LEAST.items():
+        if (value := getattr(hyper, name)) is not None and not value >= least:
+            why = ": snapshots are named by thousands of images" if least == KIMG else ""
+            raise InputError(f"{name} must be at least {least}, got {value}{why}")
+    for name in ("lr", "P_std", "loss_scaling"):
+        if not 0 < (value := getattr(hyper, name)) < inf:
+            raise InputError(f"{name} must be positive and finite, got {value}")
+    if not isfinite(hyper.P_mean):
+        raise InputError(f"P_mean must be finite, got {hyper.P_mean}")
+    if len(hyper.betas) != 2 or not all(0 <= beta < 1 for beta in hyper.betas):
+        raise InputError(f"betas must be two numbers within [0, 1), got {hyper.betas}: 0.9 0.99 is the paper's")
+    if not hyper.lengths:
+        raise InputError("sigma_rels must be one or more lengths, got none: 0.05 0.10 lets you choose any afterwards")
+    for one, other in combinations(hyper.sigma_rels, 2):
+        if f"{one:.3f}" == f"{other:.3f}":
+            raise InputError(f"sigma_rels must differ in their first three digits, got {one} and {other}: drop one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A network and how to train it."""
+
+    network: NetworkConfig
+    hyper: Hyperparameters
 
 
 # size: channels, lr, dropout, duration at 512 and at 64, in Mi images
@@ -61,14 +115,16 @@ def _published() -> Iterator[tuple[str, Preset]]:
                 f"{task}-{size}",
                 Preset(
                     network=network,
-                    duration=int(row[duration]) * Mi,
-                    batch=2048,
-                    lr=row[1],
-                    decay=decay,
-                    rampup=10_000_000,
-                    P_mean=p_mean,
-                    P_std=p_std,
-                    snapshot=8 * Mi,
+                    hyper=Hyperparameters(
+                        duration=int(row[duration]) * Mi,
+                        batch=2048,
+                        lr=row[1],
+                        decay=decay,
+                        rampup=10_000_000,
+                        P_mean=p_mean,
+                        P_std=p_std,
+                        snapshot=8 * Mi,
+                    ),
                 ),
             )
 
@@ -85,14 +141,7 @@ _DIGITS = Preset(  # ours
         channels_per_head=32,
         logvar_channels=32,
     ),
-    duration=64 * Ki,
-    batch=128,
-    lr=0.0500,
-    decay=200,
-    rampup=4 * Ki,
-    P_mean=-0.4,
-    P_std=1.2,
-    snapshot=4 * Ki,
+    hyper=Hyperparameters(lr=0.0500, decay=200, rampup=4 * Ki, P_std=1.2),
 )
 
 PRESETS: dict[str, Preset] = {"digits": _DIGITS, **dict(_published())}
@@ -111,23 +160,25 @@ def on_rung(base: Preset, rung: Rung, /) -> Preset:
     more = set(paper.attn_resolutions) - set(last.attn_resolutions)
     network = replace(
         base.network,
-        ladder=rung,
+        switches=LADDER[rung],
         attn_resolutions=tuple(sorted({*base.network.attn_resolutions, *more}, reverse=True)),
         dropout=paper.dropout,
         clip_act=paper.clip_act,
     )
-    noise = (base.P_mean, base.P_std) if paper.P_mean == last.P_mean else (paper.P_mean, paper.P_std)
-    return replace(
-        base,
+    hyper, own_noise = base.hyper, paper.P_mean != last.P_mean
+    return Preset(
         network=network,
-        batch=base.batch * paper.batch // last.batch,
-        lr=base.lr * paper.lr / last.lr,
-        decay=base.decay if paper.decay else 0,
-        P_mean=noise[0],
-        P_std=noise[1],
-        betas=paper.betas,
-        loss_scaling=paper.loss_scaling,
-        half_life=paper.half_life and round(base.duration * paper.half_life / (2048 * Mi)),
+        hyper=replace(
+            hyper,
+            batch=hyper.batch * paper.batch // last.batch,
+            lr=hyper.lr * paper.lr / last.lr,
+            decay=hyper.decay if paper.decay else 0,
+            P_mean=paper.P_mean if own_noise else hyper.P_mean,
+            P_std=paper.P_std if own_noise else hyper.P_std,
+            betas=paper.betas,
+            loss_scaling=paper.loss_scaling,
+            half_life=paper.half_life and round(hyper.duration * paper.half_life / (2048 * Mi)),
+        ),
     )
 
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from math import prod, sqrt
 
 from . import loss as objective
+from . import precond
 from .arrays import Array, namespace
 from .ladder import Attention, GroupNorm
-from .mp import SILU_RMS, mp_cat, mp_fourier, mp_silu, mp_sum, mp_weight, normalize, resample
-from .network import Block, NetworkConfig, plan
-from .precond import precondition
+from .mp import mp_cat, mp_fourier, mp_silu, mp_sum, mp_weight, normalize, resample
+from .mp import silu as plain_silu
+from .network import GROUP_NORM_EPS, Block, NetworkConfig, plan
 
 Params = Mapping[str, Array]
-GROUP_EPS = 1e-5  # in the variance of the affine group norm, as is usual: the paper does not say
 
 
 def denoise(
@@ -28,10 +28,13 @@ def denoise(
     Shapes: x [N, C, H, W]; sigma [N, 1, 1, 1]; labels [N, label_dim], one-hot, or None for the unconditional answer.
     Returns: denoised [N, C, H, W] and logvar [N, 1, 1, 1], in the library and dtype of ``x``. Source: Eqs. 4-8, 21.
     """
-    xp, c = namespace(x), precondition(sigma, sigma_data=config.sigma_data)
-    c_noise = xp.reshape(c.c_noise, (-1,))
-    output = unet(config, params, x * c.c_in, c_noise, labels)
-    return c.c_skip * x + c.c_out * output, uncertainty(config, params, c_noise)
+
+    def backbone(scaled: Array, c_noise: Array) -> Array:
+        return unet(config, params, scaled, c_noise, labels)
+
+    denoised = precond.denoise(backbone, x, sigma, sigma_data=config.sigma_data)
+    c_noise = precond.precondition(sigma, sigma_data=config.sigma_data).c_noise
+    return denoised, uncertainty(config, params, namespace(x).reshape(c_noise, (-1,)))
 
 
 def loss(
@@ -154,14 +157,14 @@ def group_norm(config: NetworkConfig, params: Params, name: str, x: Array, /) ->
     if kind is GroupNorm.PLAIN:
         return xp.reshape(normalize(x, axis=(2, 3, 4)), (n, c, h, w))
     x = x - xp.mean(x, axis=(2, 3, 4), keepdims=True)
-    x = x / xp.sqrt(xp.mean(x * x, axis=(2, 3, 4), keepdims=True) + GROUP_EPS)
+    x = x / xp.sqrt(xp.mean(x * x, axis=(2, 3, 4), keepdims=True) + GROUP_NORM_EPS)
     scale, bias = (xp.reshape(params[f"{name}.{part}"], (1, -1, 1, 1)) for part in ("scale", "bias"))
     return xp.reshape(x, (n, c, h, w)) * scale + bias
 
 
 def silu(config: NetworkConfig, x: Array, /) -> Array:
     """Source: Eq. 81, or 9."""
-    return mp_silu(x) * (SILU_RMS / config.silu_rms)
+    return mp_silu(x) if config.switches.mp_functions else plain_silu(x)
 
 
 def fourier(config: NetworkConfig, params: Params, name: str, x: Array, /) -> Array:

@@ -20,7 +20,7 @@ from edm2_core import arrays, mp
 from edm2_core.ladder import Attention, GroupNorm
 from edm2_core.network import Block, NetworkConfig, plan
 from edm2_core.precond import precondition
-from edm2_core.reference import GROUP_EPS
+from edm2_core.network import GROUP_NORM_EPS
 
 Params = Mapping[str, Array]
 PRODUCT = "product"  # the name of what is kept for the way back: all else is cheaper to compute again than to store
@@ -247,13 +247,13 @@ def group_norm(config: NetworkConfig, params: Params, name: str, x: Array) -> Ar
         return normalize(grouped, axes).reshape(x.shape)
     y = arrays.widened(grouped)
     y = y - y.mean(axis=axes, keepdims=True)
-    y = y * lax.rsqrt(jnp.square(y).mean(axis=axes, keepdims=True) + GROUP_EPS)
+    y = y * lax.rsqrt(jnp.square(y).mean(axis=axes, keepdims=True) + GROUP_NORM_EPS)
     return (y.reshape(x.shape) * params[f"{name}.scale"] + params[f"{name}.bias"]).astype(x.dtype)
 
 
 def silu(config: NetworkConfig, x: Array) -> Array:
     """See :func:`edm2_core.reference.silu`."""
-    return mp.mp_silu(x) * (mp.SILU_RMS / config.silu_rms)
+    return mp.mp_silu(x) if config.switches.mp_functions else mp.silu(x)
 
 
 def fourier(config: NetworkConfig, params: Params, name: str, x: Array) -> Array:

@@ -20,7 +20,7 @@ from mlx import nn
 from edm2_core import ladder, mp
 from edm2_core.network import Block, NetworkConfig, plan
 from edm2_core.precond import precondition
-from edm2_core.reference import GROUP_EPS
+from edm2_core.network import GROUP_NORM_EPS
 
 from .convolution import convolve
 
@@ -108,7 +108,7 @@ class GroupNorm(nn.Module):
             return normalize(grouped, axes).reshape(x.shape)
         wide = grouped.astype(mx.float32)
         wide = wide - wide.mean(axis=axes, keepdims=True)
-        wide = wide * mx.rsqrt(wide.square().mean(axis=axes, keepdims=True) + GROUP_EPS)
+        wide = wide * mx.rsqrt(wide.square().mean(axis=axes, keepdims=True) + GROUP_NORM_EPS)
         return (wide.reshape(x.shape) * self.scale + self.bias).astype(x.dtype)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from edm2_core import ladder
 from edm2_core.network import Block, NetworkConfig, plan
 from edm2_core.precond import Preconditioning
-from edm2_core.reference import GROUP_EPS
+from edm2_core.network import GROUP_NORM_EPS
 
 
 def normalize(x: Tensor, dims: tuple[int, ...], *, eps: float = 1e-4) -> Tensor:
@@ -99,7 +99,7 @@ class GroupNorm(nn.Module):
             return normalize(x.unflatten(1, (self.groups, -1)), (2, 3, 4)).flatten(1, 2)
         x = x.contiguous()  # convolutions may answer channels last, of which it has no forward derivative
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.group_norm(x.to(wide), self.groups, self.scale, self.bias, GROUP_EPS).to(x.dtype)
+        return F.group_norm(x.to(wide), self.groups, self.scale, self.bias, GROUP_NORM_EPS).to(x.dtype)
 
 
 class UNetBlock(nn.Module):

@@ -3,11 +3,10 @@
 Source: arXiv 2312.02696 Section 3 and Appendix C.
 """
 
+from .lengths import Length, LengthLike
 from .planning import OpenPlan, SnapshotPlan, TimedPlan, plan_from_json, plan_snapshots, uniform_plan, worst_error
 from .profiles import (
     LONGEST,
-    HalfLife,
-    as_length,
     beta,
     gamma_to_sigma_rel,
     inner_product,
@@ -17,7 +16,6 @@ from .profiles import (
 from .reconstruction import (
     ReconstructionError,
     coefficients,
-    half_life_of_raw,
     reconstructed_profile,
     reconstruction_error,
 )
@@ -25,17 +23,16 @@ from .tracking import advance, start
 
 __all__ = [
     "LONGEST",
-    "HalfLife",
+    "Length",
+    "LengthLike",
     "OpenPlan",
     "ReconstructionError",
     "SnapshotPlan",
     "TimedPlan",
     "advance",
-    "as_length",
     "beta",
     "coefficients",
     "gamma_to_sigma_rel",
-    "half_life_of_raw",
     "inner_product",
     "plan_from_json",
     "plan_snapshots",

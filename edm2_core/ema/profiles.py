@@ -19,6 +19,7 @@ A traditional average of half-life h forgets at one rate, whatever the time. Sta
 Time is in any unit, the same throughout; we count images. Source: arXiv 2312.02696 Section 3 and Appendix C.
 """
 
+from collections.abc import Iterable
 from math import log
 from typing import Any, NamedTuple
 
@@ -29,47 +30,6 @@ from ..errors import InputError
 
 LONGEST = 12**-0.5  # sigma_rel at gamma = 0, the plain mean of all weights so far
 _NEWTON_STEPS = 8
-
-
-class HalfLife(float):
-    """The length of a traditional average, in the unit of time, wherever a float is that of a power-function one.
-
-    Equal to a half-life alone, never to a float: HalfLife(0.1) and 0.1 are two averages. Raises InputError unless it is
-    positive and finite.
-    """
-
-    def __new__(cls, value: float, /) -> "HalfLife":
-        check_range(value, "half_life", "positive and finite", lambda x: (x > 0) & (x < np.inf))
-        return super().__new__(cls, value)
-
-    def __eq__(self, other: object, /) -> bool:
-        return isinstance(other, HalfLife) and float(self) == float(other)
-
-    def __ne__(self, other: object, /) -> bool:  # float has one of its own
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash((HalfLife, float(self)))
-
-    def __repr__(self) -> str:
-        return f"HalfLife({float(self)!r})"
-
-    def __str__(self) -> str:
-        return f"half-life {float(self):.10g}"
-
-
-def as_length(value: float | str, /) -> float:
-    """What averages are kept by: a :class:`HalfLife`, or a relative length as a float; ``value`` may be its ``repr``.
-
-    Raises:
-        InputError: a relative length outside (0, 0.2887], a half-life that is not positive.
-    """
-    if isinstance(value, HalfLife):
-        return value
-    if isinstance(value, str) and value.startswith("HalfLife("):
-        return HalfLife(float(value[len("HalfLife(") : -1]))
-    sigma_rel_to_gamma(length := float(value))
-    return length
 
 
 @scalars_too
@@ -100,35 +60,28 @@ def gamma_to_sigma_rel(g: Array, /) -> Array:
 
 
 def beta(sigma_rel: float | Array, /, *, t_next: float | Array, t_delta: float | Array) -> Any:
-    """How much of an average stays when time advances by ``t_delta`` to ``t_next``: avg = beta avg + (1 - beta) w.
+    """How much of an average remains when time advances by ``t_delta`` to ``t_next``: avg = beta avg + (1 - beta) w.
 
     (1 - t_delta / t_next)^(gamma + 1), exact for any ``t_delta``; 0 at t_next == t_delta, so the first update copies.
-    For a :class:`HalfLife`, 1 minus (1 - 2^(-t_delta / h)) / (1 - 2^(-t_next / h)), which is exact too. Broadcasts.
-    Source: Eq. 127; of half-lives ours, from their profile. Raises InputError where not 0 < t_delta <= t_next.
+    Broadcasts. Source: Eq. 127. Raises InputError unless 0 < t_delta <= t_next.
     """
     for name, t in (("t_delta", t_delta), ("t_next", t_next)):
         check_range(t, name, "positive", lambda x: x > 0)
     ratio = t_delta / t_next
     check_range(ratio, "t_delta / t_next", "at most 1", lambda x: x <= 1)
-    if isinstance(sigma_rel, HalfLife):
-        rate = log(2) / sigma_rel
-        return 1 - _expm1(-rate * t_delta) / _expm1(-rate * t_next)
     return (1 - ratio) ** (sigma_rel_to_gamma(sigma_rel) + 1)
 
 
 @scalars_too
-def _expm1(x: Array, /) -> Array:
+def expm1(x: Array, /) -> Array:
     return namespace(x).expm1(x)
 
 
 def profile(t: float | Array, /, *, end_time: float | Array, sigma_rel: float | Array) -> Any:
     """Response at time ``t`` of an average of length ``sigma_rel`` taken at ``end_time``; 0 outside [0, end_time].
 
-    Integrates to 1; its unit is 1 / time. Broadcasts. Source: Eq. 119. Python numbers give a float. ``sigma_rel`` may
-    be one :class:`HalfLife`.
+    Integrates to 1; its unit is 1 / time. Broadcasts. Source: Eq. 119. Python numbers give a float.
     """
-    if isinstance(sigma_rel, HalfLife):
-        return _host(lambda t, end: Profile.traditional(end, float(sigma_rel))(t), t, end_time)
     return _host(lambda t, end, s: Profile.power(end, s)(t), t, end_time, sigma_rel)
 
 
@@ -187,6 +140,11 @@ class Profile(NamedTuple):
     @property
     def _mass(self) -> np.ndarray:
         return self.time * _mass(self.gamma, self.rate * self.time)
+
+    @classmethod
+    def stack(cls, profiles: Iterable["Profile"], /) -> "Profile":
+        """Profiles of single responses as one of a row of them."""
+        return cls(*(np.array(field, np.float64) for field in zip(*profiles, strict=True)))
 
     def take(self, index: Any, /) -> "Profile":
         """The responses at ``index`` of arrays that have one dimension, or are given more."""

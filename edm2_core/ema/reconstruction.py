@@ -5,14 +5,15 @@ time, the snapshots up to any target are a leading block of G, and so are their 
 factorization serves all targets. Where stored profiles repeat each other, the small eigenvalues of G are left out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
 from typing import Any
 
 import numpy as np
 
 from ..arrays import from_host, to_host
 from ..errors import InputError
+from .lengths import Length
 from .profiles import Profile, check_range
 
 _EPS = np.finfo(np.float64).eps
@@ -20,19 +21,16 @@ _INDEPENDENT = 1e-6  # a profile nearer than this, relatively, to what earlier o
 STORAGE = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 
 
-def coefficients(
-    *, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_rel: Any, in_half_life: Any = None
-) -> Any:
+def coefficients(*, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_rel: Any) -> Any:
     """Weights with which stored averages add up to others: average_out[j] = sum_i coefficients[i, j] * average_in[i].
 
     The least-squares fit of the output profile by the input profiles that end no later (later snapshots get 0), scaled
     to sum to 1. Computed in float64 on the host whatever the library; the minimum-norm answer where inputs repeat.
 
     Args:
-        in_time, in_sigma_rel: when each stored average was taken and its length; shape [n_in], or broadcast to it.
-        out_time, out_sigma_rel: the same of the averages wanted; shape [n_out], or broadcast to it.
-        in_half_life: where it is not nan, the input is a traditional average of this half-life, in the unit of time,
-            and ``in_sigma_rel`` is not looked at. Raw weights: see :func:`half_life_of_raw`.
+        in_time, in_sigma_rel: when each stored average was taken and its length; shape [n_in], or broadcast to it. In a
+            sequence, a length may be a :class:`Length`: a half-life in the unit of time, or ``Length.raw`` for weights.
+        out_time, out_sigma_rel: time and sigma_rel of the averages wanted; shape [n_out], or broadcast to it.
 
     Returns:
         [n_in, n_out], in the library, dtype and device of ``in_sigma_rel``; NumPy float64 for lists and numbers.
@@ -43,7 +41,7 @@ def coefficients(
         InputError: no inputs, a time that is not positive, a length outside (0, 0.2887), a target before every input
             or after the last.
     """
-    stored, wanted = _stored(in_time, in_sigma_rel, in_half_life), _wanted(out_time, out_sigma_rel, in_time)
+    stored, wanted = _stored(in_time, in_sigma_rel), _wanted(out_time, out_sigma_rel, in_time)
     return from_host(_fit(stored, wanted), like=in_sigma_rel)
 
 
@@ -72,7 +70,6 @@ def reconstruction_error(
     in_sigma_rel: Any,
     out_time: Any,
     out_sigma_rel: Any,
-    in_half_life: Any = None,
     dtype: str = "float16",
 ) -> ReconstructionError:
     """The error of what :func:`coefficients`, of the same arguments, reconstructs from snapshots stored in ``dtype``.
@@ -84,44 +81,32 @@ def reconstruction_error(
     """
     if dtype not in STORAGE:
         raise InputError(f"dtype must be one of {', '.join(STORAGE)}, got {dtype!r}")
-    stored, wanted = _stored(in_time, in_sigma_rel, in_half_life), _wanted(out_time, out_sigma_rel, in_time)
+    stored, wanted = _stored(in_time, in_sigma_rel), _wanted(out_time, out_sigma_rel, in_time)
     fit = _fit(stored, wanted)
     profile, amplification = _distance(stored, wanted, fit), np.sqrt(np.sum(fit**2, axis=0))
     fields = (profile, amplification, amplification * STORAGE[dtype])
     return ReconstructionError(*(from_host(field, like=in_sigma_rel) for field in fields))
 
 
-def reconstructed_profile(
-    t: Any, /, *, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_rel: Any, in_half_life: Any = None
-) -> Any:
+def reconstructed_profile(t: Any, /, *, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_rel: Any) -> Any:
     """Responses [n_out, n_t] at the times ``t`` [n_t] of what :func:`coefficients`, of the same arguments, add up to.
 
     To be held against :func:`~edm2_core.ema.profile`. In the library, dtype and device of ``in_sigma_rel``; NumPy
     float64 for lists and numbers. Raises InputError as :func:`coefficients`.
     """
-    stored, wanted = _stored(in_time, in_sigma_rel, in_half_life), _wanted(out_time, out_sigma_rel, in_time)
+    stored, wanted = _stored(in_time, in_sigma_rel), _wanted(out_time, out_sigma_rel, in_time)
     responses = stored.take((slice(None), None))(np.atleast_1d(to_host(t)))
     return from_host(_fit(stored, wanted).T @ responses, like=in_sigma_rel)
 
 
-def half_life_of_raw(step: float, /) -> float:
-    """The half-life that stands for raw weights, which hold for one ``step`` (a batch, where time counts images).
-
-    An exponential of time constant step / 2 has the norm of a step that long.
-    """
-    return log(2) * step / 2
-
-
-def _stored(time: Any, sigma_rel: Any, half_life: Any) -> Profile:
-    times, lengths = _vectors(time, sigma_rel, "in")
-    if half_life is None:
-        return Profile.power(times, lengths)
-    lives = np.broadcast_to(to_host(half_life), times.shape)
-    check_range(lives, "in_half_life", "positive, or nan for a power-function average", lambda x: ~(x <= 0))
-    traditional = ~np.isnan(lives)
-    power = Profile.power(times, np.where(traditional, 0.1, lengths))
-    kept = Profile.traditional(times, np.where(traditional, lives, 1))
-    return Profile(*(np.where(traditional, k, p) for k, p in zip(kept, power, strict=True)))
+def _stored(time: Any, sigma_rel: Any) -> Profile:
+    if isinstance(sigma_rel, Sequence):
+        times = np.broadcast_to(to_host(time), len(sigma_rel))
+        check_range(times, "in_time", "positive", lambda x: x > 0)
+        if sigma_rel:
+            lengths = map(Length.of, sigma_rel)
+            return Profile.stack(length.profile(t) for t, length in zip(times, lengths, strict=True))
+    return Profile.power(*_vectors(time, sigma_rel, "in"))
 
 
 def _wanted(time: Any, sigma_rel: Any, in_time: Any) -> Profile:

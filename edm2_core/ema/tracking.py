@@ -4,8 +4,8 @@
     averages = advance(averages, weights, t_next=images_seen, t_delta=batch)   # after an optimizer step, or every few
 
 An update moves each average towards the weights by what it forgets, avg + (1 - beta) (w - avg), Eq. 127: exact at any
-interval for weights that hold still in it. ``HalfLife(images)`` is the length of a traditional average. Source: arXiv
-2312.02696 Section 3.1, Appendix C.1.
+interval for weights that hold still in it. ``Length.half_life(images)`` is the length of a traditional average.
+Source: arXiv 2312.02696 Section 3.1, Appendix C.1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,17 @@ from typing import Any
 
 from ..arrays import Array, cast, namespace, widened
 from ..errors import InputError
-from .profiles import as_length, beta
+from .lengths import Length, LengthLike
 
-Averages = dict[float, dict[str, Array]]  # by length, relative or a HalfLife, then by name
+Averages = dict[LengthLike, dict[str, Array]]  # by length as it was given, then by name
 
 
-def start(weights: Mapping[str, Array], /, *, sigma_rels: Sequence[float] = (0.05, 0.10)) -> Averages:
+def start(weights: Mapping[str, Array], /, *, sigma_rels: Sequence[LengthLike] = (0.05, 0.10)) -> Averages:
     """Averages that have seen nothing but ``weights``: one copy of them for each of the lengths ``sigma_rels``.
 
-    A length is a relative one or a :class:`HalfLife`. The first update (t_delta == t_next) replaces the copies. Dtype:
-    that of each array, float32 where it is a narrower floating one. Source: Eq. 127 at t = dt.
+    A length is a sigma_rel or a :class:`Length`, and the key of its average. The first update (t_delta == t_next)
+    replaces the copies. Dtype: that of each array, float32 where it is a narrower floating one. Source: Eq. 127 at
+    t = dt.
 
     Raises:
         InputError: no lengths, or one outside (0, 0.2887).
@@ -31,11 +32,18 @@ def start(weights: Mapping[str, Array], /, *, sigma_rels: Sequence[float] = (0.0
         raise InputError(
             "sigma_rels must be one or more lengths, got none: (0.05, 0.10) lets you choose any afterwards"
         )
-    return {length: {name: _copy(array) for name, array in weights.items()} for length in map(as_length, sigma_rels)}
+    for length in sigma_rels:
+        Length.of(length)
+    return {length: {name: _copy(array) for name, array in weights.items()} for length in sigma_rels}
 
 
 def advance(
-    averages: Mapping[float, Mapping[str, Array]], weights: Mapping[str, Array], /, *, t_next: float, t_delta: float
+    averages: Mapping[LengthLike, Mapping[str, Array]],
+    weights: Mapping[str, Array],
+    /,
+    *,
+    t_next: float,
+    t_delta: float,
 ) -> Averages:
     """The averages at ``t_next``, where ``weights`` held for the last ``t_delta``; the arguments stay as they are.
 
@@ -46,15 +54,15 @@ def advance(
         InputError: names or shapes that are not the averages', or not 0 < t_delta <= t_next.
     """
     _check_alike(averages, weights)
-    shares = {s: 1 - beta(s, t_next=t_next, t_delta=t_delta) for s in averages}
+    shares = {length: 1 - Length.of(length).beta(t_next=t_next, t_delta=t_delta) for length in averages}
     return {
-        sigma_rel: {name: _moved(array, weights[name], shares[sigma_rel]) for name, array in average.items()}
-        for sigma_rel, average in averages.items()
+        length: {name: _lerp(array, weights[name], shares[length]) for name, array in average.items()}
+        for length, average in averages.items()
     }
 
 
-def _moved(average: Array, weight: Array, share: float) -> Array:
-    """From ``average`` the part ``share`` of the way to ``weight``, measured from the nearer end: exact at both."""
+def _lerp(average: Array, weight: Array, share: float) -> Array:
+    """``lerp(average, weight, share)``, computed from the closer endpoint so that share 0 and 1 are exact."""
     if not _averaged(average):
         return _copy(weight)
     average = widened(average)
@@ -78,7 +86,7 @@ def _values(x: Any) -> Array:
     return x.detach() if hasattr(x, "detach") else x  # PyTorch would keep the graph of every update
 
 
-def _check_alike(averages: Mapping[float, Mapping[str, Array]], weights: Mapping[str, Array]) -> None:
+def _check_alike(averages: Mapping[LengthLike, Mapping[str, Array]], weights: Mapping[str, Array]) -> None:
     for average in averages.values():
         if odd := sorted(average.keys() ^ weights.keys()):
             side = "weights lack" if odd[0] in average else "averages lack"

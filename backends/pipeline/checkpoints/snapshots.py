@@ -80,7 +80,7 @@ def snapshot_metadata(snapshot: Metadata, /) -> dict[str, str]:
         "nimg": str(snapshot.nimg),
         "sigma_rel": "" if traditional else length,
         "half_life": length if traditional else "",
-        "config": json.dumps(snapshot.config and asdict(snapshot.config)),
+        "config": json.dumps(snapshot.config and snapshot.config.to_json()),
     }
 
 

@@ -1,0 +1,194 @@
+"""What a person chooses about a network: its sizes, and the rung of the paper's ladder that it is on.
+
+Source: arXiv 2312.02696 Appendix B, Table 6.
+"""
+
+from dataclasses import dataclass, fields
+from math import isfinite, sqrt
+from typing import Any
+
+from ..errors import InputError
+from ..ladder import LADDER, LADDER_TRAINING, Rung, Switches, rung, with_switches
+from ..mp import SILU_RMS, blend
+
+GROUP_NORM_EPS = 1e-5
+"""Added to the variance in the affine group norm. The paper does not say; this is the usual value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fields:
+    """The fields of a :class:`NetworkConfig`, which documents them."""
+
+    img_resolution: int
+    img_channels: int
+    label_dim: int = 0
+    model_channels: int = 192
+    channel_mult: tuple[float, ...] = (1, 2, 3, 4)
+    channel_mult_noise: float | None = None
+    channel_mult_emb: float | None = None
+    num_blocks: int = 3
+    attn_resolutions: tuple[int, ...]
+    channels_per_head: int = 64
+    channels_per_group: int = 32
+    resample_filter: tuple[float, ...] = (1, 1)
+    label_balance: float = 0.5
+    concat_balance: float = 0.5
+    res_balance: float = 0.3
+    attn_balance: float = 0.3
+    clip_act: float | None = 256.0
+    dropout: float = 0.0
+    sigma_data: float = 0.5
+    logvar_channels: int = 128
+    switches: Switches
+
+
+class NetworkConfig(_Fields):
+    """Everything that determines a network and its parameters.
+
+    Channels of a level are ``model_channels * channel_mult[level]``; each level has half the resolution of the one
+    before. ``channel_mult_noise`` and ``channel_mult_emb`` give the width of the noise features and of the embedding in
+    units of ``model_channels``; None takes the first and the widest level's. Entries of ``attn_resolutions`` that the
+    network does not have are ignored. The ``*_balance`` are the blend t of Eqs. 88 and 103, where functions preserve
+    magnitude. ``clip_act`` bounds the activations after each block (None: never). ``dropout`` acts in training only.
+    Groups of a group norm are ``channels_per_group`` wide, or the next width that divides the channels evenly.
+
+    ``switches`` is the rung with all its :class:`~edm2_core.ladder.Switches`. For convenience, and for JSON, they can
+    be given flat: ``NetworkConfig(..., ladder="C", bias=True)`` is CONFIG C with biases. None takes the value of
+    ``switches``, or else of the rung, CONFIG G by default. ``attn_resolutions=None`` takes the rung's. Lists are
+    converted to tuples, and names of enum values to the enum, as JSON needs. :meth:`to_json` writes the flat form.
+
+    Raises:
+        InputError: a field is out of range, or the resolution cannot be halved often enough.
+        TypeError: an unknown field.
+    """
+
+    def __init__(self, *, ladder: Rung | None = None, switches: Switches | None = None, **given: Any) -> None:
+        own = {name: value for name in _SWITCHES if (value := given.pop(name, None)) is not None}
+        start = LADDER["G"] if switches is None else switches
+        chosen = with_switches(start if ladder is None else rung(ladder), **own)
+        if given.get("attn_resolutions") is None:
+            given["attn_resolutions"] = LADDER_TRAINING[chosen.ladder].attn_resolutions
+        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+        super().__init__(switches=chosen, **plain)
+        _check(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as plain values: its fields with the switches flat, None where they are the rung's.
+        ``NetworkConfig(**config.to_json())`` equals it, also after a passage through JSON text."""
+        own, usual = vars(self.switches), vars(LADDER[self.ladder])
+        flat = {name: own[name] if own[name] != usual[name] else None for name in _SWITCHES}
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "switches"}
+        return {**plain, "ladder": self.ladder, **flat}
+
+    @property
+    def ladder(self) -> Rung:
+        """The rung that the switches started from."""
+        return self.switches.ladder
+
+    def blend(self, t: float, /) -> tuple[float, float]:
+        """Factors of a and b in a sum of the two. Source: Eq. 88, or 1 and 1."""
+        return blend(t) if self.switches.mp_functions else (1.0, 1.0)
+
+    def concat_blend(self, size: int, other: int, /) -> tuple[float, float]:
+        """Factors of a and b, ``size`` and ``other`` channels wide, before they are concatenated. Source: Eq. 103, or 1
+        and 1."""
+        if not self.switches.mp_functions:
+            return 1.0, 1.0
+        keep, add = self.blend(self.concat_balance)
+        return keep * sqrt((size + other) / size), add * sqrt((size + other) / other)
+
+    @property
+    def silu_rms(self) -> float:
+        """What silu is divided by. Source: Eq. 81, or 1."""
+        return SILU_RMS if self.switches.mp_functions else 1.0
+
+    @property
+    def fourier_scale(self) -> float:
+        """What cosines are multiplied by. Source: Eq. 75, or 1."""
+        return sqrt(2) if self.switches.mp_functions else 1.0
+
+    def groups(self, channels: int, /) -> int:
+        """Groups that a group norm divides ``channels`` into: equal, and ``channels_per_group`` wide or as little more
+        as can be; one where the width is less."""
+        sizes = range(min(self.channels_per_group, channels), channels + 1)
+        return channels // next(size for size in sizes if channels % size == 0)
+
+    def weight_scale(self, fan_in: int, /) -> float:
+        """What a stored weight, normalized or not, is multiplied by in its layer."""
+        return 1 / sqrt(fan_in) if self.switches.fan_in_scaled else 1.0
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        return tuple(int(self.model_channels * mult) for mult in self.channel_mult)
+
+    @property
+    def level_resolutions(self) -> tuple[int, ...]:
+        return tuple(self.img_resolution >> level for level in range(len(self.channel_mult)))
+
+    @property
+    def noise_channels(self) -> int:
+        mult = self.channel_mult_noise
+        return self.level_channels[0] if mult is None else int(self.model_channels * mult)
+
+    @property
+    def emb_channels(self) -> int:
+        mult = self.channel_mult_emb
+        return max(self.level_channels) if mult is None else int(self.model_channels * mult)
+
+
+_SWITCHES = tuple(field.name for field in fields(Switches) if field.name != "ladder")
+
+
+def _check(config: NetworkConfig) -> None:
+    def rule(holds: bool, name: str, need: str, cure: str) -> None:
+        if not holds:
+            raise InputError(f"{name} must be {need}, got {getattr(config, name)!r}: {cure}")
+
+    positive = (
+        "img_resolution",
+        "img_channels",
+        "model_channels",
+        "num_blocks",
+        "channels_per_head",
+        "channels_per_group",
+        "logvar_channels",
+    )
+    for name in positive:
+        value = getattr(config, name)
+        rule(isinstance(value, int) and value >= 1, name, "a whole number of at least 1", "choose a positive integer")
+    rule(
+        isinstance(config.label_dim, int) and config.label_dim >= 0,
+        "label_dim",
+        "a whole number >= 0",
+        "0 is unconditional",
+    )
+    mults = config.channel_mult
+    rule(len(mults) > 0 and all(m > 0 for m in mults), "channel_mult", "one or more positive numbers", "one per level")
+    halvings = len(mults) - 1
+    rule(
+        config.img_resolution % (1 << halvings) == 0,
+        "img_resolution",
+        f"divisible by {1 << halvings} ({len(mults)} levels halve it {halvings} times)",
+        "pad or resize the images, or shorten channel_mult",
+    )
+    taps = config.resample_filter
+    rule(
+        len(taps) >= 2 and len(taps) % 2 == 0 and all(map(isfinite, taps)) and sum(taps) != 0,
+        "resample_filter",
+        "an even number of finite taps with a nonzero sum",
+        "(1, 1) is the paper's",
+    )
+    for name in ("label_balance", "concat_balance", "res_balance", "attn_balance"):
+        rule(0 <= getattr(config, name) <= 1, name, "within [0, 1]", "it is the blend t of mp_sum and mp_cat")
+    rule(0 <= config.dropout < 1, "dropout", "within [0, 1)", "0.1 drops ten percent")
+    rule(config.sigma_data > 0, "sigma_data", "positive", "0.5 is the paper's")
+    rule(config.clip_act is None or config.clip_act > 0, "clip_act", "positive or None", "256 is usual")
+    rule(config.noise_channels >= 1, "channel_mult_noise", "positive", "leave it out for the first level's width")
+    rule(config.emb_channels >= 1, "channel_mult_emb", "positive", "leave it out for the widest level's width")
+    for level, (channels, resolution) in enumerate(zip(config.level_channels, config.level_resolutions, strict=True)):
+        attends = resolution in config.attn_resolutions or level == halvings
+        if attends and channels % config.channels_per_head:
+            raise InputError(
+                f"channels of a level with attention must be divisible by channels_per_head, got {channels} at "
+                f"{resolution}x{resolution} with {config.channels_per_head} per head: change one of the two"
+            )

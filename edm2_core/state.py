@@ -1,0 +1,34 @@
+"""A run between two training steps: what ports, the conformance suite and third parties exchange."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .ema import Length
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Everything that training continues from, as float32 NumPy arrays by canonical name.
+
+    ``params``: the stored weights and constants. ``moments1`` and ``moments2``: Adam's running means of gradients
+    and of their squares, of trained parameters only. ``averages``: by length, each with the names of ``params``. ``nimg``:
+    images seen. ``steps``: optimizer steps taken. No part is derived from another.
+    """
+
+    params: Arrays
+    moments1: Arrays
+    moments2: Arrays
+    averages: Mapping[Length, Arrays]
+    nimg: int
+    steps: int
+
+    @classmethod
+    def start(cls, params: Arrays, /, *, trained: Iterable[str], lengths: Iterable[Length]) -> "State":
+        """The state before the first step: moments are 0, averages the weights themselves."""
+        zeros = {name: np.zeros_like(params[name], np.float32) for name in trained}
+        averages = {length: params for length in lengths}
+        return cls(params=params, moments1=zeros, moments2=zeros, averages=averages, nimg=0, steps=0)
