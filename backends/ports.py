@@ -1,22 +1,222 @@
-"""What every port's adapter does alike, around its own denoiser and step."""
+"""What a port is, and what all ports do alike: the NumPy face of a port, trainers, samplers, guidance, messages.
 
-from collections.abc import Iterable, Mapping
+A port in ``backends/NAME`` subclasses :class:`Port` and :class:`Trainer` and brings what differs: the network, the step
+and where they run. This module imports no framework.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from edm2_core.network import NetworkConfig
+from edm2_core import sampler
+from edm2_core.ema import Length
+from edm2_core.errors import InputError
+from edm2_core.network import NetworkConfig, plan
+from edm2_core.state import Arrays, State
 
 Params = Mapping[str, np.ndarray]
-Guide = Params | tuple[NetworkConfig, Params]
+"""Canonical parameters: float32 arrays by name."""
+
+Network = tuple[NetworkConfig, Params]
+Batch = Sequence[np.ndarray | None]
+"""images and unit_noise [N, C, H, W], sigma [N, 1, 1, 1], one-hot labels [N, label_dim] or None; float32."""
 
 
-class Sampling:
-    """``sample``, for a port that has a ``sampler``."""
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where and in what portions a command computes. It decides nothing about the result but rounding."""
 
-    def sampler(self, config: NetworkConfig, params: Params, *, guide: Guide | None = None) -> Any:
-        raise TypeError("a port must have a sampler of its own")
+    device: str | None = None
+    """Device to compute on. Default: the fastest there is."""
+    batch_per_device: int | None = None
+    """Images per device at a time; a larger share of the batch is accumulated. Default: all of the device's share."""
+
+
+# ---- guidance
+
+
+class LabelledDenoiser(Protocol):
+    """A network of one framework, as sampling calls it: ``(x, sigma, labels) -> denoised``, sigma a float.
+
+    ``label_dim`` is 0 for a network without labels, which is then called with None.
+    """
+
+    @property
+    def label_dim(self) -> int: ...
+
+    def __call__(self, x: Any, sigma: float, labels: Any, /) -> Any: ...
+
+
+def guided_denoiser(
+    net: LabelledDenoiser,
+    labels: Any,
+    /,
+    *,
+    guide: LabelledDenoiser | None = None,
+    guidance: float = 1.0,
+    guide_interval: tuple[float, float] = (0.0, inf),
+) -> sampler.Denoiser:
+    """What :func:`edm2_core.sampler.sample` takes, of a network with ``labels`` (native arrays, or None) and a guide.
+
+    A guide of None is the network itself without its label. Source: :func:`edm2_core.sampler.guided`.
+
+    Raises:
+        InputError: guidance without a guide, and no label that could be dropped.
+    """
+
+    def bound(network: LabelledDenoiser, labels: Any) -> sampler.Denoiser:
+        own = labels if network.label_dim else None
+        return lambda x, sigma: network(x, sigma, own)
+
+    if guidance == 1:
+        return bound(net, labels)
+    if guide is None and labels is None:
+        raise InputError("guidance without a guide drops the label, but there is none: give a guide or labels")
+    away = bound(net, None) if guide is None else bound(guide, labels)
+    return sampler.guided(bound(net, labels), away, guidance=guidance, interval=guide_interval)
+
+
+# ---- sampling
+
+
+class Sampler(Protocol):
+    """Float32 noise [N, C, H, W] and one-hot labels [N, label_dim], or None, to float32 images.
+
+    ``steps`` are options of :func:`edm2_core.sampler.sample`.
+    """
+
+    def __call__(
+        self,
+        noise: np.ndarray,
+        labels: np.ndarray | None = None,
+        *,
+        guidance: float = ...,
+        guide_interval: tuple[float, float] = ...,
+        churn_noise: Iterable[np.ndarray] | None = ...,
+        **steps: Any,
+    ) -> np.ndarray: ...
+
+
+class OpenSampler(Protocol):
+    """Moves a network, and its guide, to where they compute. See :meth:`Port.sampler`."""
+
+    def __call__(self, config: NetworkConfig, params: Params, *, guide: Network | None = None) -> Sampler: ...
+
+
+# ---- the NumPy face of a port
+
+
+class Port(ABC):
+    """The adapter through which the conformance suite, and anything else that speaks NumPy, drives a port.
+
+    Images are float32 NCHW, labels one-hot [N, label_dim] or None, sigma [N, 1, 1, 1], parameters canonical. What comes
+    back is float32 NumPy. A concrete port defines the abstract methods; the rest is built on them.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def denoise(
+        self, config: NetworkConfig, params: Params, x: np.ndarray, sigma: np.ndarray, labels: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """denoised [N, C, H, W] and logvar [N, 1, 1, 1]. See :func:`edm2_core.reference.denoise`."""
+
+    @abstractmethod
+    def loss_and_gradients(
+        self,
+        config: NetworkConfig,
+        params: Params,
+        images: np.ndarray,
+        unit_noise: np.ndarray,
+        sigma: np.ndarray,
+        labels: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The loss of each element [N, C, H, W], and by name the gradients of loss.sum() / N with respect to the stored
+        weights as they are."""
+
+    @abstractmethod
+    def jvp(
+        self,
+        config: NetworkConfig,
+        params: Params,
+        x: np.ndarray,
+        sigma: np.ndarray,
+        labels: np.ndarray | None,
+        tangent: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The denoised images, and their derivative along ``tangent``, both [N, C, H, W]."""
+
+    @abstractmethod
+    def variants(self) -> Mapping[str, "Port"]:
+        """This port in other precision, compiled or not, and on the other devices of this machine."""
+
+    @abstractmethod
+    def steps(
+        self,
+        config: NetworkConfig,
+        state: State,
+        batches: Iterable[Batch],
+        *,
+        learning_rates: Sequence[float],
+        betas: tuple[float, float],
+    ) -> tuple[list[float], State]:
+        """Train from ``state`` on, one step per batch: the mean loss of each, and the state afterwards."""
+
+    @abstractmethod
+    def place(self) -> AbstractContextManager[Any]:
+        """Within it, the framework computes on this port's device and with its settings."""
+
+    @abstractmethod
+    def denoiser(self, config: NetworkConfig, params: Params) -> LabelledDenoiser:
+        """A network with these parameters, ready to be called batch after batch on native arrays."""
+
+    @abstractmethod
+    def to_native(self, array: np.ndarray, /) -> Any:
+        """Images [N, C, H, W] or one-hot labels [N, label_dim] as an array in the layout of :meth:`denoiser`."""
+
+    @abstractmethod
+    def to_numpy(self, images: Any, /) -> np.ndarray:
+        """Native images as float32 NumPy [N, C, H, W]."""
+
+    def train(
+        self,
+        config: NetworkConfig,
+        params: Params,
+        batches: Iterable[Batch],
+        *,
+        learning_rates: Sequence[float],
+        betas: tuple[float, float] = (0.9, 0.99),
+        sigma_rels: Sequence[float] = (0.05, 0.10),
+    ) -> tuple[list[float], Params, dict[float, Params]]:
+        """One step per batch from fresh moments and averages: mean losses, last parameters, averages by sigma_rel."""
+        trained = [name for name, parameter in plan(config).parameters.items() if parameter.trained]
+        start = State.start(params, trained=trained, lengths=map(Length.of, sigma_rels))
+        losses, end = self.steps(config, start, batches, learning_rates=learning_rates, betas=betas)
+        return losses, end.params, {length.value: average for length, average in end.averages.items()}
+
+    def advance(
+        self, config: NetworkConfig, state: State, batches: Iterable[Batch], *, learning_rates: Sequence[float]
+    ) -> tuple[list[float], State]:
+        """:meth:`steps` with Adam's betas (0.9, 0.99)."""
+        return self.steps(config, state, batches, learning_rates=learning_rates, betas=(0.9, 0.99))
+
+    def sampler(self, config: NetworkConfig, params: Params, *, guide: Params | Network | None = None) -> Sampler:
+        """A sampler that keeps its networks: call it for batch after batch.
+
+        ``guide`` is the parameters of a network of the same config, or (config, parameters) of another; None with
+        guidance other than 1 is the network itself without its label.
+        """
+        with self.place():
+            net = self.denoiser(config, params)
+            if guide is None:
+                return NetworkSampler(self, net, None)
+            of_guide = (config, guide) if isinstance(guide, Mapping) else guide
+            return NetworkSampler(self, net, self.denoiser(*of_guide))
 
     def sample(
         self,
@@ -25,17 +225,166 @@ class Sampling:
         noise: np.ndarray,
         labels: np.ndarray | None = None,
         *,
-        guide: Guide | None = None,
+        guide: Params | Network | None = None,
         guidance: float = 1.0,
         guide_interval: tuple[float, float] = (0.0, inf),
         churn_noise: Iterable[np.ndarray] | None = None,
         **steps: Any,
     ) -> np.ndarray:
-        """Images from ``noise``. ``steps`` are :func:`edm2_core.sampler.sample`'s num_steps, sigma_min and so on.
-
-        ``guide`` is the parameters of a network of the same config, or (config, parameters) of another; None with
-        guidance other than 1 is the network itself without its label.
-        """
+        """Images from ``noise``. ``guide`` as in :meth:`sampler`, ``steps`` as in :func:`edm2_core.sampler.sample`."""
         return self.sampler(config, params, guide=guide)(
             noise, labels, guidance=guidance, guide_interval=guide_interval, churn_noise=churn_noise, **steps
         )
+
+
+@dataclass(frozen=True)
+class NetworkSampler:
+    """A :class:`Sampler` of a port: a network and its guide on their device."""
+
+    port: Port
+    net: LabelledDenoiser
+    guide: LabelledDenoiser | None
+
+    def __call__(
+        self,
+        noise: np.ndarray,
+        labels: np.ndarray | None = None,
+        *,
+        guidance: float = 1.0,
+        guide_interval: tuple[float, float] = (0.0, inf),
+        churn_noise: Iterable[np.ndarray] | None = None,
+        **steps: Any,
+    ) -> np.ndarray:
+        port = self.port
+        with port.place():
+            one_hot = None if labels is None else port.to_native(labels)
+            denoise = guided_denoiser(
+                self.net, one_hot, guide=self.guide, guidance=guidance, guide_interval=guide_interval
+            )
+            churn = None if churn_noise is None else map(port.to_native, churn_noise)
+            return port.to_numpy(sampler.sample(denoise, port.to_native(noise), churn_noise=churn, **steps))
+
+
+# ---- training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Telemetry of one training step.
+
+    By name of the weight, each [2]: ``activations``, the output of its layer, bias and gain included, before any
+    nonlinearity; ``weights``, as the step begins; ``gradients`` of the loss, as Adam receives them (summed over
+    processes, loss scaling divided out, non-finite elements 0): maximum and mean over features of the magnitude, which
+    is the root mean square of an output's pixels in one image, or of a weight's or gradient's row. ``updates``: the
+    norm of the step that the weight takes, and its own. By image, each [N]: ``sigma``; ``loss``, lambda(sigma) times
+    the mean square error; ``u``, the learned uncertainty, or None.
+
+    Each process measures its own images. Activations and losses are without dropout.
+    """
+
+    activations: Mapping[str, np.ndarray]
+    weights: Mapping[str, np.ndarray]
+    gradients: Mapping[str, np.ndarray]
+    updates: Mapping[str, np.ndarray]
+    sigma: np.ndarray
+    loss: np.ndarray
+    u: np.ndarray | None
+
+
+class Trainer(ABC):
+    """A network in training, in one of ``world`` processes. All processes make the same calls in the same order.
+
+    A port defines the abstract methods and sets ``rank``, ``world`` and ``device`` (a description). Noise is drawn on
+    the device as a function of (seed, images seen), whatever the number of processes.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: str
+
+    def __init__(self) -> None:
+        self._metrics: list[tuple[Any, Any]] = []
+
+    @property
+    @abstractmethod
+    def nimg(self) -> int:
+        """Images seen since the start of the run: the clock, which is kept here alone."""
+
+    def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, lr: float) -> None:
+        """Train on this process's share of a batch: images float32 [N, C, H, W], labels one-hot [N, label_dim]."""
+        with self._memory(len(images)):
+            self._metrics.append(self.take_step(images, labels, lr=lr))
+
+    def measured_step(self, images: np.ndarray, labels: np.ndarray | None, /, *, lr: float) -> Measurement:
+        """:meth:`step`, and its telemetry. Training continues exactly as without."""
+        with self._memory(len(images)):
+            metrics, measurement = self.take_measured_step(images, labels, lr=lr)
+            self._metrics.append(metrics)
+        return measurement
+
+    def metrics(self) -> dict[str, float]:
+        """``loss``, the mean since the last call over all processes, and ``nonfinite``, the number of gradient elements
+        zeroed since."""
+        losses, nonfinite = (self.fetch(values) for values in zip(*self._metrics, strict=True))
+        self._metrics = []
+        return {"loss": self.mean_over_processes(float(losses.mean())), "nonfinite": int(nonfinite.sum())}
+
+    def agree(self, stop: bool, /) -> bool:
+        """Whether any process wants to stop."""
+        return stop if self.world == 1 else self.mean_over_processes(float(stop)) > 0
+
+    @contextmanager
+    def _memory(self, count: int) -> Iterator[None]:
+        """Raise InputError, with the batch to try, where the device's memory is exhausted."""
+        try:
+            yield
+        except Exception as error:
+            if not self.is_out_of_memory(error):
+                raise
+            half = max(self.images_at_a_time(count) // 2, 1)
+            raise InputError(
+                f"the step must fit into memory, got none left on {self.device}: try --batch-per-device {half}"
+            ) from error
+
+    @abstractmethod
+    def take_step(self, images: np.ndarray, labels: np.ndarray | None, *, lr: float) -> tuple[Any, Any]:
+        """The step itself: mean loss per element and count of zeroed gradient elements, 0-d on the device."""
+
+    @abstractmethod
+    def take_measured_step(
+        self, images: np.ndarray, labels: np.ndarray | None, *, lr: float
+    ) -> tuple[tuple[Any, Any], Measurement]:
+        """:meth:`take_step`, and its telemetry."""
+
+    @abstractmethod
+    def fetch(self, values: Sequence[Any], /) -> np.ndarray:
+        """Scalars of the device as one NumPy array."""
+
+    @abstractmethod
+    def mean_over_processes(self, value: float, /) -> float: ...
+
+    @abstractmethod
+    def is_out_of_memory(self, error: Exception, /) -> bool: ...
+
+    @abstractmethod
+    def images_at_a_time(self, count: int, /) -> int:
+        """How many images a device processes at once, of this process's ``count``."""
+
+    @abstractmethod
+    def parameters(self) -> Arrays:
+        """The live weights and constants, canonical, on every process."""
+
+    @abstractmethod
+    def average(self, length: Length, /) -> Arrays:
+        """One average, canonical, on every process; nothing else is gathered."""
+
+    @abstractmethod
+    def state(self) -> State: ...
+
+    @abstractmethod
+    def load_state(self, state: State, /) -> None:
+        """Continue from ``state``, whichever port wrote it."""
+
+
+OpenTrainer = Callable[[Any, Machine], Trainer]
+"""(:class:`~backends.pipeline.runs.config.TrainConfig`, machine) -> trainer."""

@@ -9,7 +9,7 @@ Source: arXiv 2312.02696 Section 2, Appendix B, Figures 16 to 22.
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from .errors import InputError
 
@@ -198,7 +198,7 @@ def rung(name: str, /) -> Switches:
     """The switches of CONFIG ``name``. Raises InputError, listing the rungs, where there is none of that name."""
     if name not in LADDER:
         raise InputError(f"ladder must be one of {', '.join(LADDER)}, got {name!r}: G is the paper's last")
-    return LADDER[cast(Rung, name)]
+    return LADDER[name]
 
 
 def with_switches(switches: Switches, /, **own: Any) -> Switches:

@@ -7,9 +7,10 @@ the last step, to sigma 0, is Euler's. Source: arXiv 2206.00364 Algorithm 2 and 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, sqrt
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from .arrays import Array
 from .errors import InputError
@@ -53,7 +54,8 @@ def guided(
     return denoise
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """What a callback is told after each step: ``x`` at noise level ``sigma``, and the denoised images that the step
     was taken with (at the level where it began)."""
 

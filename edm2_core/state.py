@@ -15,8 +15,8 @@ class State:
     """Everything that training continues from, as float32 NumPy arrays by canonical name.
 
     ``params``: the stored weights and constants. ``moments1`` and ``moments2``: Adam's running means of gradients
-    and of their squares, of trained parameters only. ``averages``: by length, each with the names of ``params``. ``nimg``:
-    images seen. ``steps``: optimizer steps taken. No part is derived from another.
+    and of their squares, of trained parameters only. ``averages``: by length, each with the names of ``params``.
+    ``nimg``: images seen. ``steps``: optimizer steps taken. No part is derived from another.
     """
 
     params: Arrays
@@ -30,5 +30,5 @@ class State:
     def start(cls, params: Arrays, /, *, trained: Iterable[str], lengths: Iterable[Length]) -> "State":
         """The state before the first step: moments are 0, averages the weights themselves."""
         zeros = {name: np.zeros_like(params[name], np.float32) for name in trained}
-        averages = {length: params for length in lengths}
+        averages = dict.fromkeys(lengths, params)
         return cls(params=params, moments1=zeros, moments2=zeros, averages=averages, nimg=0, steps=0)
