@@ -202,7 +202,7 @@ def test_a_broken_file_is_named_and_may_be_left_out(folder, tmp_path, way, capsy
         (["--sigma-rels", 0.1, "--override", "nope*=0.1"], "must match an array, got 'nope*'"),
         (["--sigma-rels", 0.1, "--override", "0.2"], "--override must be PATTERN=LENGTH"),
         (["--sigma-rels", 0.1, 0.1001], "must differ in their first three digits"),
-        (["--sigma-rels", 0.1, "--source-raw", 1, "--source-half-life", 2], "say one"),
+        (["--sigma-rels", 0.1, "--source-raw", 1, "--source-half-life", 2], "say one of these"),
         (["--sigma-rels", 0.1, "--source-update-every", 0], "must be at least 1, got 0"),
         (["--sigma-rels", 0.1, "--memory", "much"], "--memory must be a whole number"),
     ],

@@ -37,6 +37,8 @@ Duration = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
+    """Options of ``edm2 plan``."""
+
     files: int = 32
     """Maximum number of files at any time."""
     range: str = "0.01-0.25"

@@ -22,6 +22,8 @@ from edm2_core.sampler import noise_levels
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
+    """Options of ``edm2 report``."""
+
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """One or more run folders; several are laid side by side."""
     outdir: Path | None = None

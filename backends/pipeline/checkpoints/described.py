@@ -1,4 +1,4 @@
-"""What a user says that files hold which do not say it themselves."""
+"""The lengths of averages in files without metadata, as the user describes them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,4 @@ class Described:
             )
         if count > 1 and index >= count:
             raise InputError(f"{path} has index {index}, got {count} lengths: give one for each index")
-        try:
-            return tracked_length(self.lengths[min(index, count - 1)], self.update_every)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+        return tracked_length(self.lengths[min(index, count - 1)], self.update_every)
