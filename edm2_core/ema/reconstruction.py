@@ -138,11 +138,9 @@ def reconstructed_profile(t: Any, /, *, in_time: Any, in_sigma_rel: Any, out_tim
 
 def _stored(time: Any, sigma_rel: Any) -> Profile:
     if isinstance(sigma_rel, Sequence):
-        times = np.broadcast_to(to_host(time), len(sigma_rel))
-        check_range(times, "in_time", "positive", lambda x: x > 0)
-        if sigma_rel:
-            lengths = map(Length.of, sigma_rel)
-            return Profile.stack(length.profile(t) for t, length in zip(times, lengths, strict=True))
+        times, index = _vectors(time, range(len(sigma_rel)), "in")
+        lengths = [Length.of(length) for length in sigma_rel]
+        return Profile.stack(lengths[int(i)].profile(t) for t, i in zip(times, index, strict=True))
     return Profile.power(*_vectors(time, sigma_rel, "in"))
 
 
