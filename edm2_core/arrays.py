@@ -53,7 +53,7 @@ class Namespace(Protocol):
 A = TypeVar("A", bound=Array)
 """The caller's own array type: a function of tensors that returns ``A`` returns a tensor."""
 Numbers = Array | float | Sequence[float]
-"""What functions that compute on the host take."""
+"""The arguments of functions that compute on the host in float64."""
 P = ParamSpec("P")
 
 
