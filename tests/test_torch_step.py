@@ -1,12 +1,14 @@
 """The PyTorch step beyond what the conformance suite asks of every port: precision, accumulation, faults, wrappers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from backends.torch.network import Network
 from backends.torch.port import PORT
-from backends.torch.step import Batch, Training, batch_loss, force_weight_norm, zero_nonfinite
+from backends.torch.step import Batch, Learner, batch_loss, force_weight_norm, zero_nonfinite
 from backends.torch.weights import build, dump, tensors
 from conformance import oracle, tolerance
 from conformance import strategies as draw
@@ -26,7 +28,7 @@ CONFIG = NetworkConfig(
 
 
 def make_network(dtype: torch.dtype = torch.float32, **changes: object) -> Network:
-    config = NetworkConfig(**{**vars(CONFIG), **changes})
+    config = replace(CONFIG, **changes)
     params = initialize(config, seed=0)
     gains = {name for name, p in plan(config).parameters.items() if p.init == "zeros"}
     return build(config, {n: np.float32(0.5) if n in gains else a for n, a in params.items()}, dtype=dtype)
@@ -39,14 +41,14 @@ def make_batch(size: int = 12, seed: int = 0) -> Batch:
     return Batch(images * 0.5, noise, sigma, torch.eye(3)[torch.arange(size) % 3])
 
 
-def train(network: torch.nn.Module, steps: int = 3, **options: object) -> Training:
-    training = Training(network, **options)  # type: ignore[arg-type]
+def train(network: torch.nn.Module, steps: int = 3, **options: object) -> Learner:
+    learner = Learner(network, **options)  # type: ignore[arg-type]
     for i in range(steps):
-        training.step(make_batch(seed=i), lr=0.01)
-    return training
+        learner.step(make_batch(seed=i), lr=0.01)
+    return learner
 
 
-def distance(a: Training, b: Training) -> float:
+def distance(a: Learner, b: Learner) -> float:
     """Largest relative Frobenius distance of a weight, in units of how far training moved it."""
     start = dump(tensors(make_network()))
     x, y = a.state().params, b.state().params
@@ -80,9 +82,9 @@ def test_half_precision_has_the_loss_and_gradients_of_float32(dtype: torch.dtype
 
 
 def test_weights_and_averages_stay_float32_in_half_precision() -> None:
-    training = train(make_network(torch.bfloat16))
-    assert {w.dtype for w in training.weights.values()} == {torch.float32}
-    assert {a.dtype for average in training.ema.averages.values() for a in average.values()} == {torch.float32}
+    learner = train(make_network(torch.bfloat16))
+    assert {w.dtype for w in learner.weights.values()} == {torch.float32}
+    assert {a.dtype for average in learner.ema.averages.values() for a in average.values()} == {torch.float32}
 
 
 def test_nonfinite_gradients_are_zeroed_and_counted() -> None:
@@ -94,12 +96,12 @@ def test_nonfinite_gradients_are_zeroed_and_counted() -> None:
 
 
 def test_a_step_survives_a_poisoned_batch() -> None:
-    training = Training(make_network())
+    learner = Learner(make_network())
     batch = make_batch()
     batch.images[3] = float("nan")
-    _, nonfinite = training.step(batch, lr=0.01)
+    _, nonfinite = learner.step(batch, lr=0.01)
     assert nonfinite.item() > 0
-    assert all(weight.isfinite().all() for weight in training.weights.values())
+    assert all(weight.isfinite().all() for weight in learner.weights.values())
 
 
 def test_forward_writes_nothing() -> None:
@@ -142,7 +144,7 @@ def test_dropout_acts_in_training_only() -> None:
 def test_state_goes_on_exactly() -> None:
     whole = train(make_network(), steps=6)
     half = train(make_network(), steps=3)
-    resumed = Training(make_network())
+    resumed = Learner(make_network())
     resumed.load_state(half.state())
     for i in range(3, 6):
         resumed.step(make_batch(seed=i), lr=0.01)
@@ -158,7 +160,7 @@ def test_wrapping_changes_no_name() -> None:
     network = make_network()
     compiled = torch.compile(network)
     assert tensors(compiled).keys() == tensors(network).keys() == plan(CONFIG).parameters.keys()
-    assert Training(compiled).ema.arrays(0.05).keys() == plan(CONFIG).parameters.keys()
+    assert Learner(compiled).ema.arrays(0.05).keys() == plan(CONFIG).parameters.keys()
 
 
 def test_forward_mode_derivative_is_the_finite_difference() -> None:

@@ -103,20 +103,19 @@ def sample(
 
 
 def train(
-    config: TrainConfig, dataset: Dataset, *, outdir: str | Path | None = None, machine: Machine | None = None
-) -> Run:
-    """Train as ``config`` says, in a run folder, as ``python -m backends.torch.train`` does. Returns the run.
+    config: TrainConfig, dataset: Dataset, *, outdir: str | Path | None = None, machine: Machine = Machine()
+) -> Run | None:
+    """Train as ``python -m backends.torch.train`` does. Returns the run; None in processes other than the first.
 
     Args:
         config: everything that determines the result.
         dataset: see :func:`backends.pipeline.data.datasets.open_dataset`.
-        outdir: the run folder, which is resumed where it holds a run; None: a new one under ``runs/``.
-        machine: device and images per device; None: the fastest device available.
+        outdir: the run folder; a run that stopped in it is resumed. None: a new one under ``runs/``.
+        machine: device and images per device; by default the fastest device available.
 
     Raises:
-        InputError: ``config`` does not fit the data or the run in ``outdir``, or nowhere to write.
+        InputError, KeyboardInterrupt: as :func:`backends.pipeline.runs.training.train`.
     """
-    machine = machine or Machine()
     sampler = Port(device=str(devices.choose(machine.device))).sampler
     return run_train(
         config, dataset, TorchTrainer, sampler, outdir=outdir, machine=machine, prog="python -m backends.torch.train"
