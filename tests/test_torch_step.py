@@ -6,13 +6,21 @@ import numpy as np
 import pytest
 import torch
 
+from backends.pipeline.runs.config import TrainConfig
+from backends.ports import Machine
+from backends.torch.denoiser import Denoiser
 from backends.torch.network import Network
 from backends.torch.port import PORT
 from backends.torch.step import Batch, Learner, batch_loss, force_weight_norm, zero_nonfinite
+from backends.torch.trainer import TorchTrainer
 from backends.torch.weights import build, dump, tensors
 from conformance import oracle, tolerance
 from conformance import strategies as draw
+from edm2_core.ema import Length
+from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, initialize, plan
+from edm2_core.presets import Hyperparameters
+from edm2_core.state import State
 
 CONFIG = NetworkConfig(
     img_resolution=8,
@@ -148,12 +156,57 @@ def test_state_goes_on_exactly() -> None:
     resumed.load_state(half.state())
     for i in range(3, 6):
         resumed.step(make_batch(seed=i), lr=0.01)
-    assert resumed.nimg == whole.nimg
-    for part in ("params", "moments1", "moments2"):
-        ours, theirs = getattr(resumed.state(), part), getattr(whole.state(), part)
-        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs), part
-    for sigma_rel, average in whole.state().averages.items():
-        assert all(np.array_equal(resumed.state().averages[sigma_rel][name], a) for name, a in average.items())
+    check_same(resumed.state(), whole.state())
+
+
+def check_same(one: State, other: State) -> None:
+    assert (one.nimg, one.steps) == (other.nimg, other.steps)
+    pairs = [(one.params, other.params), (one.moments1, other.moments1), (one.moments2, other.moments2)]
+    for ours, theirs in [*pairs, *((one.averages[length], other.averages[length]) for length in other.averages)]:
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[name], array) for name, array in theirs.items())
+
+
+class Mlp(torch.nn.Module):
+    """A backbone of points in the plane, with a counter that no average touches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.SiLU(), torch.nn.Linear(16, 2))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        shift = 0 if labels is None else labels[:, :1]
+        return self.layers(torch.cat([x, c_noise[:, None], (c_noise[:, None] + shift).sin()], dim=1))
+
+
+def points(size: int = 8, seed: int = 0) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    x, noise, sigma = (torch.randn((size, n), generator=draw) for n in (2, 2, 1))
+    return Batch(x * 0.5, noise, sigma.exp(), torch.eye(3)[torch.arange(size) % 3])
+
+
+def test_any_denoiser_trains_and_resumes_exactly() -> None:
+    def learner_after(steps: int) -> Learner:
+        torch.manual_seed(0)
+        learner = Learner(Denoiser(Mlp(), label_dim=3), sigma_rels=(0.1, Length.half_life(20)))
+        for i in range(steps):
+            learner.step(points(seed=i), lr=0.01)
+        return learner
+
+    whole, half = learner_after(6), learner_after(3)
+    state = half.state()
+    assert (state.nimg, set(state.averages)) == (24, {Length.of(0.1), Length.half_life(20)})
+    resumed = Learner(Denoiser(Mlp(), label_dim=3), sigma_rels=(0.1, Length.half_life(20)))
+    resumed.load_state(state)
+    for i in range(3, 6):
+        resumed.step(points(seed=i), lr=0.01)
+    check_same(resumed.state(), whole.state())
+
+
+def test_a_state_of_another_network_is_refused() -> None:
+    with pytest.raises(InputError, match=r"backbone\.calls must have shape \(\), got None"):
+        Learner(Denoiser(Mlp())).load_state(train(make_network(), steps=1).state())
 
 
 def test_wrapping_changes_no_name() -> None:
@@ -185,3 +238,32 @@ def test_config_b_has_forward_derivatives_at_any_size() -> None:
     tangent = draw.normal(2, *batch.images.shape)
     _, along = PORT.jvp(config, params, batch.noisy, batch.sigma, batch.labels, tangent)
     assert tolerance.relative(along, oracle.along(config, params, batch, tangent)) < 4 * tolerance.network(config)
+
+
+def trainer_of(**changes: object) -> TorchTrainer:
+    config = TrainConfig(network=CONFIG, hyper=Hyperparameters(batch=12, sigma_rels=(0.05, 0.1)))
+    return TorchTrainer(config, Machine(device="cpu", **changes))  # type: ignore[arg-type]
+
+
+def test_a_trainer_gives_one_average_and_keeps_the_clock() -> None:
+    trainer, batch = trainer_of(), make_batch()
+    assert batch.labels is not None
+    trainer.step(batch.images.numpy(), batch.labels.numpy(), lr=0.01)
+    assert trainer.nimg == 12
+    average, state = trainer.average(Length.of(0.1)), trainer.state()
+    assert average.keys() == trainer.parameters().keys() == plan(CONFIG).parameters.keys()
+    assert all(np.array_equal(average[name], array) for name, array in state.averages[Length.of(0.1)].items())
+    assert set(trainer.metrics()) == {"loss", "nonfinite"}
+
+
+def test_exhausted_memory_names_the_batch_to_try() -> None:
+    trainer, batch = trainer_of(batch_per_device=6), make_batch()
+
+    def exhausted(module: torch.nn.Module, args: object) -> None:
+        torch.empty(1 << 60)  # more than any machine has
+
+    trainer.learner.network.register_forward_pre_hook(exhausted)
+    with pytest.raises(InputError, match=r"memory.*--batch-per-device 3"):
+        trainer.step(batch.images.numpy(), None, lr=0.01)
+    assert trainer.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not trainer.is_out_of_memory(RuntimeError("shapes differ"))

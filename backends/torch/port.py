@@ -72,7 +72,7 @@ class Port(ports.Port):
         denoised, along = (array.detach().cpu().numpy() for array in pair)
         return denoised, along
 
-    def variants(self) -> dict[str, ports.Port]:
+    def variants(self) -> "dict[str, Port]":
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         devices = {name: replace(self, device=name) for name, there in available.items() if there}
         narrow = {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
