@@ -1,7 +1,7 @@
 """A backbone of one's own: a small transformer draws digits, with EDM2's preconditioning, loss, averages and sampler.
 
 Nothing here is an EDM2 network. ``Denoiser`` preconditions any module, ``Learner`` trains it and tracks its averages,
-``sample`` draws from it. A classifier of nearest class means then reads the samples; of real digits it reads nine in ten.
+``sample`` draws from it. A classifier of nearest class means then reads the samples; it reads 90% of real digits.
 """
 
 from pathlib import Path
