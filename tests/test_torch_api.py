@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ import torch
 from test_torch_step import CONFIG, Mlp, make_network
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
+from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
+from backends.ports import Machine
 from backends.torch import api, load
 from backends.torch.port import PORT
 from backends.torch.weights import dump, tensors
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
+from edm2_core.presets import Hyperparameters
 from edm2_core.sampler import Step, Stop
 
 
@@ -61,7 +65,7 @@ def test_a_run_folder_means_its_usual_average_or_the_one_asked_for(tmp_path: Pat
     for length, shift in ((0.05, 1.0), (0.1, 2.0)):
         stored(run.snapshots_path, length, shift)
     usual, other = (load(tmp_path, device="cpu", sigma_rel=length).unet.out_gain for length in (None, 0.05))
-    assert (float(usual), float(other)) == (2.5, 1.5)
+    assert (usual.item(), other.item()) == (2.5, 1.5)
 
 
 def test_sampling_is_that_of_the_port() -> None:
@@ -105,3 +109,15 @@ def test_any_denoiser_can_be_sampled_and_guide() -> None:
 def test_labels_that_are_no_rows_are_refused() -> None:
     with pytest.raises(InputError, match=r"one-hot rows of shape \(4, 3\), got \(4,\)"):
         api.sample(make_network(), noise(4, 1, 8, 8), torch.arange(4))
+
+
+def test_training_from_python_makes_a_run_that_loads_and_resumes(tmp_path: Path) -> None:
+    network = replace(CONFIG, label_dim=10)
+    hyper = Hyperparameters(duration=2048, batch=64, snapshot=1000)
+    config, data = TrainConfig(network=network, hyper=hyper), open_dataset("digits")
+    run = api.train(config, data, outdir=tmp_path / "run", machine=Machine(device="cpu"))
+    assert run is not None
+    assert load(run.path, device="cpu").config == network
+    longer = replace(config, hyper=replace(hyper, duration=2112))
+    assert api.train(longer, data, outdir=run.path, machine=Machine(device="cpu")) is not None
+    assert run.state_nimg() == 2112
