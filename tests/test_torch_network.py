@@ -107,3 +107,10 @@ def test_activations_exclude_the_factor_of_the_sum_that_follows() -> None:
         measured_forward(make_network(res_balance=t), batch, [name], size=None).activations[name] for t in (0.3, 0.6)
     )
     torch.testing.assert_close(one, other)
+
+
+def test_one_hot_labels_may_be_of_any_dtype() -> None:
+    network, batch = make_network(), make_batch()
+    assert batch.labels is not None
+    one, other = (network(batch.images, batch.sigma, labels)[0] for labels in (batch.labels, batch.labels.long()))
+    assert torch.equal(one, other)

@@ -276,7 +276,7 @@ class UNet(Planned):
             emb = self.emb_noise(emb, factor=keep)  # (N, emb_channels)
         if self.emb_label is not None and labels is not None:
             scale = sqrt(config.label_dim) if config.switches.label_scaling else 1.0
-            emb = emb + self.emb_label(labels, gain=add * scale)
+            emb = emb + self.emb_label(labels.to(emb.dtype), gain=add * scale)
         return F.silu(emb) / silu_rms
 
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
