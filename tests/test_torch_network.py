@@ -93,7 +93,7 @@ def test_activations_are_the_outputs_of_layers_compiled_or_not() -> None:
     assert all((forward.activations[name] > 0).all() for name in names)
     assert network.training
     assert not any(module._forward_hooks for module in network.modules())
-    network.compile(backend="eager")
+    network.eval().compile(backend="eager")
     network(batch.images, batch.sigma, batch.labels)
     again = measured_forward(network, batch, names, size=None)
     for name in names:
