@@ -85,12 +85,12 @@ def _arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _torch() -> Callable[[], Any]:
     import torch
 
-    from backends.torch.step import Batch, Training
+    from backends.torch.step import Batch, Learner
     from backends.torch.weights import build
 
-    training = Training(build(CONFIG, initialize(CONFIG, seed=0)))
+    learner = Learner(build(CONFIG, initialize(CONFIG, seed=0)))
     batch = Batch(*map(torch.from_numpy, _arrays()))
-    return lambda: float(training.step(batch, lr=0.01)[0])
+    return lambda: float(learner.step(batch, lr=0.01)[0])
 
 
 def _jax() -> Callable[[], Any]:
