@@ -10,9 +10,9 @@ or, in a loop without optax or every few steps:
     state = init(params)                                                   # sigma_rel 0.05 and 0.10
     state = update(state, params, time=images_seen, delta=batch)           # under jit or not
 
-Averages are float32, or wider where weights are; 1 - beta is computed by expm1 and log1p, to a few parts in 10^7 however
-small it is. Averages share no memory with the parameters, so a step may be given both to donate. Source: arXiv
-2312.02696 Section 3, Appendix C.
+Averages are float32, or wider where weights are; expm1 and log1p compute 1 - beta with a relative error of a few parts in
+10^7 however small it is. Averages share no memory with the parameters: a step may donate both. Source: arXiv 2312.02696
+Section 3, Appendix C.
 """
 
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ def update(state: PowerEMAState, params: Tree, *, time: Any, delta: Any) -> Powe
     """The averages at ``time``, where ``params`` were the weights for the last ``delta``. Source: Eq. 127, which is
     exact for any interval.
 
-    ``time`` and ``delta`` are numbers or arrays, traced or not. Leaves that are not floating are copied from ``params``.
+    ``time`` and ``delta`` are numbers or arrays, traced or not. Leaves that are not floating are copied.
 
     Raises:
         InputError: other shapes than those averaged; or not 0 < delta <= time, where they are numbers (where they are
@@ -160,7 +160,7 @@ def _check(time: Any, delta: Any) -> None:
 def _shares(length: Length, time: Any, delta: Any) -> tuple[jax.Array, jax.Array]:
     """beta and 1 - beta, float32 0-d, the smaller with a small relative error. Source: Eq. 127, :meth:`Length.beta`.
 
-    gamma is computed in float64 on the host. 1 - beta, where beta is close to 1, would lose all digits: expm1 keeps them.
+    gamma is computed in float64 on the host. expm1 keeps the digits of 1 - beta that a difference would lose.
     """
     delta, time = (jnp.asarray(x, jnp.float32) for x in (delta, time))
     if not length.relative:

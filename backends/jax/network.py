@@ -125,7 +125,7 @@ def unet(
     emb = embedding(scope, c_noise, labels)  # [N, emb_channels]
     if walk.switches.ones_channel:
         x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)  # [N, H, W, C + 1]
-    skips = []
+    skips: list[Array] = []
     for index, block in enumerate((*walk.encoder, *walk.decoder)):
         if block.takes_skip:
             x = joined(config, x, skips.pop())
