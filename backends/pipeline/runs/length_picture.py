@@ -1,4 +1,4 @@
-"""The picture at a run's end: the same seeds from the raw weights and from averages of several lengths, a row for each."""
+"""The picture at a run's end: the same seeds from the raw weights and from averages of several lengths."""
 
 from collections.abc import Mapping, Sequence
 from math import exp

@@ -1,4 +1,4 @@
-"""From options, data and an earlier run to the config of a run: what a fresh run is, and what a resumed one may change."""
+"""From options, data and an earlier run to the config of a run; what a resumed run may change."""
 
 import json
 from collections.abc import Iterator

@@ -119,11 +119,8 @@ def stored_network(path: str | Path, /, *, sigma_rel: float | None = None) -> Sn
 def average_of(sources: Sequence[Source], sigma_rel: float | None, /) -> tuple[Snapshot, Length, bool]:
     """(the average of this length at the latest time, its length, whether it is stored) of the sources of a run."""
     stored = {source.length: source for source in sources if source.time == sources[-1].time}
-    usual = Length.of(0.10)
-    if sigma_rel is not None:
-        length = Length.of(sigma_rel)
-    else:
-        length = usual if usual in stored else max(stored)
+    usual = Length.of(0.10) if Length.of(0.10) in stored else max(stored)
+    length = usual if sigma_rel is None else Length.of(sigma_rel)
     if length in stored:
         return stored[length].load(), length, True
     (snapshot,) = reconstruct(sources, sigma_rels=[length.value])
