@@ -10,9 +10,9 @@ or, in a loop without optax or every few steps:
     state = init(params)                                                   # sigma_rel 0.05 and 0.10
     state = update(state, params, time=images_seen, delta=batch)           # under jit or not
 
-Averages are float32, or wider where weights are; expm1 and log1p compute 1 - beta with a relative error of a few parts in
-10^7 however small it is. Averages share no memory with the parameters: a step may donate both. Source: arXiv 2312.02696
-Section 3, Appendix C.
+Averages are float32, or wider where weights are; expm1 and log1p compute 1 - beta with a relative error of a few parts
+in 10^7 however small it is. Averages share no memory with the parameters: a step may donate both. Source: arXiv
+2312.02696 Section 3, Appendix C.
 """
 
 from collections.abc import Sequence

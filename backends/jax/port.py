@@ -21,7 +21,7 @@ from . import weights
 from .denoiser import Network
 from .device import SAMPLING_MATMUL
 from .network import network_denoiser
-from .step import Batch, TrainState, batch_loss, from_state, init, make_network_step, to_state
+from .step import Batch, TrainState, batch_loss, from_state, make_network_step, to_state
 from .weights import to_nchw, to_nhwc
 
 
@@ -58,8 +58,9 @@ class Port(ports.Port):
         labels: np.ndarray | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         with self.place():
-            state, batch = init(config, params, lengths=()), self._batch(images, unit_noise, sigma, labels)
-            gradients, loss = _gradients(config, self.precision)(state.params, state.constants, batch)
+            trained, constants = weights.load_divided(config, params)
+            batch = self._batch(images, unit_noise, sigma, labels)
+            gradients, loss = _gradients(config, self.precision)(trained, constants, batch)
         return to_nchw(loss), weights.dump(gradients)
 
     def jvp(

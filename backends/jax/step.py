@@ -215,7 +215,7 @@ def force_weight_norm(config: NetworkConfig, params: Params) -> dict[str, Array]
 
 def init(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, lengths: Sequence[LengthLike]) -> TrainState:
     """The state before the first step, from canonical ``params``."""
-    trained, constants = _divided(config, params)
+    trained, constants = weights.load_divided(config, params)
     return TrainState(trained, adam_with_averages(lengths).init(trained), constants)
 
 
@@ -242,7 +242,7 @@ def to_state(state: TrainState) -> State:
 
 def from_state(config: NetworkConfig, state: State) -> TrainState:
     """The inverse of :func:`to_state`, whichever port wrote ``state``."""
-    trained, constants = _divided(config, state.params)
+    trained, constants = weights.load_divided(config, state.params)
 
     def native(arrays: Mapping[str, np.ndarray]) -> dict[str, Array]:
         return {name: weights.to_device(arrays[name]) for name in trained}
@@ -251,10 +251,3 @@ def from_state(config: NetworkConfig, state: State) -> TrainState:
     averages = {length.key: native(arrays) for length, arrays in state.averages.items()}
     clock = jnp.asarray(state.nimg, jnp.uint32)
     return TrainState(trained, (adam, optax.EmptyState(), PowerEMAState(clock, averages)), constants)
-
-
-def _divided(config: NetworkConfig, params: Mapping[str, np.ndarray]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Native parameters: those that are trained, and constants."""
-    native, table = weights.load(config, params), plan(config).parameters
-    trained = {name: array for name, array in native.items() if table[name].trained}
-    return trained, {name: array for name, array in native.items() if name not in trained}

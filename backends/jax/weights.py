@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from edm2_core.network import NetworkConfig, check_parameters, initialize
+from edm2_core.network import NetworkConfig, check_parameters, initialize, plan
 
 
 def init_params(config: NetworkConfig, /, *, seed: int) -> dict[str, Array]:
@@ -25,6 +25,15 @@ def load(config: NetworkConfig, params: Mapping[str, np.ndarray], /) -> dict[str
     """Canonical ``params`` as native float32 arrays, copied. Raises InputError unless they are the config's."""
     check_parameters(config, params)
     return {name: to_device(array) for name, array in params.items()}
+
+
+def load_divided(
+    config: NetworkConfig, params: Mapping[str, np.ndarray], /
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """:func:`load`, divided into what is trained and constants."""
+    native, table = load(config, params), plan(config).parameters
+    trained = {name: array for name, array in native.items() if table[name].trained}
+    return trained, {name: array for name, array in native.items() if name not in trained}
 
 
 def dump(params: Mapping[str, Array], /) -> dict[str, np.ndarray]:
