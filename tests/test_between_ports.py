@@ -19,7 +19,7 @@ from edm2_core.network import plan
 
 CONFIG = draw.FEW_CONFIGS[0]
 SIGMA_RELS = (0.05, 0.10)
-HERE, _ = ports.found()
+HERE, _ = ports.available()
 PAIRS = [pytest.param(*pair, id="-".join(pair)) for pair in permutations(HERE, 2)]
 each_pair = pytest.mark.parametrize(
     ("one", "other"), PAIRS or [pytest.param("", "", marks=pytest.mark.skip(reason="fewer than two ports"))]
