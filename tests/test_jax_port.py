@@ -306,7 +306,8 @@ train(JaxTrainer, "{name}", {duration})
 
 def train_elsewhere(name, duration, **environment):
     """A run on the toy's network, begun in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
     command = [sys.executable, "-c", SCRIPT.format(name=name, duration=duration)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -368,10 +369,10 @@ def test_too_little_memory_names_the_batch_to_try(monkeypatch):
         room.JaxTrainer(config, Machine())
 
 
-def test_only_what_is_asked_for_is_gathered_array_by_array(monkeypatch):
+def test_only_what_is_asked_for_is_gathered_array_by_array(toy, monkeypatch):
     """Bytes: an average or the weights, those of one network; a state, four times as many: the weights, Adam's two
     moments, and the one average that this run keeps. No array is larger than the largest weight."""
-    config = config_of(batch=64, sigma_rels=(0.10,))
+    config = config_of(preset="toy", data="digits", sigma_rels=(0.10,))
     trainer, sizes, gather = JaxTrainer(config, Machine()), [], device.gathered
 
     def counted(array):
