@@ -96,15 +96,20 @@ def _torch() -> Callable[[], Any]:
 def _jax() -> Callable[[], Any]:
     import jax
 
-    from backends.jax.step import Batch, compiled, init, make_step, state_shapes
+    from backends.jax.step import Batch, compiled, init, make_network_step, state_shapes
     from backends.jax.weights import to_nhwc
 
     images, noise, sigma = _arrays()
     batch = Batch(*map(jax.device_put, (to_nhwc(images), to_nhwc(noise), sigma)))
-    rest = (batch, jax.numpy.float32(0.01), jax.random.key(0))
-    lengths = (0.05, 0.10)
-    step = compiled(make_step(CONFIG), state_shapes(CONFIG, sigma_rels=lengths), *rest, cpu=True)
-    state = [init(CONFIG, initialize(CONFIG, seed=0), sigma_rels=lengths)]
+    rest, lengths = (batch, jax.random.key(0), jax.numpy.float32(0.01)), (0.05, 0.10)
+    step_of = make_network_step(CONFIG, lengths=lengths)
+    step = compiled(
+        lambda state, batch, key, lr: step_of(state, batch, key, lr=lr),
+        state_shapes(CONFIG, lengths=lengths),
+        *rest,
+        cpu=True,
+    )
+    state = [init(CONFIG, initialize(CONFIG, seed=0), lengths=lengths)]
 
     def run() -> float:
         state[0], metrics = step(state[0], *rest)

@@ -1,6 +1,6 @@
-"""``python -m conformance --port pkg.adapter:PORT``: prove ports; ask one question again; write what machines write.
+"""The command ``python -m conformance``: proves ports, repeats one example, and writes generated pages.
 
-Whatever is not listed by ``--help`` goes to pytest.
+Options that ``--help`` does not list go to pytest.
 """
 
 import argparse
@@ -8,20 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+SUITE = ("--pyargs", "conformance", "-p", "conformance.plugin")
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m conformance", description=__doc__, allow_abbrev=False, epilog="More: pytest's own options."
     )
     parser.add_argument("--port", action="append", metavar="NAME", help="a registered name, module:ATTRIBUTE, or core")
-    parser.add_argument("--case", help="ask only this case, as the report names it")
+    parser.add_argument("--profile", metavar="NAME", help="dev, ci or deep: 20, 100 or 2000 examples per case")
+    parser.add_argument("--report", metavar="FOLDER", help="write report.json, report.md and report.html there")
+    parser.add_argument("--known-failures", metavar="FILE", help="TOML of known failures, see docs/adding_a_port.md")
+    parser.add_argument("--case", help="ask only cases with this in their name")
     parser.add_argument("--example", metavar="JSON", help="with --case: this one example, as a failure prints it")
-    parser.add_argument("--contract", action="store_true", help="write the cases of each clause into SPEC.md")
-    parser.add_argument("--wrong-ports", metavar="FILE", help="write the page of seeded wrong ports and their catchers")
+    parser.add_argument("--wrong-ports", metavar="FILE", help="write the page of wrong ports and what catches them")
     parser.add_argument("--readme", nargs=2, metavar=("REPORT", "FILE"), help="put the table of report.json into FILE")
     given, rest = parser.parse_known_args(arguments)
-    if given.contract:
-        return _contract()
     if given.wrong_ports:
         from conformance import wrong_ports
 
@@ -34,24 +36,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if given.example:
         return _ask(parser, given)
-    ports = [f"--port={name}" for name in given.port or ()]
-    one = ["-k", f"test_port and {given.case}"] if given.case else []
-    # in a process of its own: pytest rewrites the assertions of modules that it imports first
-    suite = ["--pyargs", "conformance", "-p", "conformance.plugin"]
-    return subprocess.call([sys.executable, "-m", "pytest", *suite, *ports, *one, *rest])
+    # in a process of its own: pytest rewrites the assertions only of modules that it imports first
+    return subprocess.call([sys.executable, "-m", "pytest", *SUITE, *_translated(given), *rest])
 
 
-def _contract() -> int:
-    import edm2_core
-    from conformance import cases
-
-    path = Path(edm2_core.__file__).parent / "SPEC.md"
-    path.write_text(cases.with_cases(cases.spec_text()), encoding="utf-8")
-    return 0
+def _translated(given: argparse.Namespace) -> list[str]:
+    """The options of this command as those of the plugin."""
+    options = {"profile": given.profile, "report": given.report, "known-failures": given.known_failures}
+    translated = [f"--edm2-port={name}" for name in given.port or ()]
+    translated += [f"--edm2-{name}={value}" for name, value in options.items() if value is not None]
+    return [*translated, *(("-k", f"test_port and {given.case}") if given.case else ())]
 
 
 def _ask(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
-    """One example of one case, without pytest or Hypothesis: what a failing line reproduces."""
+    """Ask one example of one case, without pytest and Hypothesis: the line that a failure prints."""
     from conformance import contract, measure, ports
     from conformance.cases import PORT_CASES
 

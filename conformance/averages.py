@@ -1,4 +1,4 @@
-"""Averages the long way: as sums over the steps of training, and in as many digits as wanted. Oracles of SPEC EMA."""
+"""Oracles of SPEC EMA: averages as sums over training steps, and profiles in many digits."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import mpmath
 import numpy as np
 
 from edm2_core import ema
+from edm2_core.ema import Length, LengthLike
 
 
 def exact_sigma_rel(gamma: Any) -> Any:
@@ -13,20 +14,20 @@ def exact_sigma_rel(gamma: Any) -> Any:
     return mpmath.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
-def segment_weights(edges: np.ndarray, sigma_rel: float, end: float) -> np.ndarray:
-    """The profile's integral over each interval between ``edges`` (starting at 0), cut off at ``end``."""
-    if isinstance(sigma_rel, ema.HalfLife):
-        rate, edges = np.log(2) / sigma_rel, np.minimum(edges, end)
-        return np.exp(-rate * (end - edges[1:])) * np.expm1(-rate * np.diff(edges)) / np.expm1(-rate * end)
-    power = np.minimum(edges / end, 1.0) ** (ema.sigma_rel_to_gamma(sigma_rel) + 1)
-    return np.diff(power)
+def segment_weights(edges: np.ndarray, length: LengthLike, end: float) -> np.ndarray:
+    """The integral of the profile over each interval between ``edges`` (starting at 0), cut off at ``end``."""
+    length = Length.of(length)
+    if length.relative:
+        return np.diff(np.minimum(edges / end, 1.0) ** (ema.sigma_rel_to_gamma(length.value) + 1))
+    rate, edges = np.log(2) / length.value, np.minimum(edges, end)
+    return np.exp(-rate * (end - edges[1:])) * np.expm1(-rate * np.diff(edges)) / np.expm1(-rate * end)
 
 
-def track(weights: np.ndarray, edges: np.ndarray, sigma_rel: float) -> np.ndarray:
-    """The average after each update: weights [steps, ...] hold from each of ``edges`` to the next."""
-    average, history = np.full(weights.shape[1:], np.nan), []
+def track(weights: np.ndarray, edges: np.ndarray, length: LengthLike) -> np.ndarray:
+    """The average after each update, where weights [steps, ...] are constant from each of ``edges`` to the next."""
+    length, average, history = Length.of(length), np.full(weights.shape[1:], np.nan), []
     for w, start, end in zip(weights, edges, edges[1:], strict=False):
-        keep = ema.beta(sigma_rel, t_next=end, t_delta=end - start)
+        keep = length.beta(t_next=end, t_delta=end - start)
         average = w if keep == 0 else keep * average + (1 - keep) * w
         history.append(average)
     return np.stack(history)

@@ -1,24 +1,21 @@
-"""The contract: every clause of SPEC.md once, and every case that proves one.
+"""The contract: every clause of SPEC.md once, with how it is proved, and all cases that prove one.
 
-A clause is proved by three kinds of case, all found from here: functions of ``edm2_core`` in every array library
-(:mod:`.core_cases`, walked by test_libraries.py), questions to ports (:mod:`.network_cases`, :mod:`.training_cases`,
-:mod:`.golden_cases`, walked by test_port.py), and tests of the specification's own properties, which name their clauses
-first in their docstrings. ``python -m conformance --contract`` writes the cases of each clause into SPEC.md.
+There are three kinds of case. Functions of ``edm2_core`` in every array library (:mod:`.core_cases`, run by
+test_libraries.py); questions to ports (:mod:`.network_cases`, :mod:`.training_cases`, :mod:`.golden_cases`, run by
+test_port.py); and property tests, which name their clauses with :func:`.clauses.proves`.
 """
 
-import ast
-import re
 from functools import lru_cache
-from importlib.resources import files
+from importlib import import_module
 from pathlib import Path
 
 from conformance import core_cases, golden_cases, network_cases, training_cases
+from conformance.clauses import clauses_of
 from conformance.contract import Clause
 
 CORE_CASES = core_cases.CASES
 PORT_CASES = (*network_cases.CASES, *training_cases.CASES, *golden_cases.CASES)
 
-_D, _G, _T, _S = ("denoise",), ("loss_and_gradients",), ("train",), ("sample",)
 _ARRAYS = "float32 arrays without subnormals, to 1e4"
 _NETWORK, _SAMPLED = network_cases.NETWORK, network_cases.SAMPLED
 
@@ -54,77 +51,55 @@ CONTRACT = (
     Clause("PRE-2", "noise levels, deviations", "variance 1", "16 eps (1 + (sd / sigma)^2)"),
     Clause("LOSS-1", "normal draws", "Eq. 16 as printed", "4 eps (1 + |ln sigma|)"),
     Clause("LOSS-2", "noise levels, deviations", "1 / c_out^2", "8 eps"),
-    Clause("LOSS-3", "images, noise levels, u; networks", "Eq. 21 element by element", "16 eps of magnitudes", _G),
+    Clause(
+        "LOSS-3",
+        "images, noise levels, u; networks",
+        "Eq. 21 element by element",
+        "16 eps of magnitudes",
+        "loss_and_gradients",
+    ),
     Clause("LR-1", "counts, rates", "Eq. 67 term by term", "4 eps"),
-    Clause("SAMPLE-1", "numbers of steps, ranges, rho", "even spacing in the power 1 / rho", "8 rho eps", _S),
-    Clause("SAMPLE-2", "networks, schedules", "Algorithm 2 written out again", _SAMPLED, _S),
+    Clause("SAMPLE-1", "numbers of steps, ranges, rho", "even spacing in the power 1 / rho", "8 rho eps", "sample"),
+    Clause("SAMPLE-2", "networks, schedules", "Algorithm 2 written out again", _SAMPLED, "sample"),
     Clause("SAMPLE-3", "means and spreads of Gaussian data", "the closed form of its flow", "the order, to O(1 / n)"),
-    Clause("SAMPLE-4", "networks, amounts of churn", "Algorithm 2 written out; the data's spread", _SAMPLED, _S),
-    Clause("SAMPLE-5", "networks, guides, weights", "guide + w (net - guide)", _SAMPLED, _S),
-    Clause("SAMPLE-6", "networks, seeds", "the reference, sampled in float64", "one of 256 levels", _S),
+    Clause("SAMPLE-4", "networks, amounts of churn", "Algorithm 2 written out; the data's spread", _SAMPLED, "sample"),
+    Clause("SAMPLE-5", "networks, guides, weights", "guide + w (net - guide)", _SAMPLED, "sample"),
+    Clause("SAMPLE-6", "networks, seeds", "the reference, sampled in float64", "one of 256 levels", "sample"),
     Clause("NET-1", "configs that break a rule", "the message", "exact"),
     Clause("NET-2", "configs", "the walk, step by step", "exact"),
     Clause("NET-3", "published sizes", "Table 6", "its printed digits"),
-    Clause("NET-4", "configs, seeds", "moments; equality", "6 standard errors", _D),
-    Clause("NET-5", "random networks, noise levels, labels", "edm2_core.reference in float64", _NETWORK, _D),
-    Clause("NET-6", "heads and widths", "loops over heads and pixels", _NETWORK, _D),
-    Clause("NET-7", "networks, batches of three", "each image alone", _NETWORK, _D),
-    Clause("NET-8", "conditional networks", "the all-zero label", _NETWORK, _D),
+    Clause("NET-4", "configs, seeds", "moments; equality", "6 standard errors", "denoise"),
+    Clause("NET-5", "random networks, noise levels, labels", "edm2_core.reference in float64", _NETWORK, "denoise"),
+    Clause("NET-6", "heads and widths", "loops over heads and pixels", _NETWORK, "denoise"),
+    Clause("NET-7", "networks, batches of three", "each image alone", _NETWORK, "denoise"),
+    Clause("NET-8", "conditional networks", "the all-zero label", _NETWORK, "denoise"),
     Clause("NET-9", "random plans, unit-variance input", "rms of every block's output", "[0.5, 1.5]"),
-    Clause("NET-10", "rungs, and any of their switches alone", "edm2_core.reference; Table 1's counts", _NETWORK, _D),
-    Clause("STEP-1", "networks, batches", training_cases.AUTOGRAD, training_cases.GRADIENT, _G),
-    Clause("STEP-2", "networks, four batches of any sizes", training_cases.TRAINING, training_cases.ADAM, _T),
-    Clause("STEP-3", "networks, batches", "equality", "exact", _T),
-    Clause("STEP-4", "states between two steps", "the run that never stopped; the bytes", "exact", ("advance",)),
+    Clause(
+        "NET-10", "rungs, and any of their switches alone", "edm2_core.reference; Table 1's counts", _NETWORK, "denoise"
+    ),
+    Clause("STEP-1", "networks, batches", training_cases.AUTOGRAD, training_cases.GRADIENT, "loss_and_gradients"),
+    Clause("STEP-2", "networks, four batches of any sizes", training_cases.TRAINING, training_cases.ADAM, "train"),
+    Clause("STEP-3", "networks, batches", "equality", "exact", "train"),
+    Clause("STEP-4", "states between two steps", "the run that never stopped; the bytes", "exact", "advance"),
 )
-
-CLAUSE = re.compile(r"\b(?:API|MP|EMA|PRE|LOSS|LR|SAMPLE|NET|STEP)-\d+\b")
-_PROVED = "*Proved by* "
-
-
-def spec_text() -> str:
-    return files("edm2_core").joinpath("SPEC.md").read_text(encoding="utf-8")
-
-
-def spec_clauses() -> dict[str, str]:
-    """The clauses of SPEC.md by number, in order, with their titles."""
-    return dict(re.findall(r"^#### (\S+) · (.*)$", spec_text(), re.MULTILINE))
-
-
-def opening(docstring: str | None) -> tuple[str, ...]:
-    """The clauses that a docstring names before its first colon or line's end."""
-    return tuple(CLAUSE.findall(re.split(r":|\n", docstring or "")[0]))
 
 
 @lru_cache
 def property_tests() -> dict[str, tuple[str, ...]]:
-    """The clauses of each test function that walks no table, by ``file::function``."""
+    """The clauses of each test function by ``file::function``, without test_port, which runs the table of ports."""
     tests = {}
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and node.name != "test_port":
-                tests[f"{path.name}::{node.name}"] = opening(ast.get_docstring(node))
+        for name, function in vars(import_module(f"conformance.{path.stem}")).items():
+            if name.startswith("test_") and name != "test_port":
+                tests[f"{path.name}::{name}"] = clauses_of(function)
     return tests
 
 
 def cases_of(clause: str) -> list[str]:
-    """The names of all that proves ``clause``: functions in libraries, questions to ports, property tests."""
-    functions = [f"`{case.name}`" for case in CORE_CASES if case.clause == clause]
-    questions = [f"`{case.name}`" for case in PORT_CASES if clause in case.clauses.split()]
+    """The names of all that proves ``clause``, of each kind: functions, questions to ports, property tests."""
+    functions = [f"`{case.name}`" for case in CORE_CASES if clause in case.clauses]
+    questions = [f"`{case.name}`" for case in PORT_CASES if clause in case.clauses]
     tests = [test.partition("::test_")[2].replace("_", " ") for test, named in property_tests().items()
              if clause in named]  # fmt: skip
-    parts = ((functions, "in each library"), (questions, "of each port"), (tests, ""))
-    return [f"{', '.join(names)} {where}".strip() for names, where in parts if names]
-
-
-def with_cases(text: str) -> str:
-    """SPEC.md with a last line in each clause that names its cases."""
-    lines = [line for line in text.splitlines() if not line.startswith(_PROVED)]
-    text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
-    sections = re.split(r"(?m)^(?=#{2,4} )", text)
-    done = []
-    for section in sections:
-        if found := re.match(r"#### (\S+) · ", section):
-            section = f"{section.rstrip()}\n\n{_PROVED}{'; '.join(cases_of(found[1]))}.\n\n"
-        done.append(section)
-    return "".join(done).rstrip() + "\n"
+    kinds = ((functions, "in each library"), (questions, "of each port"), (tests, ""))
+    return [f"{', '.join(names)} {where}".strip() for names, where in kinds if names]

@@ -1,16 +1,15 @@
-"""What is a case? One statement of the specification, with what to draw, whom to ask, and how to say what is wrong."""
+"""What the contract consists of: a :class:`Clause` is one row, a :class:`PortCase` one question to a port."""
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
-import numpy as np
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from conformance import measure, profiles, tolerance
+from conformance import ill_conditioned, measure, profiles
 from conformance import strategies as draw
 from conformance.oracle import OracleMissing
 from conformance.ports import MEMBERS, NotImplementedByPort, Subject
@@ -21,89 +20,68 @@ Example = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Clause:
-    """A row of the contract: how one clause of SPEC.md is proved, in words that a report can show.
+    """How one clause of SPEC.md is proved, in words for the report.
 
-    ``draws`` is what is drawn, ``oracle`` what it is held against, ``tolerance`` how close, ``needs`` the members of a
-    port without which nothing is proved of it (none: the clause is about ``edm2_core``, through which ports compute).
+    ``draws`` is what is drawn, ``oracle`` what it is compared with, ``tolerance`` how close it must be. ``member`` is
+    the port's member that the clause is proved by; without it the clause is about ``edm2_core`` alone.
     """
 
     number: str
     draws: str
     oracle: str
     tolerance: str
-    needs: tuple[str, ...] = ()
+    member: str | None = None
 
 
 @dataclass(frozen=True)
 class PortCase:
-    """A question to a port. ``draws`` are the arguments of ``check`` by name, each one that JSON can hold.
+    """A question to a port.
 
-    ``clauses`` are numbers of SPEC.md; ``oracle`` and ``tolerance`` words, whose numbers are in ``check``; ``needs``
-    members of the port; ``cost`` how many others it costs; ``golden`` whether it wants the golden numbers.
+    ``draws`` are the arguments of ``check`` after the port, by name; JSON can hold each. ``oracle`` and ``tolerance``
+    describe in words what ``check`` compares with and how closely. ``member`` is the port's member that is asked,
+    ``cost`` how many simple cases it costs, ``golden`` whether it needs the golden numbers.
     """
 
     name: str
-    clauses: str
+    clauses: tuple[str, ...]
     draws: Mapping[str, st.SearchStrategy[Any]]
     check: Callable[..., None]
     oracle: str
     tolerance: str
-    needs: tuple[str, ...]
+    member: str
     cost: int = 1
     golden: bool = False
 
     def run(self, subject: Subject, example: Example) -> None:
-        """Ask once. Raises Disagreement, with everything that a reader needs, where the port is wrong or fails."""
+        """Ask once. Raises Disagreement, with all that a reader needs, where the port is wrong or raises."""
         try:
-            self._compare(subject, example)
+            ill_conditioned.checked(partial(self.check, **example), subject)
         except measure.Disagreement as error:
-            error.words = self._words(subject, example) | error.words | self._again(subject, example)
+            error.words = self._described(subject, example, error.words)
             raise
         except (NotImplementedByPort, OracleMissing):
             raise
         except Exception as error:
-            words = self._words(subject, example) | {"got": f"{type(error).__name__}: {error}", "wanted": "an answer"}
-            again = self._again(subject, example)
-            raise measure.Disagreement(f"{subject.name} raised {type(error).__name__}", words | again) from error
-
-    def _compare(self, subject: Subject, example: Example) -> None:
-        """``check``; once more, and that counts, with wider tolerances where the example is ill-conditioned."""
-        made = measure.Record()
-        try:
-            with measure.recording(made):
-                self.check(subject, **example)
-        except measure.Disagreement as error:
-            wider = tolerance.ILL_CONDITIONED * self._worst_of_float32(example)
-            if not error.ratio <= wider < np.inf:
-                raise
-            made = measure.Record()
-            with measure.recording(made), measure.widened(wider):
-                self.check(subject, **example)
-        finally:
-            measure.record(made)
-
-    def _worst_of_float32(self, example: Example) -> float:
-        """The worst error over tolerance when the reference, in float32, is asked; 0: it cannot be."""
-        from conformance.training_port import TrainingPort  # which wants what ports run with
-
-        alone = (measure.Disagreement, NotImplementedByPort, OracleMissing)
-        with measure.recording(measure.Record()) as record, suppress(*alone):
-            self.check(Subject("float32", TrainingPort(dtype=np.float32)), **example)
-        return record.worst
+            outcome = {"got": f"{type(error).__name__}: {error}", "wanted": "an answer"}
+            words = self._described(subject, example, outcome)
+            raise measure.Disagreement(f"{subject.name} raised {type(error).__name__}", words) from error
 
     def prove(self, subject: Subject) -> int:
-        """Ask as often as the profile says; returns how often. A port that compiles each network is asked less often;
-        about few networks in ``dev``, and where a case is dear in ``ci`` too."""
+        """Ask as often as the profile says; returns how often.
+
+        A port that compiles each network is asked less often; in ``dev``, and in ``ci`` for costly cases, about a few
+        fixed networks.
+        """
         few = subject.compiles and profiles.current() != "deep"
-        narrow = few and (self.cost > 2 or profiles.current() == "dev")
-        narrowed = draw.few(dearest=self.cost > 5) if narrow else {}
-        draws = {name: narrowed.get(name, how) for name, how in self.draws.items()}
-        own = profiles.fewer(self.cost * (10 if few else 1), least=2 if few else 4)
-        if few:  # smaller examples would be compiled one by one
-            own = settings(own, phases=[phase for phase in own.phases if phase is not Phase.shrink])
+        fixed = few and (self.cost > 2 or profiles.current() == "dev")
+        replaced = draw.few(dearest=self.cost > 5) if fixed else {}
+        draws = {name: replaced.get(name, strategy) for name, strategy in self.draws.items()}
+        limits = profiles.fewer(self.cost * (10 if few else 1), least=2 if few else 4)
+        if few:  # each smaller example would be compiled
+            limits = settings(limits, phases=[phase for phase in limits.phases if phase is not Phase.shrink])
         count = 0
 
-        @own
+        @limits
         @given(st.fixed_dictionaries(draws))
         def ask(example: Example) -> None:
             nonlocal count
@@ -113,21 +91,26 @@ class PortCase:
         ask()
         return count
 
-    def _words(self, subject: Subject, example: Example) -> dict[str, str]:
-        function = f"{subject.name}: {self.needs[0]}{MEMBERS[self.needs[0]]}"
-        said = "; ".join(f"{name} = {_shown(value)}" for name, value in example.items())
-        return {"function": function, "inputs": said, "clauses": self.clauses, "oracle": self.oracle}
-
-    def _again(self, subject: Subject, example: Example) -> dict[str, str]:
-        line = f"python -m conformance --port {subject.name} --case {self.name} --example '{to_json(example)}'"
-        return {"reproduce": line}
+    def _described(self, subject: Subject, example: Example, outcome: Mapping[str, str]) -> dict[str, str]:
+        inputs = "; ".join(f"{name} = {_shown(value)}" for name, value in example.items())
+        return {
+            "function": f"{subject.name}: {self.member}{MEMBERS[self.member]}",
+            "inputs": inputs,
+            "clauses": " ".join(self.clauses),
+            "oracle": self.oracle,
+            **outcome,
+            "reproduce": f"python -m conformance --port {subject.name} --case {self.name} "
+            f"--example '{to_json(example)}'",
+        }
 
 
 def _shown(value: Any) -> str:
     if not isinstance(value, NetworkConfig):
         return repr(value)
-    own = (f for f in fields(value) if getattr(value, f.name) != f.default)
-    return f"NetworkConfig({', '.join(f'{f.name}={getattr(value, f.name)!r}' for f in own)})"
+    usual = {field.name: field.default for field in fields(value)} | {"ladder": "G"}
+    own = {name: given for name, given in value.to_json().items() if given != usual.get(name)}
+    keywords = (f"{name}={getattr(given, 'value', given)!r}" for name, given in own.items())
+    return f"NetworkConfig({', '.join(keywords)})"
 
 
 def to_json(example: Example) -> str:
@@ -139,9 +122,9 @@ def to_json(example: Example) -> str:
 def from_json(text: str) -> dict[str, Any]:
     """The example that :func:`to_json` wrote."""
 
-    def value(found: Any) -> Any:
-        if isinstance(found, dict):
-            return NetworkConfig(**found)
-        return tuple(found) if isinstance(found, list) else found
+    def value(plain: Any) -> Any:
+        if isinstance(plain, dict):
+            return NetworkConfig(**plain)
+        return tuple(plain) if isinstance(plain, list) else plain
 
-    return {name: value(found) for name, found in json.loads(text).items()}
+    return {name: value(plain) for name, plain in json.loads(text).items()}

@@ -1,7 +1,7 @@
-"""Where are the golden numbers, and what is in them?
+"""The golden numbers: outputs of the official implementation, stored as arrays.
 
-``EDM2_GOLDEN`` names their folder, ``../shared/golden`` seen from the project's root if it is not set. Tests that need
-them carry :data:`needs_golden`: they skip where the folder is absent.
+``EDM2_GOLDEN`` names their folder; default: ``../shared/golden`` relative to the project's root. Tests that need them
+carry :data:`needs_golden` and skip where the folder is absent.
 """
 
 import json
@@ -22,7 +22,7 @@ FOLDER = ROOT / os.environ.get("EDM2_GOLDEN", DEFAULT)
 NETWORKS = ("net_plain", "net_cond_attn")
 
 REASON = "golden numbers are absent: set EDM2_GOLDEN to their folder"
-present = any(folder.is_dir() for folder in (FOLDER, DEFAULT))  # then none of their tests may skip
+present = any(folder.is_dir() for folder in (FOLDER, DEFAULT))  # if so, none of their tests may skip
 needs_golden = pytest.mark.skipif(not FOLDER.is_dir(), reason=REASON)
 each_network = pytest.mark.parametrize("case", NETWORKS)
 

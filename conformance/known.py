@@ -1,4 +1,4 @@
-"""Failures that are known: one TOML per port, read strictly, so that none outlives its cause.
+"""Known failures of a port, from a TOML file: they must fail, so that no entry outlives its cause.
 
     [[failure]]
     id = "variants"                        # the case, as the report names it
@@ -6,8 +6,8 @@
     link = "https://.../issues/1"
     versions = {tensorflow = "<2.20"}      # distributions and the versions of them that fail
 
-An entry counts where all its versions match what is installed. It must fail then: a pass is a fault, and so is an id
-that no case has. In-house ports have theirs in ``conformance/known_failures``.
+An entry applies where all its versions match what is installed. The case must fail then: a pass is an error, and so is
+an id that no case has. The registered ports of edm2 have their files in ``conformance/known_failures``.
 """
 
 import tomllib
@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent / "known_failures"
 
 
 class KnownError(Exception):
-    """A file of known failures that cannot be taken at its word, in one line."""
+    """A file of known failures is invalid; one line."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Failure:
 
     @property
     def applies(self) -> bool:
-        """Whether what is installed is what fails."""
+        """Whether the installed versions are those that fail."""
         return all(_version(name) in SpecifierSet(allowed, prereleases=True) for name, allowed in self.versions.items())
 
 
@@ -50,14 +50,14 @@ def read(port: str, path: str | None = None) -> dict[str, Failure]:
         return {}
     try:
         entries = [Failure(**entry) for entry in tomllib.loads(file.read_text(encoding="utf-8")).get("failure", [])]
-        found = {failure.id: failure for failure in entries if failure.applies}
+        failures = {failure.id: failure for failure in entries if failure.applies}
     except (OSError, TypeError, ValueError, AttributeError, InvalidSpecifier, metadata.PackageNotFoundError) as error:
         raise KnownError(
             f"{file} must list failures with id, reason, link and versions, got {error}: see docs"
         ) from error
     if unknown := sorted({failure.id for failure in entries} - {case.name for case in PORT_CASES}):
         raise KnownError(f"{file}: no case is called {unknown[0]!r}: correct the id or remove the entry")
-    return found
+    return failures
 
 
 def _version(distribution: str) -> str:

@@ -1,4 +1,4 @@
-"""The array libraries that edm2_core serves, as test parameters with readable ids."""
+"""The array libraries that edm2_core supports, as test parameters with readable ids."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from edm2_core.arrays import Array, is_array
 
 @dataclass(frozen=True)
 class Library:
-    """An array library: how NumPy's arrays get in, and how to see what comes out."""
+    """An array library, and conversions into it."""
 
     name: str
     module: str
@@ -36,7 +36,7 @@ class Library:
         return {name: self.array(value) for name, value in values.items()}
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` of arrays, compiled where running it step by step would compile each step by itself."""
+        """``function``, under jax.jit for JAX, where each operation would be compiled by itself."""
         return import_module("jax").jit(function) if self.name == "jax" else function
 
 
@@ -57,7 +57,7 @@ def _absent(library: Library) -> pytest.MarkDecorator:
     return pytest.mark.skipif(find_spec(root) is None, reason=f"{root} is not installed")
 
 
-# those not installed skip and say so
+# libraries that are not installed are skipped with a reason
 each_library = pytest.mark.parametrize("library", [pytest.param(x, id=x.name, marks=_absent(x)) for x in LIBRARIES])
 each_wide_library = pytest.mark.parametrize(
     "library", [pytest.param(x, id=x.name, marks=_absent(x)) for x in LIBRARIES if x.name in WIDE]
@@ -69,7 +69,7 @@ each_half = pytest.mark.parametrize(
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """Any library's array, or a number, as NumPy float64: for comparisons only, never what is under test."""
+    """Any library's array, or a number, as NumPy float64. For comparisons only."""
     if hasattr(x, "detach"):
         x = x.detach().cpu().double()
     if hasattr(x, "to_device"):
@@ -83,7 +83,7 @@ def flat(result: Any) -> list[Any]:
 
 
 def check_same_kind(result: Any, like: Array) -> None:
-    """SPEC API-1: library, dtype and device are those of the input, looked at before any value."""
+    """SPEC API-1: library, dtype and device are those of the input. Call it before comparing values."""
     for out in flat(result):
         assert is_array(out), f"wanted an array like {type(like)}, got {type(out)}"
         assert isinstance(out, np.ndarray | np.generic) if isinstance(like, np.ndarray) else type(out) is type(like)

@@ -1,7 +1,7 @@
-"""How far is a result from the oracle, how far may it be, and what does a reader need to know when it is too far?
+"""Comparisons of a port's answers with an oracle.
 
-Every comparison of a case goes through :func:`within` or :func:`close`, which keep the worst ratio of error to
-tolerance for the report and raise a :class:`Disagreement` whose words stand alone.
+Every comparison of a case goes through :func:`within` or :func:`close`. They record the worst ratio of error to
+tolerance for the report, and raise :class:`Disagreement` with a complete description where the ratio exceeds 1.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from conformance import tolerance
 
 @dataclass
 class Record:
-    """What one case came to: comparisons made, examples drawn, the worst error over tolerance and where it was."""
+    """The result of one case: comparisons made, examples drawn, the worst error over tolerance and where it was."""
 
     examples: int = 0
     comparisons: int = 0
@@ -30,13 +30,13 @@ class Record:
             self.worst, self.at = other.worst, other.at
 
 
-_records: list[Record] = []  # the innermost is being written to
-_wider: list[float] = [1.0]  # the innermost multiplies tolerances
+_records: list[Record] = []  # comparisons are added to the last
+_wider: list[float] = [1.0]  # the last multiplies tolerances
 
 
 @contextmanager
 def recording(record: Record) -> Iterator[Record]:
-    """Comparisons made inside are kept in ``record``."""
+    """Comparisons made inside are added to ``record``."""
     _records.append(record)
     try:
         yield record
@@ -45,7 +45,7 @@ def recording(record: Record) -> Iterator[Record]:
 
 
 def record(made: Record) -> None:
-    """Keep what was compared, where anything is kept."""
+    """Add comparisons to the current record, if there is one."""
     if _records:
         _records[-1].add(made)
 
@@ -61,8 +61,8 @@ def widened(factor: float) -> Iterator[None]:
 
 
 class Disagreement(AssertionError):
-    """A result outside its tolerance, ``ratio`` times (infinitely where there is none). ``words`` is what it says, by
-    heading."""
+    """A result outside its tolerance: ``ratio`` is error over tolerance, inf where there is no tolerance. ``words`` is
+    the description by heading."""
 
     def __init__(self, summary: str, words: Mapping[str, str], ratio: float = np.inf):
         self.summary, self.words, self.ratio = summary, dict(words), ratio
@@ -74,7 +74,7 @@ class Disagreement(AssertionError):
 
 
 def within(off: float, allowed: float, *, what: str, why: str, got: Any = None, wanted: Any = None) -> None:
-    """Keep the ratio of ``off`` to ``allowed``, and raise Disagreement unless it is at most 1."""
+    """Record the ratio of ``off`` to ``allowed``; raises Disagreement unless it is at most 1."""
     allowed *= _wider[-1]
     ratio = float(off) / allowed if allowed else (np.inf if off else 0.0)
     record(Record(comparisons=1, worst=ratio, at=what))

@@ -1,7 +1,6 @@
-"""An array library without float64: NumPy behind a namespace that refuses it, as accelerators do.
+"""An array library without float64, as on accelerators: NumPy behind a namespace that refuses it.
 
-array-api-strict cannot imitate one. Here every array that an operation makes is looked at: float64 is an error, not a
-silent float32.
+array-api-strict cannot imitate one. Here an operation that makes a float64 array raises, instead of returning float32.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import numpy as np
 
 
 class Array:
-    """A NumPy array that never is float64."""
+    """A NumPy array of any dtype but float64."""
 
     def __init__(self, values: np.ndarray):
         if values.dtype == np.float64:
@@ -78,14 +77,14 @@ class Namespace:
     def __getattr__(self, name: str) -> Any:
         if name == "float64":
             raise AttributeError("this library has no float64")
-        found = getattr(np, name)
-        if not callable(found) or isinstance(found, type):
-            return found
+        attribute = getattr(np, name)
+        if not callable(attribute) or isinstance(attribute, type):
+            return attribute
 
-        @wraps(found)
+        @wraps(attribute)
         def function(*args: Any, **kwargs: Any) -> Any:
             kwargs.pop("device", None)
-            result = found(*map(_bare, args), **{key: _bare(value) for key, value in kwargs.items()})
+            result = attribute(*map(_bare, args), **{key: _bare(value) for key, value in kwargs.items()})
             return _wrapped(result)
 
         return function

@@ -1,6 +1,6 @@
-"""Cases of the network and of sampling: what a port is asked, and what the float64 reference answers (NET, SAMPLE).
+"""Cases of the network and of sampling: questions to a port, and the float64 reference's answers (NET, SAMPLE).
 
-Every input is read-only: a port that writes to one fails. Oracles are edm2_core.reference on float64 NumPy, and
+Every input is read-only, so a port that writes to one fails. Oracles are edm2_core.reference on float64 NumPy, and
 central differences of it.
 """
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from backends.pipeline.data import seeds as streams
 from conformance import measure, oracle, tolerance
 from conformance import strategies as draw
 from conformance.contract import PortCase
@@ -25,7 +26,7 @@ SAMPLED = "network x sqrt(evaluations) x exp(pi / 2 x gain), tolerance.sampled"
 def _same_answer(
     got: Any, wanted: Any, allowed: float, *, what: str = "the denoised images", why: str = NETWORK
 ) -> None:
-    """denoised and logvar; the uncertainty where it is near 0 to that of a unit sum."""
+    """Compare denoised and logvar; the error of logvar is relative to 1 at least."""
     measure.close(got[0], wanted[0], allowed, what=what, why=why)
     measure.close(got[1], wanted[1], allowed, what=f"logvar beside {what}", why=f"{why}, of 1 at least", floor=1.0)
 
@@ -38,7 +39,7 @@ def denoise(port: Subject, config: NetworkConfig, seed: int) -> None:
 
 
 def network_answer(port: Subject, config: NetworkConfig, seed: int) -> None:
-    """F by itself: (D - c_skip x) / c_out at sigma = 80, where D is nearly all of it."""
+    """The network's output F, from (D - c_skip x) / c_out at sigma = 80, where D is nearly all F."""
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
     sigma = draw.frozen(np.full_like(batch.sigma, 80.0))
     x = draw.frozen(batch.unit_noise * sigma)
@@ -50,7 +51,7 @@ def network_answer(port: Subject, config: NetworkConfig, seed: int) -> None:
 
 
 def fresh_network(port: Subject, config: NetworkConfig, seed: int) -> None:
-    """As initialized, where gains are 0: D is c_skip x, and u what its weights say."""
+    """At initialization gains are 0 and D is c_skip x."""
     params, batch = draw.frozen(initialize(config, seed=seed)), draw.random_batch(config, seed)
     got = port.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
     wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
@@ -75,9 +76,9 @@ def no_label(port: Subject, config: NetworkConfig, seed: int) -> None:
 
 
 def jvp(port: Subject, config: NetworkConfig, seed: int) -> None:
-    config = replace(config, clip_act=None)  # a difference would straddle the bend
+    config = replace(config, clip_act=None)  # a difference across the kink of a clip is wrong
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
-    scale = np.sqrt(batch.sigma**2 + np.float32(config.sigma_data) ** 2)  # 1 / c_in: the derivative is as large as D
+    scale = np.sqrt(batch.sigma**2 + np.float32(config.sigma_data) ** 2)  # 1 / c_in makes the derivative as large as D
     tangent = draw.frozen(draw.normal(seed + 2, *batch.images.shape) * scale)
     denoised, got = port.jvp(config, params, batch.noisy, batch.sigma, batch.labels, tangent)
     exact, _ = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
@@ -89,7 +90,7 @@ def jvp(port: Subject, config: NetworkConfig, seed: int) -> None:
 
 
 def _ask_variants(port: Subject, config: NetworkConfig, seed: int, *, compile: bool) -> None:
-    """Half precision's gains are at most 1, as after training."""
+    """Gains are at most 1, as after training: half precision amplifies more."""
     asked = {name: Subject(name, other) for name, other in port.variants().items()}
     asked = {name: other for name, other in asked.items() if (other.compiles and not port.compiles) == compile}
     if not asked:
@@ -106,12 +107,12 @@ def _ask_variants(port: Subject, config: NetworkConfig, seed: int, *, compile: b
 
 
 def variants(port: Subject, config: NetworkConfig, seed: int) -> None:
-    """In other precision, on other devices, and not compiled where the port compiles."""
+    """The port in other precisions, on other devices, and uncompiled if the port compiles."""
     _ask_variants(port, config, seed, compile=False)
 
 
 def compiled(port: Subject, config: NetworkConfig, seed: int) -> None:
-    """What compiles where the port itself does not: each network takes it long."""
+    """Variants that compile, of a port that does not; each network takes them long."""
     _ask_variants(port, config, seed, compile=True)
 
 
@@ -130,7 +131,7 @@ def sample(
 
 
 def guide_of(config: NetworkConfig, other: NetworkConfig, same: bool) -> NetworkConfig:
-    """A guide that fits ``config``: of its own config, or one level of another."""
+    """The config of a guide that fits ``config``: the same, or a smaller one taken from ``other``."""
     if same:
         return config
     return replace(
@@ -147,20 +148,17 @@ def guide_of(config: NetworkConfig, other: NetworkConfig, same: bool) -> Network
 def guided_sample(
     port: Subject, config: NetworkConfig, other: NetworkConfig, seed: int, w: float, churn: float, same: bool
 ) -> None:
-    """The guide a network of another config, or of the same (then its parameters are enough)."""
+    """The guide has another config, or the same; then only its parameters are given."""
     other = guide_of(config, other, same)
     params = draw.random_parameters(config, seed, max_gain=0.5)
     guide = draw.random_parameters(other, seed + 1, max_gain=0.5)
-    batch, n = draw.random_batch(config, seed), 4  # two of the levels are churned: the order of the noise matters
+    batch, n = draw.random_batch(config, seed), 4  # two levels are churned, so the order of the noise matters
     noise = batch.unit_noise
     fresh = draw.frozen(np.stack([draw.normal(seed + i, *noise.shape) for i in range(n)]))
     options: Any = {"num_steps": n, "sigma_max": 20.0, "S_churn": churn, "S_min": 0.01, "S_max": 10.0, "S_noise": 1.01}
     given = guide if same else (other, guide)
     got = port.sample(config, params, noise, batch.labels, guide=given, guidance=w, churn_noise=fresh, **options)
-    net, away = (
-        oracle.denoiser(config, params, batch.labels),
-        oracle.denoiser(other, guide, batch.labels),
-    )
+    net, away = oracle.denoiser(config, params, batch.labels), oracle.denoiser(other, guide, batch.labels)
     wanted = sampler.sample(sampler.guided(net, away, guidance=w), wide(noise), churn_noise=wide(fresh), **options)
     allowed = max(tolerance.sampled(c, evaluations=4 * n, gain=0.5, guidance=w) for c in (config, other))
     measure.close(got, wanted, allowed, what="the guided images", why=f"{SAMPLED}, gain x (|w| + |w - 1|)")
@@ -176,27 +174,30 @@ def sample_batch_independence(port: Subject, config: NetworkConfig, seed: int) -
 
 
 def seeds(port: Subject, config: NetworkConfig, first: int) -> None:
-    """What a person sees: 8-bit pixels of seeded noise and labels, at most a level from the oracle's. So all ports
-    agree with each other to two levels, where rounding to a level falls on different sides."""
-    from backends.pipeline.data import seeds as seeded
-
+    """8-bit pixels of seeded noise and labels are at most one level from the oracle's, so those of any two ports differ
+    by at most two."""
     params = draw.random_parameters(config, 0, max_gain=1.0)
     chosen, shape = range(first, first + 2), (config.img_channels, *[config.img_resolution] * 2)
-    noise = draw.frozen(seeded.noise(chosen, shape))
+    noise = draw.frozen(streams.noise(chosen, shape))
     labels = None
     if config.label_dim:
-        labels = draw.frozen(seeded.one_hot(seeded.labels(chosen, config.label_dim), config.label_dim))
+        labels = draw.frozen(streams.one_hot(streams.labels(chosen, config.label_dim), config.label_dim))
     got = port.sample(config, params, noise, labels, num_steps=4)
     wanted = sampler.sample(oracle.denoiser(config, params, labels), wide(noise), num_steps=4)
     levels = [np.rint(np.clip(np.asarray(x, np.float64) * 127.5 + 128, 0, 255)) for x in (got, wanted)]
     off = float(np.abs(levels[0] - levels[1]).max())
-    measure.within(off, 1.0, what="the pictures of two seeds", why="one of 256 levels, where rounding falls otherwise")
+    measure.within(off, 1.0, what="the pictures of two seeds", why="one of 256 levels, for rounding to the other side")
 
 
-CONFIG, SEED = {"config": draw.configs()}, {"seed": draw.seeds}
-COMPILED = {"config": st.just(draw.FEW_CONFIGS[0])}
-LABELLED = {"config": draw.configs(labels=True)}
-BACKWARD = {"config": draw.configs(narrowest=draw.BACKWARD)}
+RANDOM, LABELLED, BACKWARD, COMPILED = (
+    {"config": configs, "seed": draw.seeds}
+    for configs in (
+        draw.configs(),
+        draw.configs(labels=True),
+        draw.configs(narrowest=draw.BACKWARD),
+        st.just(draw.FEW_CONFIGS[0]),
+    )
+)
 REFERENCE = "edm2_core.reference on float64 NumPy"
 SAMPLER = "edm2_core.sampler over edm2_core.reference, in float64"
 SCHEDULE = {
@@ -205,37 +206,37 @@ SCHEDULE = {
 GUIDE = {"other": draw.configs(), "w": st.floats(0, 2), "churn": st.floats(0, 40), "same": st.booleans()}
 
 CASES = (
-    PortCase("denoise", "API-3 NET-5 NET-6 NET-10", CONFIG | SEED, denoise, REFERENCE, NETWORK, ("denoise",)),
-    PortCase("network-answer", "NET-5", CONFIG | SEED, network_answer, REFERENCE, NETWORK, ("denoise",), cost=2),
-    PortCase("fresh-network", "NET-4 NET-5", CONFIG | SEED, fresh_network, REFERENCE, NETWORK, ("denoise",), cost=4),
+    PortCase("denoise", ("API-3", "NET-5", "NET-6", "NET-10"), RANDOM, denoise, REFERENCE, NETWORK, "denoise"),
+    PortCase("network-answer", ("NET-5",), RANDOM, network_answer, REFERENCE, NETWORK, "denoise", cost=2),
+    PortCase("fresh-network", ("NET-4", "NET-5"), RANDOM, fresh_network, REFERENCE, NETWORK, "denoise", cost=4),
     PortCase(
-        "batch-independence", "NET-7", CONFIG | SEED, batch_independence, "the port, on each image alone", NETWORK,
-        ("denoise",), cost=6,
+        "batch-independence", ("NET-7",), RANDOM, batch_independence, "the port, on each image alone", NETWORK,
+        "denoise", cost=6,
     ),
-    PortCase("no-label", "NET-8", LABELLED | SEED, no_label, f"{REFERENCE} of zeros", NETWORK, ("denoise",), cost=4),
+    PortCase("no-label", ("NET-8",), LABELLED, no_label, f"{REFERENCE} of zeros", NETWORK, "denoise", cost=4),
     PortCase(
-        "jvp", "NET-5 STEP-1", BACKWARD | SEED, jvp, f"central differences of {REFERENCE}", "4 x network",
-        ("jvp",), cost=4,
-    ),
-    PortCase(
-        "variants", "API-1 NET-5", CONFIG | SEED, variants, REFERENCE, "eps of the precision (4 layers + 8)",
-        ("variants",), cost=8,
+        "jvp", ("NET-5", "STEP-1"), BACKWARD, jvp, f"central differences of {REFERENCE}", "4 x network",
+        "jvp", cost=4,
     ),
     PortCase(
-        "compiled", "API-1 NET-5", COMPILED | SEED, compiled, REFERENCE, "eps of the precision (4 layers + 8)",
-        ("variants",), cost=25,
+        "variants", ("API-1", "NET-5"), RANDOM, variants, REFERENCE, "eps of the precision (4 layers + 8)",
+        "variants", cost=8,
     ),
-    PortCase("sample", "SAMPLE-1 SAMPLE-2", CONFIG | SEED | SCHEDULE, sample, SAMPLER, SAMPLED, ("sample",), cost=4),
     PortCase(
-        "guided-sample", "SAMPLE-4 SAMPLE-5", CONFIG | SEED | GUIDE, guided_sample, SAMPLER, SAMPLED, ("sample",),
+        "compiled", ("API-1", "NET-5"), COMPILED, compiled, REFERENCE, "eps of the precision (4 layers + 8)",
+        "variants", cost=25,
+    ),
+    PortCase("sample", ("SAMPLE-1", "SAMPLE-2"), RANDOM | SCHEDULE, sample, SAMPLER, SAMPLED, "sample", cost=4),
+    PortCase(
+        "guided-sample", ("SAMPLE-4", "SAMPLE-5"), RANDOM | GUIDE, guided_sample, SAMPLER, SAMPLED, "sample",
         cost=4,
     ),
     PortCase(
-        "sample-batch-independence", "NET-7 SAMPLE-2", CONFIG | SEED, sample_batch_independence,
-        "the port, on one image alone", SAMPLED, ("sample",), cost=10,
+        "sample-batch-independence", ("NET-7", "SAMPLE-2"), RANDOM, sample_batch_independence,
+        "the port, on one image alone", SAMPLED, "sample", cost=10,
     ),
     PortCase(
-        "seeds", "SAMPLE-6", CONFIG | {"first": st.integers(0, 10**6)}, seeds, SAMPLER, "one of 256 levels",
-        ("sample",), cost=10,
+        "seeds", ("SAMPLE-6",), {"config": draw.configs(), "first": st.integers(0, 10**6)}, seeds, SAMPLER,
+        "one of 256 levels", "sample", cost=10,
     ),
 )  # fmt: skip

@@ -1,7 +1,7 @@
-"""What ports are held against, in float64: the reference, its derivatives, and training in so many words.
+"""Oracles of ports, in float64: the reference's derivatives, a training run written out, and a denoiser to sample with.
 
-Whole gradients are PyTorch's derivative of the reference on float64 tensors; where PyTorch is not installed the cases
-that need them say so.
+Whole gradients are PyTorch's derivative of the reference on float64 tensors. Where PyTorch is not installed, the cases
+that need them are reported as not checked.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ GRADIENT_SHARE = 3  # a tensor's share of the error may be that many times its s
 
 
 class OracleMissing(Exception):
-    """What the oracle computes with is not installed."""
+    """A package that the oracle computes with is not installed."""
 
 
 def trained_names(config: NetworkConfig) -> list[str]:
@@ -55,7 +55,7 @@ def _torch() -> Any:
         import torch
     except ModuleNotFoundError as error:
         raise OracleMissing("the oracle of derivatives differentiates with PyTorch: install it too") from error
-    torch.set_num_threads(1)  # in networks this small threads wait for each other, and on a busy machine for long
+    torch.set_num_threads(1)  # in networks this small, threads mostly wait for each other
     return torch
 
 
@@ -66,7 +66,7 @@ def _tensors(params: Params, arrays: Sequence[Any]) -> tuple[dict[str, Any], lis
 
 
 class Trained(NamedTuple):
-    """What a training run comes to, and how far float32 may be off: in each loss, and in each element of a weight."""
+    """The result of a training run, and the float32 error allowed in each loss and in each element of a weight."""
 
     losses: list[float]
     weights: Params
@@ -84,7 +84,7 @@ def train(
     betas: tuple[float, float],
     sigma_rels: Sequence[float],
 ) -> Trained:
-    """STEP-2, in so many words."""
+    """Train as STEP-2 says, one step per batch."""
     table, weights = plan(config).parameters, wide(params)
     names = trained_names(config)
     first, second, slack = ({name: np.zeros_like(weights[name]) for name in names} for _ in range(3))
@@ -117,7 +117,7 @@ def train(
 
 
 def denoiser(config: NetworkConfig, params: Params, labels: Any) -> sampler.Denoiser:
-    """The reference as the sampler wants it; an unconditional network does without the labels."""
+    """The reference as a denoiser for the sampler; an unconditional network ignores the labels."""
     exact, given = wide(params), wide(labels) if config.label_dim else None
 
     def denoise(x: Any, sigma: float) -> Any:

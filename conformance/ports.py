@@ -1,7 +1,7 @@
-"""The ports under test: how they are found, what each of them can do, and what is left to draw for a slow one.
+"""The ports under test: their members, and how a port is found by its name.
 
-A port is any object with some of :data:`MEMBERS`, each taking and giving NumPy arrays; ``docs/adding_a_port.md`` says
-how. In-house ports are entry points of the group ``edm2.ports``; any other is named ``package.module:ATTRIBUTE``.
+A port is any object with some of :data:`MEMBERS`, which take and return NumPy arrays; see ``docs/adding_a_port.md``.
+Registered ports are entry points of the group ``edm2.ports``; any other port is named ``package.module:ATTRIBUTE``.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 GROUP = "edm2.ports"
-CORE = "core"  # what stands for the specification itself beside the ports
+CORE = "core"  # names the specification itself, beside the ports
 
 MEMBERS = {
     "denoise": "(config, params, x, sigma, labels=None) -> (denoised, logvar)",
@@ -20,7 +20,7 @@ MEMBERS = {
     "sample": "(config, params, noise, labels=None, *, guide, guidance, num_steps, ...) -> images",
     "jvp": "(config, params, x, sigma, labels, tangent) -> (denoised, its derivative along tangent)",
     "advance": "(config, state, batches, *, learning_rates) -> (losses, state)",
-    "variants": "() -> {name: port}: the same port in other precision, compiled or not, on another device",
+    "variants": "() -> {name: port}: the same port in another precision, compiled or not, on another device",
 }
 
 
@@ -40,32 +40,28 @@ class Subject:
     port: Any
 
     def member(self, name: str) -> Callable[..., Any]:
-        found: Callable[..., Any] | None = getattr(self.port, name, None)
-        if found is None:
+        """The port's member of that name. Raises NotImplementedByPort if it has none."""
+        member: Callable[..., Any] | None = getattr(self.port, name, None)
+        if member is None:
             raise NotImplementedByPort(f"not implemented: {name}{MEMBERS[name]}")
-        return found
+        return member
 
     def __getattr__(self, name: str) -> Any:
         if name in MEMBERS:
             return self.member(name)
         raise AttributeError(name)
 
-    def require(self, needs: tuple[str, ...]) -> None:
-        """Raises NotImplementedByPort for the first of ``needs`` that the port lacks."""
-        for name in needs:
-            self.member(name)
-
     @cached_property
     def compiles(self) -> bool:
-        """Each new network and shape takes it seconds: random networks come from a few."""
+        """Whether each new network and shape takes seconds to compile, so that the suite draws from few networks."""
         return bool(getattr(self.port, "compiles", False))
 
     def versions(self) -> dict[str, str]:
-        """What the port calls itself, its distribution's version, and that of the library that it stands on, which a
+        """The port's own name, the version of its distribution, and that of the library that it is built on, which a
         port names as ``library``."""
         root = type(self.port).__module__.partition(".")[0]
         distributions = metadata.packages_distributions().get(root, [])
-        if root in ("backends", "conformance"):  # which an editable installation does not list
+        if root in ("backends", "conformance"):  # an editable installation does not list them
             distributions = ["edm2"]
         own = getattr(self.port, "version", None) or (_version(distributions[0]) if distributions else "unknown")
         library = getattr(self.port, "library", getattr(self.port, "name", root))
@@ -97,7 +93,7 @@ def load(name: str) -> Subject:
     if not colon:
         raise PortError(
             f"a port must be one of {', '.join(registered()) or 'none'} or MODULE:ATTRIBUTE, got {name!r}: install "
-            "its package, or write where it is"
+            "its package, or give its module"
         )
     try:
         port = getattr(import_module(module), attribute)
@@ -106,11 +102,11 @@ def load(name: str) -> Subject:
     return Subject(name, port)
 
 
-def found() -> tuple[dict[str, Subject], dict[str, str]]:
-    """The registered ports that can run here, and why the others cannot: their package is not installed.
+def available() -> tuple[dict[str, Subject], dict[str, str]]:
+    """The registered ports that can run here; and by name, which package the others lack.
 
     Raises:
-        PortError: a port's packages are there and it cannot be imported all the same.
+        PortError: a port's packages are installed, but it cannot be imported.
     """
     here, absent = {}, {}
     for name, point in registered().items():
@@ -120,7 +116,7 @@ def found() -> tuple[dict[str, Subject], dict[str, str]]:
             cause = error.__cause__
             module = point.value.partition(":")[0]
             missing = cause.name or "" if isinstance(cause, ModuleNotFoundError) else ""
-            # a piece of the port's own package that is missing is a fault, unless it is the port itself
+            # a missing module inside the port's own package is a fault, unless the whole port is missing
             if not missing or (missing.split(".")[0] == module.split(".")[0] and not module.startswith(missing)):
                 raise
             absent[name] = f"{missing} is not installed"

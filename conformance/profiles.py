@@ -1,11 +1,11 @@
-"""How many examples, drawn how? ``dev`` while writing, ``ci`` the same ones each time, ``deep`` before a release."""
+"""Hypothesis profiles: ``dev`` while writing, ``ci`` with the same examples each time, ``deep`` before a release."""
 
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
 
-# No deadline: first calls compile. Drawing configs is slow by Hypothesis' standards, and right. Which lines ran
-# explains nothing about arithmetic. One failure at a time: the report shows the smallest.
+# No deadline, because first calls compile. Drawing configs is slow by Hypothesis' standards. The explain phase tells
+# nothing about arithmetic. One failure at a time: the report shows the smallest.
 _COMMON: dict[str, Any] = {
     "deadline": None,
     "phases": [phase for phase in Phase if phase is not Phase.explain],
@@ -22,7 +22,7 @@ for _name, _own in PROFILES.items():
 
 
 def load(name: str) -> None:
-    """Make ``name`` the profile of all that follows. Tests are decorated after that."""
+    """Select the profile. Call it before tests are imported: Hypothesis reads it when it decorates them."""
     settings.load_profile(name)
 
 
@@ -31,5 +31,5 @@ def current() -> str:
 
 
 def fewer(divisor: int, *, least: int = 4) -> settings:
-    """Settings for what costs as much as ``divisor`` others: that many times fewer examples, and at least ``least``."""
+    """Settings for a test as costly as ``divisor`` others: that many times fewer examples, not below ``least``."""
     return settings(max_examples=max(least, settings().max_examples // divisor))

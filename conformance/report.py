@@ -1,4 +1,4 @@
-"""What a run proved, for others to read: JSON, Markdown, and one HTML page that needs nothing else."""
+"""The report of a run: JSON, Markdown, and one self-contained HTML page."""
 
 import json
 import platform
@@ -14,6 +14,7 @@ from string import Template
 from typing import Any
 
 from conformance import cases, profiles
+from conformance.clauses import spec_clauses, spec_text
 
 Results = list[dict[str, Any]]
 START, END = "<!-- conformance table: made by python -m conformance --readme -->", "<!-- end of conformance table -->"
@@ -22,11 +23,11 @@ _WORST_FIRST = ("failed", "known failure", "passed", "not checked", "not impleme
 
 def of(session: Any) -> dict[str, Any]:
     """The report of a run, as plain data."""
-    titles = cases.spec_clauses()
+    titles = spec_clauses()
     return {
         "versions": {
             "suite": metadata.version("edm2"),
-            "spec": re.search(r"^# Specification, version (\S+)", cases.spec_text())[1],  # type: ignore[index]
+            "spec": re.search(r"^# Specification, version (\S+)", spec_text())[1],  # type: ignore[index]
             "python": platform.python_version(),
             "hypothesis": metadata.version("hypothesis"),
         },
@@ -34,23 +35,25 @@ def of(session: Any) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "subjects": {name: subject.versions() for name, subject in session.subjects.items()},
         "absent": session.absent,
-        "clauses": [asdict(row) | {"title": titles[row.number]} for row in cases.CONTRACT],
+        "clauses": [
+            asdict(row) | {"title": titles[row.number], "cases": cases.cases_of(row.number)} for row in cases.CONTRACT
+        ],
         "results": session.results,
     }
 
 
 def summary(results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Many results as one: the worst outcome, cases and examples that ran, and the largest ratio."""
-    found = list(results)
-    outcomes = {result["outcome"] for result in found}
-    ran = [result for result in found if result["outcome"] in ("passed", "failed", "known failure")]
+    results = list(results)
+    outcomes = {result["outcome"] for result in results}
+    ran = [result for result in results if result["outcome"] in ("passed", "failed", "known failure")]
     ratios = [result["worst"] for result in ran if result["comparisons"] and result["worst"] is not None]
     return {
         "outcome": next((outcome for outcome in _WORST_FIRST if outcome in outcomes), ""),
         "cases": len(ran),
         "examples": sum(max(result["examples"], 1) for result in ran),
         "worst": max(ratios, default=None),
-        "missing": sorted({result["why"] for result in found if result["outcome"].startswith("not ")}),
+        "missing": sorted({result["why"] for result in results if result["outcome"].startswith("not ")}),
     }
 
 
@@ -69,13 +72,13 @@ def table(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[dict[str, An
     return subjects, rows
 
 
-def cell(found: Mapping[str, Any]) -> str:
-    """One cell in a few characters: cases, and the worst error over its tolerance."""
-    if found["outcome"] in ("", "not implemented", "not checked"):
-        return found["outcome"] or "—"
-    ratio = "" if found["worst"] is None else f" · {shown(found['worst'])}"
-    mark = {"passed": "", "failed": "FAILED ", "known failure": "known "}[found["outcome"]]
-    return f"{mark}{found['cases']}{ratio}"
+def cell(total: Mapping[str, Any]) -> str:
+    """One cell as text: the number of cases, and the worst error over its tolerance."""
+    if total["outcome"] in ("", "not implemented", "not checked"):
+        return total["outcome"] or "—"
+    ratio = "" if total["worst"] is None else f" · {shown(total['worst'])}"
+    mark = {"passed": "", "failed": "FAILED ", "known failure": "known "}[total["outcome"]]
+    return f"{mark}{total['cases']}{ratio}"
 
 
 def shown(ratio: float) -> str:
@@ -83,7 +86,7 @@ def shown(ratio: float) -> str:
 
 
 def headings(report: Mapping[str, Any], subjects: Iterable[str]) -> list[str]:
-    """What each subject is called: a port by the name that it gives itself, if no other does, else as it was named."""
+    """The name of each subject: what a port calls itself, or where two ports share that, what it was asked for as."""
     own = {name: port.get("name", name) for name, port in report["subjects"].items()}
     taken = Counter(own.values())
     called = {name: short if taken[short] == 1 else name for name, short in own.items()}
@@ -120,8 +123,8 @@ def _row(cells: Iterable[str]) -> str:
 def legend(report: Mapping[str, Any]) -> str:
     versions = report["versions"]
     names = headings(report, report["subjects"])
-    found = zip(names, report["subjects"].values(), strict=True)
-    ports = "; ".join(f"{name} {v['port']} on {v['library']}" for name, v in found)
+    named = zip(names, report["subjects"].values(), strict=True)
+    ports = "; ".join(f"{name} {v['port']} on {v['library']}" for name, v in named)
     return (
         f"Suite {versions['suite']}, SPEC version {versions['spec']}, profile {report['profile']}, Python "
         f"{versions['python']} on {report['machine']}{'; ' if ports else ''}{ports}."
@@ -129,8 +132,8 @@ def legend(report: Mapping[str, Any]) -> str:
 
 
 CELLS = (
-    "A cell is the number of cases that ran and the worst error over its tolerance, a ratio that must be at most 1; no "
-    "ratio: all of its statements hold exactly or by tests of their own."
+    "A cell is the number of cases that ran and the worst error over its tolerance, a ratio that must be at most 1. "
+    "Without a ratio, its cases are exact or have tolerances of their own."
 )
 
 
@@ -139,6 +142,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = ["# Conformance", "", legend(report), "", CELLS, ""]
     lines += [_row(["clause", *headings(report, subjects)]), _row(["---"] * (len(subjects) + 1))]
     lines += [_row([f"{c['number']} {c['title']}", *map(cell, per)]) for c, per in rows]
+    lines += ["", "## Cases of each clause", ""]
+    lines += [f"- {c['number']}: {'; '.join(c['cases'])}." for c, _ in rows]
     if report["absent"]:
         lines += ["", *(f"Absent: {name}, {why}." for name, why in report["absent"].items())]
     missing = [r for r in report["results"] if r["outcome"].startswith("not ")]
@@ -158,10 +163,9 @@ def html(report: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = []
     for clause, per in rows:
-        facts = f"{clause['draws']}. Held against {clause['oracle']}. To {clause['tolerance']}."
+        facts = f"{clause['draws']}. Compared with {clause['oracle']}. To {clause['tolerance']}."
         title = f"<td><details><summary><b>{clause['number']}</b> {escape(clause['title'])}</summary>"
-        asked = sorted({r["case"] for r in report["results"] if clause["number"] in r["clauses"]})
-        title += f"<p>{escape(facts)}</p><p class=cases>{escape(', '.join(asked))}</p></details></td>"
+        title += f"<p>{escape(facts)}</p><p class=cases>{escape('; '.join(clause['cases']))}</p></details></td>"
         body.append(f"<tr>{title}{''.join(map(_cell_html, names, per))}</tr>")
     failures = "".join(_failure_html(report, r) for r in report["results"] if r["failure"])
     missing = "".join(
@@ -182,23 +186,23 @@ def html(report: Mapping[str, Any]) -> str:
     )
 
 
-def _cell_html(name: str, found: Mapping[str, Any]) -> str:
-    kind = found["outcome"].replace(" ", "-") or "none"
-    title = "; ".join(found["missing"]) or f"{found['examples']} examples"
-    return f'<td class="{kind}" data-port="{escape(name)}" title="{escape(title)}">{escape(cell(found))}</td>'
+def _cell_html(name: str, total: Mapping[str, Any]) -> str:
+    kind = total["outcome"].replace(" ", "-") or "none"
+    title = "; ".join(total["missing"]) or f"{total['examples']} examples"
+    return f'<td class="{kind}" data-port="{escape(name)}" title="{escape(title)}">{escape(cell(total))}</td>'
 
 
 def _count_html(name: str, report: Mapping[str, Any]) -> str:
     results = [r for r in report["results"] if r["subject"] == name]
-    found = summary(results)
+    total = summary(results)
     failed = sum(r["outcome"] == "failed" for r in results)
     versions = report["subjects"].get(name, {"port": report["versions"]["suite"], "library": "five array libraries"})
     state = f"{failed} failed" if failed else "all held"
-    worst = "" if found["worst"] is None else f", worst ratio {shown(found['worst'])}"
-    (what,) = headings(report, [name])
+    worst = "" if total["worst"] is None else f", worst ratio {shown(total['worst'])}"
+    (heading,) = headings(report, [name])
     return (
-        f'<div class="card {"failed" if failed else "passed"}"><b>{escape(what)}</b> {escape(versions["port"])}<br>'
-        f"<small>{escape(versions['library'])}</small><br>{found['cases']} cases, {found['examples']} examples: "
+        f'<div class="card {"failed" if failed else "passed"}"><b>{escape(heading)}</b> {escape(versions["port"])}<br>'
+        f"<small>{escape(versions['library'])}</small><br>{total['cases']} cases, {total['examples']} examples: "
         f"{state}{worst}</div>"
     )
 

@@ -1,7 +1,7 @@
-"""What Hypothesis draws: arrays without subnormals, small configs, parameters and batches.
+"""Hypothesis strategies: arrays without subnormals, small configs, parameters and batches.
 
-Large arrays come from a drawn seed: their values are Gaussian, as in a network, and their shapes are few, since some
-libraries compile for each.
+Large arrays come from a drawn seed. Their values are Gaussian, as in a network, and their shapes are few, since some
+libraries compile for each shape.
 """
 
 from dataclasses import fields
@@ -40,12 +40,12 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-FORWARD, BACKWARD = 3, 5  # channels of the narrowest head whose rounding is bounded, see :func:`configs`
+FORWARD, BACKWARD = 3, 5  # channels of the narrowest head for which rounding is bounded, see :func:`configs`
 
 
 def switches() -> st.SearchStrategy[dict[str, Any]]:
-    """Of the ladder: a rung as it is, or with any of its switches set by themselves."""
-    kinds = {field.name: field.type for field in fields(Switches)}
+    """Keywords of a config: a rung of the ladder, or one with any of its switches set."""
+    kinds = {field.name: field.type for field in fields(Switches) if field.name != "ladder"}
     values = {name: st.booleans() if kind is bool else st.sampled_from((1, 2)) if kind is int else st.sampled_from(kind)
               for name, kind in kinds.items()}  # fmt: skip
     rungs = st.sampled_from(RUNGS[::-1])
@@ -95,10 +95,9 @@ def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD, 
     )
 
 
-# Where each new network and shape is compiled for seconds: between them odd widths, one level and two, attention,
-# labels and none, a wide filter, and the ladder's last rung and its first, with weights that are normalized and a
-# learned uncertainty; batches of one size, and one choice of whatever compiles anew. Differences want networks that do
-# not clip: that is the dearer one, so that it is compiled once.
+# For ports that compile each network and shape for seconds. Between them: odd widths, one level and two, attention,
+# labels and none, a wide filter, the ladder's last rung, and its first with normalized weights and learned uncertainty.
+# Cases with central differences need networks that do not clip: the larger one does not, so that it is compiled once.
 FEW_CONFIGS = (
     NetworkConfig(
         img_resolution=4, img_channels=2, label_dim=3, model_channels=5, channel_mult=(1, 2), num_blocks=1,
@@ -114,7 +113,7 @@ FEW_CONFIGS = (
 
 
 def few(*, dearest: bool) -> dict[str, st.SearchStrategy[Any]]:
-    """What stands for draws of these names then; the ``dearest`` cases get the smaller network alone."""
+    """The strategies that then replace draws of these names; the ``dearest`` cases get only the smaller network."""
     return {
         "config": st.sampled_from(FEW_CONFIGS[1:] if dearest else FEW_CONFIGS),
         "other": st.just(FEW_CONFIGS[1]),
@@ -125,8 +124,8 @@ def few(*, dearest: bool) -> dict[str, st.SearchStrategy[Any]]:
 
 
 def random_parameters(config: NetworkConfig, seed: int, *, max_gain: float = 2.0) -> dict[str, np.ndarray]:
-    """Parameters as training leaves them: weights off their spheres, or no larger than keeps magnitudes where nothing
-    normalizes them; gains, biases and scales away from where they begin; float32, read-only."""
+    """Parameters as after training: weights not of unit rms (without weight normalization, small enough to preserve
+    magnitudes), and gains, biases and scales away from their initial values. float32, read-only."""
     rng, params, initial = np.random.default_rng(seed), {}, initialize(config, seed=seed)
     largest = 2.0 if config.switches.weight_norm else 1.0
 
@@ -150,7 +149,7 @@ def random_parameters(config: NetworkConfig, seed: int, *, max_gain: float = 2.0
 
 
 class Batch(NamedTuple):
-    """What a training step sees; float32, read-only."""
+    """The inputs of a training step; float32, read-only."""
 
     images: np.ndarray
     unit_noise: np.ndarray
@@ -176,7 +175,7 @@ def random_batch(config: NetworkConfig, seed: int, *, size: int = 2, P_mean: flo
 
 
 def wide(params: Any) -> Any:
-    """Arrays, or a dict or tuple of them, in float64: what the oracle is fed."""
+    """Arrays, or a dict or tuple of them, in float64, for the oracle."""
     if params is None:
         return None
     if isinstance(params, dict):

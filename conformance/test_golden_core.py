@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from conformance import golden, tolerance
+from conformance.clauses import proves
 from conformance.libraries import Library, each_library, to_numpy
 from conformance.strategies import wide
 from edm2_core import ema, mp, reference, sampler, schedule
@@ -45,38 +46,41 @@ INPUTS = {
 }
 
 
+@proves("MP-1", "MP-2", "MP-3", "MP-4", "MP-5", "MP-6", "MP-8", "MP-9")
 @each_library
 @pytest.mark.parametrize("name", OPS)
 def test_operation(library: Library, name: str) -> None:
-    """MP-1 MP-2 MP-3 MP-4 MP-5 MP-6 MP-8 MP-9"""
     arrays = golden.arrays("ops")
     got = OPS[name]({key: library.array(arrays[key]) for key in INPUTS})
     assert tolerance.relative(to_numpy(got), arrays[name]) <= OPERATIONS
 
 
+@proves("MP-1")
 def test_every_operation_is_tested() -> None:
-    """MP-1: nothing that the golden file holds is left out."""
+    """No array of the golden file is left out."""
     assert set(golden.arrays("ops")) == set(OPS) | INPUTS
 
 
+@proves("EMA-1")
 def test_gamma_and_sigma_rel() -> None:
-    """EMA-1: the official root finder is good to about 1e-9."""
+    """To 1e-8: the official root finder is accurate to about 1e-9."""
     for s, gamma in golden.ema_lr()["sigma_rel_to_gamma"]:
         assert ema.sigma_rel_to_gamma(s) == pytest.approx(gamma, rel=1e-8, abs=1e-8)
     for gamma, s in golden.ema_lr()["gamma_to_sigma_rel"]:
         assert ema.gamma_to_sigma_rel(gamma) == pytest.approx(s, rel=1e-12)
 
 
+@proves("EMA-3")
 def test_beta() -> None:
-    """EMA-3"""
     for row in golden.ema_lr()["beta"]:
         got = ema.beta(row["sigma_rel"], t_next=row["t_next"], t_delta=row["t_delta"])
         assert got == pytest.approx(row["beta"], rel=1e-8, abs=1e-15)
 
 
+@proves("EMA-5")
 @each_library
 def test_coefficients(library: Library) -> None:
-    """EMA-5: to 1e-8; in libraries without float64, to its rounding of the result and of the lengths given."""
+    """To 1e-8; in libraries that compute in float32, to the rounding of the result."""
     for row in golden.ema_lr()["posthoc"]:
         wanted = np.asarray(row["coefficients"])
         options: Any = {"in_time": row["in_nimg"], "out_time": row["out_nimg"], "out_sigma_rel": row["out_sigma_rel"]}
@@ -90,8 +94,8 @@ def test_coefficients(library: Library) -> None:
             assert tolerance.relative(to_numpy(got), same) <= tolerance.eps("float32")
 
 
+@proves("LR-1")
 def test_learning_rate() -> None:
-    """LR-1"""
     for row in golden.ema_lr()["lr"]:
         got = schedule.learning_rate(
             row["nimg"],
@@ -103,9 +107,10 @@ def test_learning_rate() -> None:
         assert got == pytest.approx(row["lr"], rel=1e-12)
 
 
+@proves("NET-5")
 @golden.each_network
 def test_denoiser(case: str) -> None:
-    """NET-5: at mixed noise levels, without label, and at the ends of the schedule."""
+    """At mixed noise levels, without label, and at both ends of the schedule."""
     data = golden.arrays(case)
     config, params = golden.config(data), wide(golden.named(data, "param"))
     images, labels, sigma = (wide(data.get(name)) for name in ("images", "labels", "sigma"))
@@ -121,9 +126,10 @@ def test_denoiser(case: str) -> None:
         assert tolerance.relative(denoised, data[f"denoised_sigma{level}"]) <= DENOISER
 
 
+@proves("LOSS-1", "LOSS-3")
 @golden.each_network
 def test_loss(case: str) -> None:
-    """LOSS-1 LOSS-3: 1e-5, for the golden residual D - y is a difference in float32."""
+    """To 1e-5, because the golden residual D - y was computed in float32."""
     data = golden.arrays(case)
     arguments = wide(tuple(data.get(name) for name in ("images", "unit_noise", "sigma", "labels")))
     loss = reference.loss(golden.config(data), wide(golden.named(data, "param")), *arguments)
@@ -131,9 +137,10 @@ def test_loss(case: str) -> None:
     assert tolerance.relative(np.exp(wide(data["rnd_normal"]) - 0.4), data["sigma"]) <= OPERATIONS
 
 
+@proves("SAMPLE-2", "SAMPLE-4", "SAMPLE-5")
 @golden.each_network
 def test_samples(case: str) -> None:
-    """SAMPLE-2 SAMPLE-4 SAMPLE-5: the reference under the sampler, in float64."""
+    """edm2_core.sampler over edm2_core.reference, in float64."""
     data = golden.arrays(case)
     config, labels, noise = golden.config(data), wide(data.get("labels")), wide(data["sampler_noise"])
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from conformance import measure, narrow, tolerance
 from conformance.cases import CORE_CASES as CASES
+from conformance.clauses import proves
 from conformance.core_cases import Case
 from conformance.libraries import (
     LIBRARIES,
@@ -30,8 +31,7 @@ each_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) fo
 FLOATS_ONLY = {  # no arrays in or out
     schedule.learning_rate,
     sampler.noise_levels,
-    ema.as_length,
-    ema.half_life_of_raw,
+    mp.blend,
     ema.plan_from_json,
     ema.plan_snapshots,
     ema.uniform_plan,
@@ -39,25 +39,28 @@ FLOATS_ONLY = {  # no arrays in or out
 }
 
 
+@proves("API-1")
 @each_library
 @each_case
 def test_case_in_library(library: Library, case: Case) -> None:
-    """API-1: same library, dtype and device; the value is float64's."""
+    """The result has the library, dtype and device of the input, and the value of NumPy float64."""
     check_case(library, case, "float32")
 
 
+@proves("API-1")
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES if not case.by_host])
 def test_case_compiled(case: Case) -> None:
-    """API-1: the same function, traced and compiled by JAX."""
+    """The same under jax.jit."""
     pytest.importorskip("jax", reason="jax is not installed")
     (library,) = (library for library in LIBRARIES if library.name == "jax")
     check_case(library, replace(case, call=library.compiled(case.call)), "float32", oracle=case.call)
 
 
+@proves("API-1")
 @each_wide_library
 @each_case
 def test_case_in_float64(library: Library, case: Case) -> None:
-    """API-1: where there is float64 it stays, to as many of its eps; twice, since NumPy rounds too."""
+    """float64 in gives float64 out; twice the tolerance, because the NumPy oracle rounds too."""
     check_case(library, case, "float64", growth=2)
 
 
@@ -85,16 +88,18 @@ def check_close(got: Any, wanted: np.ndarray, allowed: Any, *, what: str) -> Non
     measure.within(float(off[worst]), 1.0, what=what, why="in units of growth x eps of its own scale", **pair)
 
 
+@proves("API-1")
 @pytest.mark.parametrize("fault", ["float64", "namespace"])
 def test_the_narrow_library_is_narrow(fault: str) -> None:
-    """API-1: it would not let float64 pass."""
+    """The library without float64 refuses it."""
     with pytest.raises((TypeError, AttributeError), match="no float64"):
         narrow.asarray(np.zeros(1)) if fault == "float64" else narrow.xp.float64
 
 
+@proves("API-3")
 @each_case
 def test_inputs_are_only_read(case: Case) -> None:
-    """API-3: read-only arrays are enough."""
+    """No function writes to its arguments."""
 
     @given(case.arguments)
     def check(arguments: tuple[np.ndarray, ...]) -> None:
@@ -108,6 +113,7 @@ def test_inputs_are_only_read(case: Case) -> None:
 HALF = {
     "normalize": mp.normalize,
     "mp_silu": mp.mp_silu,
+    "silu": mp.silu,
     "mp_sum": lambda x: mp.mp_sum(x, x, t=0.3),
     "mp_cat": lambda x: mp.mp_cat(x, x, axis=1),
     "mp_fourier": lambda x: mp.mp_fourier(x[:, 0, 0, 0], x[0, 0, 0, :], x[0, 0, 1, :]),
@@ -116,10 +122,11 @@ HALF = {
 }
 
 
+@proves("API-1")
 @pytest.mark.parametrize("name", HALF)
 @each_half
 def test_half_precision(library: Library, dtype: str, name: str) -> None:
-    """API-1: half precision stays half, rounded a few times and never summed in half."""
+    """Half precision in gives half precision out; sums are computed in float32."""
     x = library.array(np.random.default_rng(0).standard_normal((2, 4, 16, 16)).astype(np.float32), dtype)
     wide = library.xp.asarray(x, dtype=library.xp.float32)
     result = HALF[name](x)
@@ -131,6 +138,8 @@ def test_half_precision(library: Library, dtype: str, name: str) -> None:
 
 NUMBERS = {
     "mp_silu": (lambda: mp.mp_silu(1.0), 1 / (1 + np.exp(-1)) / 0.596),
+    "silu": (lambda: mp.silu(1.0), 1 / (1 + np.exp(-1))),
+    "blend": (lambda: mp.blend(0.3)[0], 0.7 / np.sqrt(0.58)),
     "mp_sum": (lambda: mp.mp_sum(1.0, 2.0, t=0.3), 1.3 / np.sqrt(0.58)),
     "sigma_rel_to_gamma": (lambda: ema.sigma_rel_to_gamma(12**-0.5), 0.0),
     "gamma_to_sigma_rel": (lambda: ema.gamma_to_sigma_rel(0), 12**-0.5),
@@ -144,25 +153,28 @@ NUMBERS = {
 }
 
 
+@proves("API-2")
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_give_floats(name: str) -> None:
-    """API-2: a Python float, of float64's precision."""
+    """Python numbers give a Python float of float64 precision."""
     call, wanted = NUMBERS[name]
     result = call()
     assert type(result) is float
     assert result == pytest.approx(wanted, rel=8 * tolerance.eps("float64"), abs=1e-14)
 
 
+@proves("API-2")
 def test_coefficients_of_lists_are_float64() -> None:
-    """API-2: lists and numbers give NumPy float64."""
+    """Lists and numbers give NumPy float64."""
     result = ema.coefficients(in_time=[1, 2], in_sigma_rel=[0.1, 0.1], out_time=2, out_sigma_rel=0.2)
     assert isinstance(result, np.ndarray)
     assert result.dtype == np.float64
     assert result.shape == (2, 1)
 
 
+@proves("API-1")
 def test_every_public_function_has_a_case() -> None:
-    """API-1: a function that nobody runs in every library cannot be published."""
+    """Every public function of edm2_core is in the table of cases, or takes and gives Python floats only."""
     public = {
         function
         for module in (mp, ema, precond, loss, schedule, sampler)
@@ -172,8 +184,9 @@ def test_every_public_function_has_a_case() -> None:
     assert public == {case.function for case in CASES} | FLOATS_ONLY
 
 
+@proves("API-3")
 def test_core_imports_no_framework() -> None:
-    """API-3: whoever imports edm2_core has loaded NumPy and array-api-compat, and nothing that trains."""
+    """Importing edm2_core loads no framework."""
     modules = "ema, errors, loss, mp, network, precond, presets, reference, sampler, schedule"
     code = (
         f"import sys; from edm2_core import {modules}; print({{'torch', 'jax', 'mlx', 'backends'}} & set(sys.modules))"
@@ -182,9 +195,10 @@ def test_core_imports_no_framework() -> None:
     assert shown.stdout.strip() == "set()"
 
 
+@proves("API-4")
 @given(st.floats(allow_nan=False))
 def test_errors_are_one_line(value: float) -> None:
-    """API-4: a sigma_rel that no average can have is refused in one line that shows it."""
+    """The message is one line and shows the value."""
     if 0 < value <= 12**-0.5 * (1 + 1e-6):
         return
     with pytest.raises(errors.InputError, match=r"sigma_rel must be within .*, got") as caught:

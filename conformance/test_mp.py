@@ -1,4 +1,4 @@
-"""Magnitude-preserving layers against definitions written another way, and their statistics (SPEC MP).
+"""Magnitude-preserving layers: their definitions written another way, and their statistics (SPEC MP).
 
 NumPy float64 throughout: test_libraries.py proves that every library answers the same.
 """
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from conformance import strategies as draw
 from conformance import tolerance
+from conformance.clauses import proves
 from edm2_core import mp, reference
 from edm2_core.errors import InputError
 
@@ -32,46 +33,52 @@ def unit(seed: int, *shape: int) -> np.ndarray:
     return x / rms(x)
 
 
+@proves("MP-1")
 @given(draw.numbers(*draw.IMAGES), st.sampled_from([None, 1, 0, -1, (1, 2), (2, 3)]))
 def test_normalize_is_division_by_rms(x: np.ndarray, axis: Any) -> None:
-    """MP-1"""
     x = x.astype(np.float64)
     over = rms(x, axis=(1, 2, 3) if axis is None else axis, keepdims=True)
     assert np.allclose(mp.normalize(x, axis=axis), x / (E + over), rtol=16 * EPS, atol=0)
 
 
+@proves("MP-1")
 @given(draw.seeds, st.floats(1e-6, 1e6))
 def test_normalize_gives_unit_rms(seed: int, scale: float) -> None:
-    """MP-1: unit rms, not unit norm; less where the input is about as small as eps."""
+    """The result has unit rms, not unit norm; less where the input is as small as eps."""
     x = unit(seed, *draw.IMAGES) * scale
     assert np.allclose(rms(mp.normalize(x), (1, 2, 3)), rms(x, (1, 2, 3)) / (E + rms(x, (1, 2, 3))), rtol=16 * EPS)
 
 
+@proves("MP-1", "API-4")
 def test_normalize_of_zeros_and_of_a_vector() -> None:
-    """MP-1 API-4"""
     assert not mp.normalize(np.zeros((2, 3))).any()
     with pytest.raises(InputError, match=r"needs two or more, got shape \(3,\): give axis"):
         mp.normalize(np.zeros(3))
 
 
+@proves("MP-2")
 @given(st.floats(-LARGEST, LARGEST / 2, width=32))
 def test_mp_silu_is_x_times_sigmoid(x: float) -> None:
-    """MP-2: against 60-digit arithmetic, at every finite float32 whose answer is one."""
+    """Oracle: 60-digit arithmetic, at every float32 whose result is finite. silu is the same without 0.596."""
     with mpmath.workdps(60):
-        wanted = float(mpmath.mpf(x) / (1 + mpmath.exp(-mpmath.mpf(x))) / mpmath.mpf("0.596"))
-    assert mp.mp_silu(x) == pytest.approx(wanted, rel=8 * EPS, abs=1e-300)
-    assert np.isfinite(mp.mp_silu(np.float32(x).reshape(1))).all()
+        wanted = mpmath.mpf(x) / (1 + mpmath.exp(-mpmath.mpf(x)))
+        exact = {mp.silu: float(wanted), mp.mp_silu: float(wanted / mpmath.mpf("0.596"))}
+    for function, value in exact.items():
+        assert function(x) == pytest.approx(value, rel=8 * EPS, abs=1e-300)
+        assert np.isfinite(function(np.float32(x).reshape(1))).all()
 
 
+@proves("MP-2")
 def test_mp_silu_keeps_gaussian_magnitude() -> None:
-    """MP-2: by quadrature, the rms of mp_silu of N(0, 1) is 1 to the three digits of 0.596."""
+    """By quadrature, the rms of mp_silu over N(0, 1) is 1 to the three digits of 0.596."""
     mean_square = mpmath.quad(lambda x: mp.mp_silu(float(x)) ** 2 * mpmath.npdf(x), [-12, 0, 12])
     assert float(mpmath.sqrt(mean_square)) == pytest.approx(1, abs=1e-3)
 
 
+@proves("MP-3")
 @given(draw.seeds, st.floats(0, 1))
 def test_mp_sum_keeps_magnitude(seed: int, t: float) -> None:
-    """MP-3: orthogonal inputs of unit rms give unit rms, in the ratio 1 - t : t, exactly."""
+    """Orthogonal inputs of unit rms give unit rms, and contribute 1 - t : t."""
     a, b = unit(seed, 60), unit(seed + 1, 60)
     b = b - a * np.mean(a * b)
     b = b / rms(b)
@@ -81,9 +88,10 @@ def test_mp_sum_keeps_magnitude(seed: int, t: float) -> None:
     assert np.mean(out * b) >= -64 * EPS
 
 
+@proves("MP-4")
 @given(draw.seeds, st.floats(0, 1), st.integers(1, 9), st.integers(1, 9))
 def test_mp_cat_shares_energy(seed: int, t: float, size_a: int, size_b: int) -> None:
-    """MP-4: whatever the sizes."""
+    """At any sizes."""
     a, b = unit(seed, 2, size_a, 3, 3), unit(seed + 1, 2, size_b, 3, 3)
     out = mp.mp_cat(a, b, axis=1, t=t)
     energy_a, energy_b = np.sum(out[:, :size_a] ** 2), np.sum(out[:, size_a:] ** 2)
@@ -93,9 +101,10 @@ def test_mp_cat_shares_energy(seed: int, t: float, size_a: int, size_b: int) -> 
     assert np.sum(out[:, size_a:] * b) >= 0
 
 
+@proves("MP-5")
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=4), st.floats(-100, 100), st.integers(3, 40))
 def test_mp_fourier_keeps_magnitude_over_phases(x: list[float], freq: float, count: int) -> None:
-    """MP-5: the mean of 2 cos^2 over three or more evenly spaced phases is exactly 1, at every x."""
+    """The mean of 2 cos^2 over three or more evenly spaced phases is exactly 1, at every x."""
     phases = 2 * pi * np.arange(count) / count
     out = mp.mp_fourier(np.asarray(x), np.full(count, freq), phases)
     assert out.shape == (len(x), count)
@@ -103,9 +112,10 @@ def test_mp_fourier_keeps_magnitude_over_phases(x: list[float], freq: float, cou
     assert np.allclose(out[:, 0], sqrt(2) * np.cos(np.asarray(x) * freq), atol=4 * EPS * (1 + 50 * 100))
 
 
+@proves("MP-6")
 @given(draw.weights(), st.floats(-3, 3))
 def test_mp_weight_rows(w: np.ndarray, gain: float) -> None:
-    """MP-6: rows of norm gain, but for eps; never a change of direction."""
+    """Rows have norm gain, up to eps, and keep their direction."""
     w = w.astype(np.float64)
     rows, out = w.reshape(len(w), -1), mp.mp_weight(w, gain=gain).reshape(len(w), -1)
     size = rms(rows, 1)
@@ -114,9 +124,10 @@ def test_mp_weight_rows(w: np.ndarray, gain: float) -> None:
     assert np.array_equal(mp.mp_weight(w, gain=np.asarray(gain)), mp.mp_weight(w, gain=gain))
 
 
+@proves("MP-6")
 @given(draw.seeds, st.floats(0.1, 3))
 def test_layers_keep_variance_on_expectation(seed: int, gain: float) -> None:
-    """MP-6: for fixed weights and N(0, 1) inputs each output of a linear layer, and each interior pixel of a
+    """For fixed weights and N(0, 1) inputs each output of a linear layer, and each interior pixel of a
     convolution, is N(0, gain^2). Samples counted: independent ones only (batch; one pixel in each 3x3)."""
     rng = np.random.default_rng(seed)
     share = (1 + E) ** 2  # eps leaves rows of rms 1 at 1 / (1 + eps), those of fan-in 27 nearly so
@@ -128,9 +139,10 @@ def test_layers_keep_variance_on_expectation(seed: int, gain: float) -> None:
     assert np.mean(apart**2) * share == pytest.approx(1, abs=tolerance.mean_square(apart.size) + E)
 
 
+@proves("MP-7")
 @given(draw.weights(), draw.seeds)
 def test_gradient_of_mp_weight_is_orthogonal(w: np.ndarray, seed: int) -> None:
-    """MP-7: moving w along itself changes the result by the share e / (e + rms) alone."""
+    """Scaling w changes the result by the factor e / (e + rms) only."""
     rows = w.astype(np.float64).reshape(len(w), -1)
     rows = rows[rms(rows, 1) > 1e-2]
     if not len(rows):
@@ -146,9 +158,10 @@ def test_gradient_of_mp_weight_is_orthogonal(w: np.ndarray, seed: int) -> None:
     assert np.allclose(along, wanted, atol=(8 * EPS / h + h * h) * size.max())
 
 
+@proves("MP-8")
 @given(draw.weights())
 def test_forcing_is_idempotent(w: np.ndarray) -> None:
-    """MP-8: in float32; rows whose rms is far above eps."""
+    """In float32, for rows whose rms is far above eps."""
     w = w[rms(w.reshape(len(w), -1).astype(np.float64), 1) > 1]
     if not len(w):
         return
@@ -162,9 +175,10 @@ def test_forcing_is_idempotent(w: np.ndarray) -> None:
     assert np.allclose(np.linalg.norm(again.reshape(len(w), -1), axis=1), sqrt(fan_in) / (1 + E), rtol=1e-5)
 
 
+@proves("MP-8")
 @given(draw.weights(), st.floats(0.1, 10))
 def test_forcing_does_not_change_the_layer(w: np.ndarray, gain: float) -> None:
-    """MP-8: the effective weight is that of the stored weight before, but for eps."""
+    """The effective weight before and after forcing is the same, up to eps."""
     w = w.astype(np.float64)
     w = w[rms(w.reshape(len(w), -1), 1) > 1]
     if len(w):
@@ -188,9 +202,10 @@ filters = st.lists(st.floats(0.125, 2), min_size=1, max_size=4).flatmap(
 )
 
 
+@proves("MP-9")
 @given(draw.seeds, filters, st.integers(1, 4), st.integers(1, 4))
 def test_resample_is_its_matrix(seed: int, taps: tuple[float, ...], height: int, width: int) -> None:
-    """MP-9: down is the filter's matrix along each axis, up four times the transpose; filters need not be symmetric."""
+    """Down applies the filter's matrix along each axis, up four times its transpose, for asymmetric filters too."""
     x = np.random.default_rng(seed).standard_normal((2, 3, 2 * height, 2 * width))
     vertical, horizontal = down_matrix(2 * height, taps), down_matrix(2 * width, taps)
     down = np.einsum("ij,ncjk,lk->ncil", vertical, x, horizontal)
@@ -200,16 +215,18 @@ def test_resample_is_its_matrix(seed: int, taps: tuple[float, ...], height: int,
     assert mp.resample(x, mode="keep", filter=taps) is x
 
 
+@proves("MP-9")
 @given(draw.numbers(*draw.IMAGES))
 def test_box_down_after_up_is_identity(x: np.ndarray) -> None:
-    """MP-9: bit for bit, for the mean of four equal numbers is exact."""
+    """Exactly, because the mean of four equal numbers is exact."""
     assert np.array_equal(mp.resample(mp.resample(x, mode="up"), mode="down"), x)
 
 
+@proves("MP-9")
 @pytest.mark.parametrize("mode", ["up", "down"])
 @given(value=st.floats(-100, 100), half=st.lists(st.floats(0.125, 2), min_size=1, max_size=3))
 def test_constants_stay_constant(mode: Any, value: float, half: list[float]) -> None:
-    """MP-9: away from the border; everywhere for the box."""
+    """Away from the border; everywhere for the box."""
     taps, x = (*half, *half[::-1]), np.full((1, 2, 24, 24), value)
     edge = len(half) if len(half) > 1 else 0
     out = mp.resample(x, mode=mode, filter=taps)
@@ -218,6 +235,7 @@ def test_constants_stay_constant(mode: Any, value: float, half: list[float]) -> 
     assert np.allclose(inner, value, rtol=32 * EPS)
 
 
+@proves("API-4", "MP-9")
 @pytest.mark.parametrize(
     ("x", "options", "message"),
     [
@@ -228,6 +246,5 @@ def test_constants_stay_constant(mode: Any, value: float, half: list[float]) -> 
     ],
 )
 def test_resample_refuses(x: tuple[int, ...], options: Any, message: str) -> None:
-    """API-4 MP-9"""
     with pytest.raises(InputError, match=message):
         mp.resample(np.zeros(x), **options)

@@ -1,7 +1,7 @@
-"""The network as data: which configs are refused, what a plan holds, and what it counts (SPEC NET)."""
+"""The network as data: configs and their errors, plans, counts, initial weights, presets (SPEC NET)."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import inf, nan, pi, sqrt
 from typing import Any
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from conformance import strategies as draw
 from conformance import tolerance
+from conformance.clauses import proves
 from edm2_core import reference
 from edm2_core.errors import InputError
 from edm2_core.ladder import LADDER, LADDER_TRAINING, Initialization, NoiseEmbedding, Rung
@@ -29,6 +30,7 @@ from edm2_core.presets import PRESETS, on_rung, preset
 BASE = NetworkConfig(img_resolution=8, img_channels=1, model_channels=16, channel_mult=(1, 2), channels_per_head=16)
 
 
+@proves("NET-1", "API-4")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -55,21 +57,22 @@ BASE = NetworkConfig(img_resolution=8, img_channels=1, model_channels=16, channe
     ],
 )
 def test_config_refuses(change: dict[str, Any], message: str) -> None:
-    """NET-1 API-4"""
     with pytest.raises(InputError, match=message) as caught:
         replace(BASE, **change)
     assert "\n" not in str(caught.value)
 
 
+@proves("NET-1")
 def test_config_takes_what_json_brings() -> None:
-    """NET-1: lists become tuples, so that equal configs are equal and a plan is made once."""
+    """Lists become tuples, so that equal configs are equal and a plan is made once."""
     assert replace(BASE, channel_mult=[1, 2]) == BASE  # type: ignore[arg-type]
     assert plan(replace(BASE, channel_mult=[1, 2])) is plan(BASE)  # type: ignore[arg-type]
 
 
+@proves("NET-2")
 @given(draw.configs())
 def test_plan_is_a_walk(config: NetworkConfig) -> None:
-    """NET-2: widths and resolutions fit together from block to block, and every skip is used once, newest first."""
+    """Widths and resolutions fit together from block to block, and every skip is used once, newest first."""
     walk = plan(config)
     first = walk.encoder[0]
     inputs = config.img_channels + config.switches.ones_channel
@@ -99,9 +102,10 @@ def check_step(block: Block, role: str, width: int, resolution: int) -> None:
     assert block.resolution == after
 
 
+@proves("NET-2")
 @given(draw.configs())
 def test_attention_is_where_the_config_says(config: NetworkConfig) -> None:
-    """NET-2: blocks of the chosen resolutions, and the first of the decoder always; not where resolution changes."""
+    """In the blocks of the chosen resolutions and always in the decoder's first; never where the resolution changes."""
     for block in (*plan(config).encoder, *plan(config).decoder):
         chosen = block.resolution in config.attn_resolutions and "_block" in block.name
         assert bool(block.heads) == (chosen or block.name.endswith("_in0"))
@@ -120,18 +124,20 @@ class Read(dict[str, Any]):
         return super().__getitem__(name)
 
 
+@proves("NET-2")
 @draw.fewer(2)
 @given(draw.configs(), draw.seeds)
 def test_table_is_what_the_network_reads(config: NetworkConfig, seed: int) -> None:
-    """NET-2: neither a parameter that nothing reads nor one that the table lacks."""
+    """The network reads every parameter of the table and no other."""
     params, batch = Read(draw.random_parameters(config, seed)), draw.random_batch(config, seed)
     reference.denoise(config, params, batch.images, batch.sigma, batch.labels)
     assert params.names == set(plan(config).parameters)
 
 
+@proves("NET-3")
 @given(draw.configs())
 def test_parameter_count_is_the_tables(config: NetworkConfig) -> None:
-    """NET-3: trained scalars outside u(sigma)."""
+    """parameter_count counts trained scalars, without those of u(sigma)."""
     params = initialize(config, seed=0)
     counted = sum(
         value.size for name, value in params.items() if not name.startswith("logvar") and "fourier" not in name
@@ -140,20 +146,21 @@ def test_parameter_count_is_the_tables(config: NetworkConfig) -> None:
 
 
 # Table 6, 512 latents: Mparams as printed; Table 1 has CONFIG G (the size S) to a further digit
+@proves("NET-3")
 @pytest.mark.parametrize(
     ("size", "millions", "digits"),
     [("xs", 125, 0), ("s", 280.2, 1), ("m", 498, 0), ("l", 777, 0), ("xl", 1119, 0), ("xxl", 1523, 0)],
 )
 def test_published_parameter_counts(size: str, millions: float, digits: int) -> None:
-    """NET-3"""
     assert round(parameter_count(preset(f"img512-{size}").network) / 1e6, digits) == millions
 
 
+@proves("NET-3")
 @pytest.mark.parametrize(
     ("size", "printed"), [("xs", 46), ("s", 102), ("m", 181), ("l", 282), ("xl", 406), ("xxl", 552)]
 )
 def test_published_multiply_adds(size: str, printed: int) -> None:
-    """NET-3: the paper's Gflops count elementwise work too: up to 2 % more."""
+    """The paper's Gflops also count elementwise work, up to 2 % more."""
     assert 0.98 <= multiply_adds(preset(f"img512-{size}").network) / 1e9 / printed <= 1
 
 
@@ -169,9 +176,10 @@ PUBLISHED = {
 }
 
 
+@proves("NET-3", "NET-10")
 @pytest.mark.parametrize("rung", PUBLISHED)
 def test_the_ladder_is_figures_16_to_22(rung: Rung) -> None:
-    """NET-3 NET-10: every rung's parameters to the printed digit, its Gflops within 2 %, its attention."""
+    """Parameters to the printed digit, Gflops within 2 %, and the number of blocks with attention."""
     millions, giga, attending = PUBLISHED[rung]
     config = NetworkConfig(img_resolution=64, img_channels=4, label_dim=1000, ladder=rung)
     assert round(parameter_count(config) / 1e6, 1) == millions
@@ -179,28 +187,30 @@ def test_the_ladder_is_figures_16_to_22(rung: Rung) -> None:
     assert sum(block.heads > 0 for block in (*plan(config).encoder, *plan(config).decoder)) == attending
 
 
+@proves("NET-10")
 def test_a_rung_of_a_preset_is_trained_as_the_paper_did() -> None:
-    """NET-10: of img512-s comes the table of Figures 16 to 22; of any preset, G is itself."""
+    """The rungs of img512-s have the hyperparameters of Figures 16 to 22; rung G of a preset is the preset itself."""
     for rung, paper in LADDER_TRAINING.items():
         one = on_rung(preset("img512-s"), rung)
         for name in ("batch", "lr", "decay", "betas", "loss_scaling", "P_mean", "P_std"):
-            assert getattr(one, name) == pytest.approx(getattr(paper, name)), (rung, name)
-        network = one.network
+            assert getattr(one.hyper, name) == pytest.approx(getattr(paper, name)), (rung, name)
+        network, half_life = one.network, one.hyper.half_life
         assert (network.attn_resolutions, network.dropout) == (paper.attn_resolutions, paper.dropout)
-        assert one.half_life == pytest.approx(paper.half_life, rel=1e-3) if paper.half_life else one.half_life is None
+        assert half_life == (pytest.approx(paper.half_life, rel=1e-3) if paper.half_life else None)
         assert network.switches == LADDER[rung]
     assert all(on_rung(one, "G") is one for one in PRESETS.values())
 
 
+@proves("NET-10")
 @given(draw.switches())
 def test_a_switch_is_set_alone(chosen: dict[str, Any]) -> None:
-    """NET-10: over what its rung says, in the plan too, and in a config that went through JSON."""
-    config = replace(BASE, **chosen)
+    """A switch overrides its rung's value, also in the plan and after a round trip through JSON."""
+    config = NetworkConfig(**BASE.to_json() | chosen)
     for name, value in vars(LADDER[config.ladder]).items():
         assert getattr(plan(config).switches, name) == chosen.get(name, value)
-    assert NetworkConfig(**json.loads(json.dumps(asdict(config)))) == config
-    own = {name: value for name, value in chosen.items() if name != "ladder"}
-    assert replace(config, ladder="C").switches == replace(LADDER["C"], **own)
+    assert NetworkConfig(**json.loads(json.dumps(config.to_json()))) == config
+    assert replace(config, switches=LADDER["C"]).switches == LADDER["C"]
+    assert replace(config, num_blocks=2).switches == config.switches
 
 
 # alpha_ref, dropout and duration (Mi images) at 512; duration at 64
@@ -214,9 +224,10 @@ TABLE_6 = {
 }
 
 
+@proves("NET-3")
 @pytest.mark.parametrize("size", TABLE_6)
 def test_presets_are_table_6(size: str) -> None:
-    """NET-3: the hyperparameters that belong to each published network."""
+    """The hyperparameters of each published network."""
     channels, lr, dropout, at_512, at_64 = TABLE_6[size]
     latents, pixels = preset(f"img512-{size}"), preset(f"img64-{size}")
     for one, network_channels, decay, noise in ((latents, 4, 70000, (-0.4, 1.0)), (pixels, 3, 35000, (-0.8, 1.6))):
@@ -224,22 +235,24 @@ def test_presets_are_table_6(size: str) -> None:
         assert (net.img_resolution, net.img_channels, net.label_dim) == (64, network_channels, 1000)
         assert (net.model_channels, net.channel_mult, net.num_blocks) == (channels, (1, 2, 3, 4), 3)
         assert (net.attn_resolutions, net.channels_per_head, net.dropout) == ((16, 8), 64, dropout)
-        assert (one.lr, one.batch, one.decay, (one.P_mean, one.P_std)) == (lr, 2048, decay, noise)
-    assert latents.duration == at_512 << 20
-    assert at_64 is None or pixels.duration == at_64 << 20
+        hyper = one.hyper
+        assert (hyper.lr, hyper.batch, hyper.decay, (hyper.P_mean, hyper.P_std)) == (lr, 2048, decay, noise)
+    assert latents.hyper.duration == at_512 << 20
+    assert at_64 is None or pixels.hyper.duration == at_64 << 20
 
 
+@proves("API-4", "NET-1")
 def test_unknown_preset() -> None:
-    """API-4 NET-1"""
     with pytest.raises(InputError, match=r"preset must be one of digits, .*img512-xs.*, got 'img512-s9'"):
         preset("img512-s9")
     assert preset("digits") is PRESETS["digits"]
 
 
+@proves("NET-4")
 @draw.fewer(2)
 @given(draw.configs(), st.integers(0, 2**63))
 def test_initialization_depends_on_seed_and_name_alone(config: NetworkConfig, seed: int) -> None:
-    """NET-4: the same again from the same seed, other values from another, and no order among the arrays."""
+    """The same seed gives the same values, another seed others, whatever the other parameters are."""
     params, again, other = (initialize(config, seed=s) for s in (seed, seed, seed + 1))
     assert {name: value.shape for name, value in params.items()} == {
         name: p.shape for name, p in plan(config).parameters.items()
@@ -255,11 +268,12 @@ def test_initialization_depends_on_seed_and_name_alone(config: NetworkConfig, se
     check_parameters(config, params)
 
 
+@proves("NET-4")
 @pytest.mark.parametrize("init", Initialization)
 def test_initial_distributions(init: Initialization) -> None:
-    """NET-4: means and mean squares to 6 standard errors; gains, scales and what begins at 0 exactly."""
-    own: dict[str, Any] = {"init": init, "noise_embedding": NoiseEmbedding.FOURIER, "gains": True}
-    config = replace(preset("img512-xxs").network, ladder="A", **own)
+    """Means and mean squares to 6 standard errors; zeros and ones exactly."""
+    switches = replace(LADDER["A"], init=init, noise_embedding=NoiseEmbedding.FOURIER, gains=True)
+    config = replace(preset("img512-xxs").network, switches=switches)
     params, table = initialize(config, seed=3), plan(config).parameters
     for name, value in params.items():
         if table[name].init in ("zeros", "ones"):
@@ -283,12 +297,12 @@ def test_initial_distributions(init: Initialization) -> None:
     assert table["unet.emb_label.weight"].init == ("he" if init is Initialization.HE else "normal")
 
 
+@proves("NET-4")
 def test_positional_features_are_cosines_and_sines() -> None:
-    """NET-4: of angles x 10000^(-i / n), the cosines first; at any width, odd too."""
+    """Of the angles x 10000^(-i / n), cosines first; at odd widths too."""
     for channels in (8, 7):
-        config = replace(
-            BASE, noise_embedding=NoiseEmbedding.POSITIONAL, model_channels=channels, channels_per_head=channels
-        )
+        switches = replace(BASE.switches, noise_embedding=NoiseEmbedding.POSITIONAL)
+        config = replace(BASE, switches=switches, model_channels=channels, channels_per_head=channels)
         params, n = initialize(config, seed=0), (channels + 1) // 2
         angles = -1.7 * 10000.0 ** -(np.arange(n) / n)
         wanted = np.concatenate([np.cos(angles), np.sin(angles)])[:channels]
@@ -296,6 +310,7 @@ def test_positional_features_are_cosines_and_sines() -> None:
         assert got == pytest.approx(wanted, abs=4 * tolerance.eps("float32"))
 
 
+@proves("API-4", "NET-2")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -305,7 +320,6 @@ def test_positional_features_are_cosines_and_sines() -> None:
     ],
 )
 def test_parameters_are_checked(change: dict[str, Any], message: str) -> None:
-    """API-4 NET-2"""
     params = {name: value for name, value in (initialize(BASE, seed=0) | change).items() if value is not None}
     with pytest.raises(InputError, match=message):
         check_parameters(BASE, params)

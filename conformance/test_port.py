@@ -9,7 +9,6 @@ from conformance.ports import Subject
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in PORT_CASES])
-def test_port(port: Subject, case: PortCase, record: measure.Record) -> None:
-    """The clauses of its case."""
-    record.examples = case.prove(port)
-    assert record.comparisons, f"{case.name} compared nothing"
+def test_port(edm2_port: Subject, case: PortCase, edm2_record: measure.Record) -> None:
+    edm2_record.examples = case.prove(edm2_port)
+    assert edm2_record.comparisons, f"{case.name} compared nothing"

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from conformance import strategies as draw
 from conformance import tolerance
 from conformance.averages import exact_gamma, exact_product, segment_weights, track
+from conformance.clauses import proves
 from edm2_core import ema
+from edm2_core.ema import Length
 from edm2_core.ema.profiles import Profile
 from edm2_core.errors import InputError
 
@@ -31,9 +33,10 @@ def gram_of(t: np.ndarray, s: np.ndarray) -> np.ndarray:
     return ema.inner_product(time_a=t[:, None], sigma_rel_a=s[:, None], time_b=t[None], sigma_rel_b=s[None])
 
 
+@proves("EMA-5")
 @given(snapshots(), st.floats(0.03, 0.28), st.floats(0.3, 1.0))
 def test_coefficients_are_the_least_squares_fit(stored: tuple[np.ndarray, np.ndarray], s: float, at: float) -> None:
-    """EMA-5: Algorithm 3 in 60 digits from Eq. 151, divided by the sum; later snapshots get 0; columns sum to 1."""
+    """Oracle: Algorithm 3 in 60 digits, each column divided by its sum. Later snapshots get 0."""
     t_in, s_in = stored
     end = max(at * t_in[-1], t_in[0])
     got = ema.coefficients(in_time=t_in, in_sigma_rel=s_in, out_time=end, out_sigma_rel=s)
@@ -52,11 +55,11 @@ def test_coefficients_are_the_least_squares_fit(stored: tuple[np.ndarray, np.nda
     assert got.sum() == pytest.approx(1, abs=1e-12 * (1 + np.abs(got).sum()))
 
 
+@proves("EMA-5")
 @given(snapshots(), st.floats(0.03, 0.28), st.floats(1e-6, 1e6))
 def test_coefficients_do_not_depend_on_the_unit_of_time(
     stored: tuple[np.ndarray, np.ndarray], s: float, unit: float
 ) -> None:
-    """EMA-5"""
     t_in, s_in = stored
     options: Any = {"in_sigma_rel": s_in, "out_sigma_rel": s}
     wanted = ema.coefficients(in_time=t_in, out_time=t_in[-1], **options)
@@ -65,9 +68,10 @@ def test_coefficients_do_not_depend_on_the_unit_of_time(
     assert np.allclose(got, wanted, rtol=0, atol=allowed)
 
 
+@proves("EMA-5")
 @given(snapshots(most=3), st.floats(0.03, 0.28), st.integers(2, 4))
 def test_duplicates_share_evenly(stored: tuple[np.ndarray, np.ndarray], s: float, times_over: int) -> None:
-    """EMA-5: a snapshot stored k times gets a k-th of its coefficient each time."""
+    """Each of k copies of a snapshot gets 1 / k of its coefficient."""
     t_in, s_in = stored
     single = ema.coefficients(in_time=t_in, in_sigma_rel=s_in, out_time=t_in[-1], out_sigma_rel=s)
     again: Any = {"in_time": np.tile(t_in, times_over), "in_sigma_rel": np.tile(s_in, times_over)}
@@ -76,9 +80,10 @@ def test_duplicates_share_evenly(stored: tuple[np.ndarray, np.ndarray], s: float
     assert np.allclose(got, np.tile(single, (times_over, 1)) / times_over, rtol=0, atol=allowed)
 
 
+@proves("EMA-6")
 @given(snapshots(), st.data())
 def test_stored_averages_are_found(stored: tuple[np.ndarray, np.ndarray], data: Any) -> None:
-    """EMA-6: one-hot, whichever of the stored is wanted; several targets at once are columns."""
+    """A target that is stored has a one-hot column."""
     t_in, s_in = stored
     wanted = data.draw(st.lists(st.integers(0, len(t_in) - 1), min_size=1, max_size=3))
     got = ema.coefficients(in_time=t_in, in_sigma_rel=s_in, out_time=t_in[wanted], out_sigma_rel=s_in[wanted])
@@ -86,10 +91,11 @@ def test_stored_averages_are_found(stored: tuple[np.ndarray, np.ndarray], data: 
     assert np.allclose(got, np.eye(len(t_in))[:, wanted], rtol=0, atol=allowed)
 
 
+@proves("EMA-7")
 @draw.fewer(4)
 @given(st.floats(0.04, 0.25), st.sampled_from([8, 16, 32]), draw.seeds, st.booleans())
 def test_reconstruction_error_is_predicted(s: float, count: int, seed: int, walk: bool) -> None:
-    """EMA-7: weights that follow white noise, or a random walk, tracked at (0.05, 0.10) and rebuilt at another length.
+    """Weights that are white noise, or a random walk, tracked at (0.05, 0.10) and reconstructed at another length.
 
     The error of the rebuilt average is sum_k r_k w_k with r_k the residual profile's integral over step k. For white
     noise its variance is sum r_k^2, about delta times the residual's squared L2 norm; for a walk, the sum of squares
@@ -114,10 +120,11 @@ def test_reconstruction_error_is_predicted(s: float, count: int, seed: int, walk
     assert np.mean(error**2) / predicted == pytest.approx(1, abs=tolerance.mean_square(parameters))
 
 
+@proves("EMA-7")
 @draw.fewer(4)
 @given(st.floats(0.04, 0.25), st.sampled_from([8, 32]))
 def test_residual_is_that_of_inner_products(s: float, count: int) -> None:
-    """EMA-7: the residual's L2 norm from Eq. 151 is that of the profile on a fine grid."""
+    """The L2 norm of the residual from Eq. 151 is that of its profile on a fine grid."""
     t_in, s_in = np.repeat(np.arange(1.0, count + 1), 2), np.tile([0.05, 0.10], count)
     end = float(count)
     c = ema.coefficients(in_time=t_in, in_sigma_rel=s_in, out_time=end, out_sigma_rel=s)[:, 0]
@@ -130,6 +137,7 @@ def test_residual_is_that_of_inner_products(s: float, count: int) -> None:
     assert np.sum(residual**2) / 4000 == pytest.approx(predicted, rel=1e-3, abs=1e-9 * norm)
 
 
+@proves("API-4", "EMA-5")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -139,11 +147,10 @@ def test_residual_is_that_of_inner_products(s: float, count: int) -> None:
         ({"out_sigma_rel": 0.0}, r"sigma_rel must be within \(0, 0.2887\), got 0"),
         ({"out_time": 0.5}, r"between the first snapshot and the last, 1 to 2, got 0.5: choose"),
         ({"out_time": 2.5}, r"between the first snapshot and the last, 1 to 2, got 2.5: choose"),
-        ({"in_half_life": -1.0}, r"in_half_life must be positive, or nan for a power-function average, got -1"),
+        ({"in_sigma_rel": [0.1, 0.3]}, r"sigma_rel must be within \(0, 0.2887\), got 0.3"),
     ],
 )
 def test_coefficients_refuse(change: dict[str, Any], message: str) -> None:
-    """API-4 EMA-5"""
     options: dict[str, Any] = {"in_time": [1.0, 2.0], "in_sigma_rel": 0.1, "out_time": 2.0, "out_sigma_rel": 0.1}
     with pytest.raises(InputError, match=message):
         ema.coefficients(**options | change)
@@ -154,9 +161,10 @@ def uniform(count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(np.arange(1, count // 2 + 1) * 8.0 * 2**20, 2), np.tile([0.05, 0.10], count // 2)
 
 
+@proves("EMA-5")
 @pytest.mark.parametrize("files", [16, 64])
 def test_coefficients_keep_nine_digits(files: int) -> None:
-    """EMA-5: against a solution in 60 digits, of as many files as are stored in a usual run."""
+    """Oracle: a solution in 60 digits, for as many files as a usual run stores."""
     t_in, s_in = uniform(files)
     s_out = np.array([0.015, 0.03, 0.075, 0.15, 0.25])
     got = ema.coefficients(in_time=t_in, in_sigma_rel=s_in, out_time=t_in[-1], out_sigma_rel=s_out)
@@ -170,8 +178,9 @@ def test_coefficients_keep_nine_digits(files: int) -> None:
             assert tolerance.relative(got[:, column], wanted) < 1e-9
 
 
+@proves("EMA-5")
 def test_profiles_keep_nine_digits_from_512_files() -> None:
-    """EMA-5: the residual of the normal equations in 60 digits gives the coefficients' error e in a few.
+    """The residual of the normal equations, in 60 digits, gives the error e of the coefficients to a few digits.
 
     G e = G c S - b, with S the sum that c was divided by.
     """
@@ -206,8 +215,9 @@ def test_profiles_keep_nine_digits_from_512_files() -> None:
         assert np.sqrt(error @ gram @ error / (got[:, column] @ gram @ got[:, column])) < 1e-9
 
 
+@proves("EMA-5")
 def test_targets_at_any_times_are_solved_together() -> None:
-    """EMA-5: each column is the one that its target has alone."""
+    """Each column equals that of a call with its target alone."""
     t_in, s_in = uniform(64)
     t_out, s_out = np.linspace(t_in[0], t_in[-1], 9), np.geomspace(0.02, 0.28, 9)
     together = ema.coefficients(in_time=t_in, in_sigma_rel=s_in, out_time=t_out, out_sigma_rel=s_out)
@@ -217,9 +227,10 @@ def test_targets_at_any_times_are_solved_together() -> None:
         assert not together[t_in > t, j].any()
 
 
+@proves("EMA-5")
 @pytest.mark.parametrize("apart", [0.0, 1e-15, 1e-13, 1e-11])
 def test_near_duplicates_give_the_least_norm(apart: float) -> None:
-    """EMA-5: profiles that float64 cannot tell apart share; near ones share or not, but never blow up."""
+    """Profiles that float64 cannot distinguish share a coefficient; coefficients of near ones do not grow."""
     t_in, s_in = uniform(64)
     late = t_in * (1 - apart * np.random.default_rng(0).random(len(t_in)))
     target: Any = {"out_time": t_in[-1], "out_sigma_rel": [0.02, 0.07, 0.2]}
@@ -233,14 +244,12 @@ def test_near_duplicates_give_the_least_norm(apart: float) -> None:
     assert np.allclose(ema.reconstruction_error(**twice).profile, error.profile, rtol=1e-5)
 
 
-def traditional(time: float, half_life: float) -> Profile:
-    return Profile(np.asarray(time), np.asarray(0.0), np.asarray(np.log(2) / half_life))
-
-
+@proves("EMA-9")
 @given(st.floats(0.1, 1), st.floats(1e-4, 3), st.floats(0.02, ema.LONGEST), st.booleans())
 def test_products_with_traditional_averages(ratio: float, half_life: float, s: float, late: bool) -> None:
-    """EMA-9: of an exponential and a power, whichever ends first, by mpmath's quadrature."""
-    a, b = traditional(1.0 if late else ratio, half_life), Profile.power(ratio if late else 1.0, s)
+    """An exponential and a power function, either ending first. Oracle: mpmath's quadrature."""
+    a = Profile.traditional(1.0 if late else ratio, half_life)
+    b = Profile.power(ratio if late else 1.0, s)
     with mpmath.workdps(30):
         gamma, rate = mpmath.mpf(float(b.gamma)), mpmath.log(2) / mpmath.mpf(half_life)
         t_a, t_b = mpmath.mpf(float(a.time)), mpmath.mpf(float(b.time))
@@ -256,26 +265,28 @@ def test_products_with_traditional_averages(ratio: float, half_life: float, s: f
     assert float(a @ b) == pytest.approx(wanted, rel=1e-11, abs=1e-16 * float((a @ a) * (b @ b)) ** 0.5)
 
 
+@proves("EMA-9")
 @given(st.floats(0.1, 1), st.floats(0.01, 2), st.floats(0.01, 2))
 def test_products_of_traditional_averages(ratio: float, one: float, other: float) -> None:
-    """EMA-9: in closed form."""
+    """Oracle: the closed form."""
     k, m = np.log(2) / one, np.log(2) / other
     wanted = k * m / (k + m) * np.exp(-m * (1 - ratio)) * -np.expm1(-(k + m) * ratio)
     wanted /= -np.expm1(-k * ratio) * -np.expm1(-m)
-    assert float(traditional(ratio, one) @ traditional(1.0, other)) == pytest.approx(wanted, rel=1e-12)
+    got = float(Profile.traditional(ratio, one) @ Profile.traditional(1.0, other))
+    assert got == pytest.approx(wanted, rel=1e-12)
 
 
+@proves("EMA-9")
 def test_traditional_and_raw_checkpoints_are_rebuilt_from() -> None:
-    """EMA-9: weights of a random walk; a decay of 0.98 per step, or none, kept every 10 steps.
+    """Weights of a random walk; a decay of 0.98 per step, or none, kept every 10 steps.
 
     The error measured is that of white noise's prediction for white noise, and within Cauchy-Schwarz for the walk.
     """
     steps, parameters, every = 640, 500, 10
     moves = np.random.default_rng(0).standard_normal((steps, parameters))
     edges, t_in = np.arange(steps + 1.0), np.arange(every, steps + 1.0, every)
-    for half_life in (np.log(2) / -np.log(0.98), ema.half_life_of_raw(1.0)):
-        decay = 0.98 if half_life > 1 else 0.0
-        options: Any = {"in_time": t_in, "in_sigma_rel": np.nan, "in_half_life": half_life}
+    for decay, length in ((0.98, Length.half_life(np.log(2) / -np.log(0.98))), (0.0, Length.raw(1.0))):
+        options: Any = {"in_time": t_in, "in_sigma_rel": [length] * len(t_in)}
         options |= {"out_time": float(steps), "out_sigma_rel": [0.1, 0.2]}
         c, predicted = ema.coefficients(**options), ema.reconstruction_error(**options)
         assert np.allclose(c.sum(axis=0), 1)
@@ -294,18 +305,20 @@ def test_traditional_and_raw_checkpoints_are_rebuilt_from() -> None:
                 assert error < bound
 
 
+@proves("EMA-8")
 @pytest.mark.parametrize(("files", "worst"), [(16, 0.52), (32, 0.36), (64, 0.17), (128, 0.058), (512, 0.0041)])
 def test_errors_of_uniform_snapshots_are_the_published_solvers(files: int, worst: float) -> None:
-    """EMA-8: measured with the official solver, for lengths from 0.01 to 0.25; the shortest is the worst."""
+    """The errors of the official solver for lengths from 0.01 to 0.25; the shortest length has the largest."""
     t_in, s_in = uniform(files)
     s_out = [0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25]
     error = ema.reconstruction_error(in_time=t_in, in_sigma_rel=s_in, out_time=t_in[-1], out_sigma_rel=s_out)
     assert error.profile.max() == error.profile[0] == pytest.approx(worst, rel=0.03)  # two digits
 
 
+@proves("EMA-8")
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_errors_are_what_tracked_averages_of_a_random_walk_show(dtype: str) -> None:
-    """EMA-8: Cauchy-Schwarz bounds the average's error; what storage rounds comes through as predicted.
+    """Cauchy-Schwarz bounds the error of the average; rounding in storage is amplified as predicted.
 
     Rounding to nearest is uniform within eps / 2 of a number's power of 2: its rms is eps |x| / sqrt(12), times
     between 1/2 and 1 for where x lies.
@@ -332,9 +345,10 @@ def test_errors_are_what_tracked_averages_of_a_random_walk_show(dtype: str) -> N
         assert 0.5 < rounded / (predicted.rounding[j] * size / np.sqrt(12)) < 1
 
 
+@proves("EMA-8")
 @given(snapshots(), st.floats(0.03, 0.28))
 def test_the_reconstructed_profile_is_the_sum_of_stored_ones(stored: tuple[np.ndarray, np.ndarray], s: float) -> None:
-    """EMA-8: and its distance from the wanted one, on a fine grid, is the predicted error."""
+    """Its distance from the target profile, on a fine grid, is the predicted error."""
     t_in, s_in = stored
     target: Any = {"in_time": t_in, "in_sigma_rel": s_in, "out_time": t_in[-1], "out_sigma_rel": s}
     t = (np.arange(20000) + 0.5) / 20000 * t_in[-1]
@@ -349,15 +363,16 @@ def test_the_reconstructed_profile_is_the_sum_of_stored_ones(stored: tuple[np.nd
     assert distance == pytest.approx(float(ema.reconstruction_error(**target).profile[0]), rel=0.02, abs=1e-6)
 
 
+@proves("API-4", "EMA-8")
 def test_an_unknown_storage_is_refused() -> None:
-    """API-4 EMA-8"""
     with pytest.raises(InputError, match="dtype must be one of float16, bfloat16, float32, got 'int8'"):
         ema.reconstruction_error(in_time=1, in_sigma_rel=0.1, out_time=1, out_sigma_rel=0.1, dtype="int8")
 
 
+@proves("EMA-10")
 @pytest.mark.parametrize("files", [16, 32, 64])
 def test_plans_beat_four_times_as_many_uniform_files(files: int) -> None:
-    """EMA-10: on lengths that the plan was not made on."""
+    """At lengths for which the plan was not optimized."""
     plan = ema.plan_snapshots(files=files, sigma_rel_range=(0.015, 0.25), duration=2**31, batch=2048)
     assert isinstance(plan, ema.TimedPlan)
     wanted, usual = np.geomspace(0.015, 0.25, 61), ema.uniform_plan(files=4 * files, duration=2**31)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from conformance import strategies as draw
 from conformance import tolerance
+from conformance.clauses import proves
 from conformance.libraries import Library, check_same_kind, each_library, to_numpy
 from edm2_core import reference
 from edm2_core.mp import mp_cat, normalize
@@ -32,9 +33,10 @@ CONFIG = NetworkConfig(
 )
 
 
+@proves("API-1", "NET-5", "LOSS-3")
 @each_library
 def test_reference_in_library(library: Library) -> None:
-    """API-1 NET-5 LOSS-3: float32 in each library against float64 NumPy, new parameters and inputs each time."""
+    """float32 in each library against float64 NumPy."""
 
     def both(params: Any, images: Any, unit_noise: Any, sigma: Any, labels: Any) -> tuple[Any, ...]:
         answers = reference.denoise(CONFIG, params, images + unit_noise * sigma, sigma, labels)
@@ -62,20 +64,22 @@ def float64_case(config: NetworkConfig, seed: int, size: int) -> tuple[Any, Any,
     return draw.wide((draw.random_parameters(config, seed), batch.noisy, batch.sigma, batch.labels))
 
 
+@proves("NET-5")
 @draw.fewer(2)
 @given(draw.configs(), draw.seeds)
 def test_shapes(config: NetworkConfig, seed: int) -> None:
-    """NET-5: of any plan."""
+    """For any config."""
     denoised, logvar = reference.denoise(config, *float64_case(config, seed, 3))
     assert denoised.shape == (3, config.img_channels, config.img_resolution, config.img_resolution)
     assert logvar.shape == (3, 1, 1, 1)
     assert denoised.dtype == logvar.dtype == np.float64
 
 
+@proves("NET-5")
 @draw.fewer(2)
 @given(draw.configs(ladder=st.just({"gains": True})), draw.seeds)
 def test_without_output_gain_the_network_is_its_skip(config: NetworkConfig, seed: int) -> None:
-    """NET-5: D = c_skip x when the gain is zero, as at initialization; and linear in the gain."""
+    """D = c_skip x where the gain is 0, as at initialization; D - c_skip x is linear in the gain."""
     params, x, sigma, labels = float64_case(config, seed, 2)
     skip = config.sigma_data**2 / (sigma**2 + config.sigma_data**2) * x
     by_gain = [
@@ -86,10 +90,10 @@ def test_without_output_gain_the_network_is_its_skip(config: NetworkConfig, seed
     assert np.allclose(by_gain[2], -2.5 * by_gain[1], rtol=0, atol=1e-12 * np.abs(x).max())
 
 
+@proves("NET-7")
 @draw.fewer(2)
 @given(draw.configs(), draw.seeds)
 def test_batch_independence(config: NetworkConfig, seed: int) -> None:
-    """NET-7"""
     params, x, sigma, labels = float64_case(config, seed, 3)
     together, u = reference.denoise(config, params, x, sigma, labels)
     for i in range(3):
@@ -99,10 +103,11 @@ def test_batch_independence(config: NetworkConfig, seed: int) -> None:
         assert tolerance.relative(u_alone, u[one], floor=1.0) <= tolerance.network(config, "float64")
 
 
+@proves("NET-8")
 @draw.fewer(2)
 @given(draw.configs(labels=True), draw.seeds)
 def test_no_label_is_the_zero_label(config: NetworkConfig, seed: int) -> None:
-    """NET-8: and a label does matter."""
+    """Another label changes the answer."""
     params, x, sigma, labels = float64_case(config, seed, 2)
     params |= {name: np.abs(value) + 0.5 for name, value in params.items() if value.ndim == 0}
     without, _ = reference.denoise(config, params, x, sigma, None)
@@ -112,9 +117,10 @@ def test_no_label_is_the_zero_label(config: NetworkConfig, seed: int) -> None:
     assert not np.allclose(without, with_label, rtol=1e-9)
 
 
+@proves("NET-6")
 @given(draw.seeds, st.integers(1, 3), st.integers(2, 5))
 def test_attention_head_by_head(seed: int, heads: int, width: int) -> None:
-    """NET-6: written out with loops over heads and pixels."""
+    """Oracle: loops over heads and pixels."""
     config = NetworkConfig(
         img_resolution=2, img_channels=1, model_channels=heads * width, channel_mult=(1,), channels_per_head=width
     )
@@ -137,9 +143,10 @@ def test_attention_head_by_head(seed: int, heads: int, width: int) -> None:
     assert np.allclose(reference.attention(config, block, params, x), wanted, rtol=0, atol=1e-12)
 
 
+@proves("NET-5")
 @given(draw.seeds, st.sampled_from([1, 3]))
 def test_convolution_pixel_by_pixel(seed: int, size: int) -> None:
-    """NET-5: a correlation, with zeros beyond the border."""
+    """A correlation with zero padding."""
     rng = np.random.default_rng(seed)
     x, w = rng.standard_normal((2, 3, 4, 5)), rng.standard_normal((4, 3, size, size))
     effective = w / (1e-4 + np.sqrt(np.mean(w**2, axis=(1, 2, 3), keepdims=True))) / sqrt(3 * size**2)
@@ -168,6 +175,7 @@ def block_outputs(config: NetworkConfig, params: Any, x: np.ndarray, c_noise: np
         yield x
 
 
+@proves("NET-9")
 @draw.fewer(4)
 @given(
     st.sampled_from([(1,), (1, 2), (2, 1)]),
@@ -179,7 +187,7 @@ def block_outputs(config: NetworkConfig, params: Any, x: np.ndarray, c_noise: np
 def test_activations_have_near_unit_magnitude(
     mult: tuple[int, ...], channels: int, num_blocks: int, attention: tuple[int, ...], seed: int
 ) -> None:
-    """NET-9: for random plans, at any depth. Convolutions lose magnitude at borders, attention by averaging: a branch
+    """For random plans, at any depth. Convolutions lose magnitude at borders, attention by averaging: a branch
     that came to nothing would leave 0.7 / sqrt(0.58) = 0.919 of the rms, the two of a block 0.845. Pixel norm begins
     each encoder block at 1; skips bring half of a decoder block's energy, so its rms a stays above the fixed point of
     a^2 = 0.845^2 (a^2 + 0.845^2) / 2, which is 0.63. The rest, on both sides, is chance: few channels, random weights.
@@ -199,9 +207,10 @@ def test_activations_have_near_unit_magnitude(
         assert 0.5 <= sqrt(np.mean(out**2)) <= 1.5
 
 
+@proves("NET-5")
 @given(draw.seeds)
 def test_activations_are_clipped(seed: int) -> None:
-    """NET-5: at clip_act, after each block."""
+    """Each block's output is clipped at clip_act."""
     config = replace(CONFIG, clip_act=0.5, label_dim=0)
     params, x, sigma, _ = float64_case(config, seed, 2)
     outputs = list(block_outputs(config, params, 4 * x, np.log(sigma[:, 0, 0, 0]) / 4))

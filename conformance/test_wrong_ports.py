@@ -5,6 +5,7 @@ import pytest
 
 from conformance import measure, wrong_ports
 from conformance.cases import PORT_CASES
+from conformance.clauses import proves
 from conformance.ports import Subject
 from conformance.training_port import Fault, TrainingPort
 from conformance.wrong_ports import FAULTS
@@ -15,22 +16,25 @@ COMPILED = "compiled"  # of which it has no variant
 ASKED = [case.name for case in PORT_CASES if not case.golden and case.name != COMPILED]
 
 
+@proves("STEP-2")
 @pytest.mark.parametrize("name", ASKED)
 def test_the_right_port_is_right(name: str) -> None:
-    """STEP-2: the wrong ones without their fault."""
+    """The port without a fault passes every case."""
     assert wrong_ports.caught(None, name, examples=3) is None
 
 
+@proves("API-4")
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
 def test_each_wrong_port_is_caught(fault: Fault) -> None:
-    """API-4: by the case that the page names, in words that stand alone."""
+    """The named case catches it, and its message is complete."""
     said = wrong_ports.caught(fault, fault.caught_by)
     assert said is not None, f"{fault.caught_by} lets {fault.name} pass"
     assert {"function", "inputs", "got", "wanted", "tolerance", "reproduce"} <= set(said.words)
 
 
+@proves("API-4")
 def test_where_float32_itself_is_far_off_a_port_may_be_and_a_wrong_one_may_not() -> None:
-    """API-4: a pixel norm of this network divides by what is nearly zero. What counts is recorded, once."""
+    """A pixel norm of this network divides by nearly 0. The comparison with the wider tolerance is the one recorded."""
     gradients = next(case for case in PORT_CASES if case.name == "gradients")
     config = NetworkConfig(
         img_resolution=12, img_channels=2, model_channels=6, channel_mult=(1.5, 1, 2), num_blocks=1,

@@ -1,8 +1,8 @@
-"""How far may a result be from exact arithmetic? Each bound is constant x eps(dtype) x growth, with its derivation.
+"""Tolerances with their derivations: each is constant x eps(dtype) x growth.
 
 One rounding changes a value by at most eps / 2, relative (eps is the distance from 1 to the next number). Library
-functions (exp, log, cos, sqrt, power) are good to 2 eps. Bounds on networks are relative to the Frobenius norm, and
-those of networks whose normalized pixels and heads are not nearly zero before: see :data:`ILL_CONDITIONED`.
+functions (exp, log, cos, sqrt, power) are accurate to 2 eps. Bounds on networks are relative to the Frobenius norm, and
+hold where no pixel or head is nearly zero before it is normalized; :mod:`.ill_conditioned` treats the others.
 """
 
 from collections.abc import Mapping
@@ -21,24 +21,14 @@ def eps(dtype: str) -> float:
     return 2.0 ** -_BITS[dtype]
 
 
-TINY = 2.0**-126  # float32's smallest normal number: libraries may flush what is below to zero
-
-
-ILL_CONDITIONED = 16.0
-"""How many times the error of the reference in float32 is allowed where that is more than the tolerance.
-
-What normalizes d numbers of rms r amplifies their rounding by 1 / r, and random networks of few channels have some
-where r is small: one in a thousand, and no bound that holds for it says much of the others. There the reference's own
-error in float32 is a draw of what the port's is another of; with three degrees of freedom, the narrowest head, one is
-16 times the other once in 2400 such networks, F(3, 3) > 16^2.
-"""
+TINY = 2.0**-126  # float32's smallest normal number: libraries may flush smaller ones to zero
 
 
 def reduction(n: int) -> float:
     """Growth of a sum of ``n`` terms, in eps of the sum of magnitudes.
 
-    Each of n additions rounds by at most eps / 2 of the partial sum, with random sign: sqrt(n) / 2 in all, twice that
-    for good measure. Sums in blocks or trees do better.
+    Each of n additions rounds by at most eps / 2 of the partial sum, with random sign: sqrt(n) / 2 in all, doubled as a
+    margin. Sums in blocks or trees round less.
     """
     return sqrt(n)
 
@@ -53,14 +43,14 @@ def network(config: NetworkConfig, dtype: str = "float32") -> float:
     """Relative error of a forward pass: eps (4 layers + 8).
 
     A layer rounds its normalized weight, its products and its nonlinearity: about four roundings of random sign per
-    output, relative to the output's magnitude, which magnitude preservation keeps at 1, so errors add and do not
-    multiply. The Fourier features add eps times the angle 2 pi N(0, 1) ln(sigma) / 4, whose rms is below 8.
+    output, relative to the output's magnitude. Magnitudes stay at 1, so errors add up and are not amplified. The
+    Fourier features add eps times the angle 2 pi N(0, 1) ln(sigma) / 4, whose rms is below 8.
     """
     return eps(dtype) * (4 * layers(config) + 8)
 
 
 def residual(sigma: np.ndarray, images: np.ndarray, sigma_data: float) -> float:
-    """Condition of D - y: magnitudes |y| and sigma cancel down to c_out, the size of what the network answers."""
+    """Condition of D - y: magnitudes |y| and sigma cancel down to c_out, the magnitude of the network's output."""
     c_out = sigma * sigma_data / np.sqrt(sigma**2 + sigma_data**2)
     return float(np.max((np.abs(images).max(axis=(1, 2, 3), keepdims=True) + sigma) / c_out))
 
@@ -68,8 +58,8 @@ def residual(sigma: np.ndarray, images: np.ndarray, sigma_data: float) -> float:
 def gradient(config: NetworkConfig, sigma: np.ndarray, images: np.ndarray, dtype: str = "float32") -> float:
     """Relative error of loss and gradients: 4 x network + 4 eps x condition of the residual.
 
-    The way back is as deep as the way there and multiplies by activations that carry the forward error: 2 + 1 passes,
-    and one for the square of the residual. Magnitudes hold backward only on average, so this is a bound on the norm.
+    The backward pass is as deep as the forward pass and multiplies by activations that carry the forward error: 2 + 1
+    passes, and one for the square of the residual. Magnitudes hold backward only on average: the norm is bounded.
     """
     return 4 * network(config, dtype) + 4 * eps(dtype) * residual(sigma, images, config.sigma_data)
 
@@ -91,8 +81,8 @@ def difference(config: NetworkConfig) -> float:
 def gradient_floor(wanted: Mapping[str, np.ndarray]) -> float:
     """Norm below which one tensor's gradient is compared absolutely: the tensors' root mean square.
 
-    A smaller gradient is what is left of sums about as large as its neighbours', and so is its rounding (a row with a
-    single element is the extreme: all of its gradient is cancelled by the normalization).
+    A smaller gradient is the rest of sums that cancel and are as large as its neighbours', and so is its rounding. The
+    extreme is a row with a single element, whose gradient the normalization cancels completely.
     """
     return sqrt(sum(float(np.sum(g**2)) for g in wanted.values()) / len(wanted))
 

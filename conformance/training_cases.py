@@ -1,4 +1,4 @@
-"""Cases of training: gradients, whole runs, states that cross from port to port (LOSS, STEP, EMA, FILE)."""
+"""Cases of training: gradients, whole runs, and states that pass from port to port (LOSS, STEP, EMA)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from backends.pipeline.checkpoints import states
 from conformance import measure, oracle, tolerance
 from conformance import strategies as draw
 from conformance.contract import PortCase
-from conformance.network_cases import BACKWARD, SEED
+from conformance.network_cases import BACKWARD
 from conformance.oracle import GRADIENT_SHARE, Params, trained_names
 from conformance.ports import Subject
 from conformance.strategies import wide
 from edm2_core import mp, reference
+from edm2_core.ema import Length
 from edm2_core.network import NetworkConfig, plan
+from edm2_core.state import State
 
 GRADIENT = "4 x network + 4 eps x condition of the residual, tolerance.gradient"
 ADAM = "rounding + lr x the gradient's error over the root of its second moment, tolerance.adam"
@@ -33,9 +36,9 @@ def loss(port: Subject, config: NetworkConfig, seed: int) -> None:
 
 
 def directions(port: Subject, config: NetworkConfig, seed: int) -> None:
-    """(g + error) . v - g . v is N(0, |error|^2) for Gaussian v: within 6 of its standard deviations. The difference
-    itself is good to tolerance.difference, given that nothing is clipped: it would straddle the bend."""
-    config = replace(config, clip_act=None)
+    """(g + error) . v - g . v is N(0, |error|^2) for Gaussian v: within 6 of its standard deviations. The central
+    difference is accurate to tolerance.difference."""
+    config = replace(config, clip_act=None)  # a difference across the kink of a clip is wrong
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
     _, gradients = port.loss_and_gradients(config, params, *batch)
     measure.same_names(gradients, trained_names(config), what="the gradients")
@@ -89,7 +92,7 @@ def training(
     pairs |= {f"average {s}": (averages[s], wanted.averages[s]) for s in sigma_rels}
     for part, (arrays, wants) in pairs.items():
         measure.same_names(arrays, wants, what=part)
-        for name, array in wants.items():  # each step rounds the weight, and forcing it a few times more
+        for name, array in wants.items():  # each step rounds the weight, and forcing rounds it a few times more
             rounding = len(sizes) * 8 * tolerance.eps("float32") * float(np.linalg.norm(array.ravel()))
             allowed = rounding + float(np.linalg.norm(wanted.weight_slack.get(name, np.zeros(1)).ravel()))
             off = float(np.linalg.norm((arrays[name] - array).ravel()))
@@ -97,7 +100,7 @@ def training(
 
 
 def first_step(port: Subject, config: NetworkConfig, seed: int) -> None:
-    """Each trained number moves by at most lr; averages copy, Fourier constants stay, bit for bit."""
+    """Each weight moves by at most lr; averages equal the weights and Fourier constants stay, bit for bit."""
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
     options: Any = {"betas": (0.9, 0.99), "sigma_rels": (0.05, 0.10)}
     _, trained, averages = port.train(config, params, [batch], learning_rates=[0.01], **options)
@@ -115,14 +118,15 @@ def first_step(port: Subject, config: NetworkConfig, seed: int) -> None:
         measure.holds(moved <= bound, f"the first step must move {name} by lr at most", got=moved, wanted=bound)
 
 
-def _state(config: NetworkConfig, params: Params, seed: int) -> Any:
-    """A run between two steps, with moments and averages that are not each other's."""
-    from backends.pipeline.checkpoints.states import State
+LENGTHS = (Length.of(0.05), Length.of(0.10))
 
-    names = trained_names(config)
+
+def _state(config: NetworkConfig, seed: int) -> State:
+    """A state whose parts all differ."""
+    params, names = draw.random_parameters(config, seed), trained_names(config)
     constants = {name: params[name] for name in params if name not in names}
     first, second = (draw.random_parameters(config, seed + i) for i in (1, 2))
-    averages = {s: draw.random_parameters(config, seed + i) | constants for i, s in ((3, 0.05), (4, 0.10))}
+    averages = {length: draw.random_parameters(config, seed + i) | constants for i, length in enumerate(LENGTHS, 3)}
     return State(
         params=params,
         moments1={name: np.asarray(first[name] * np.float32(0.01)) for name in names},
@@ -134,38 +138,38 @@ def _state(config: NetworkConfig, params: Params, seed: int) -> Any:
 
 
 def state_file(port: Subject, config: NetworkConfig, seed: int) -> None:
-    """Written, read, taken in by the port, given back, written: the same bytes. A file that each port gives back as it
-    was crosses between any two."""
-    from backends.pipeline.checkpoints.states import load_state, save_state
-
-    before = _state(config, draw.random_parameters(config, seed), seed)
+    """A state written, read, passed through the port and written again is the same file. If each port returns it
+    unchanged, it can pass between any two."""
+    before = _state(config, seed)
     with TemporaryDirectory() as folder:
         first, second = Path(folder, "first"), Path(folder, "second")
-        save_state(first, before)
-        _, after = port.advance(config, load_state(first, config, (0.05, 0.10)), [], learning_rates=[])
-        save_state(second, after)
+        states.save_state(first, before)
+        _, after = port.advance(config, states.load_state(first, config, LENGTHS), [], learning_rates=[])
+        states.save_state(second, after)
         same = first.read_bytes() == second.read_bytes()
-    wrong = [f"{part}/{name}" for part, arrays in before.parts().items() for name in arrays
-             if not np.array_equal(arrays[name], after.parts().get(part, {}).get(name))]  # fmt: skip
-    got = f"{', '.join(wrong[:3]) or 'counters'} changed"
+    returned = states.parts(after)
+    changed = [f"{part}/{name}" for part, arrays in states.parts(before).items() for name in arrays
+               if not np.array_equal(arrays[name], returned.get(part, {}).get(name))]  # fmt: skip
+    got = f"{', '.join(changed[:3]) or 'counters'} changed"
     measure.holds(same, "a state file must come back from the port byte for byte", got=got, wanted="the same bytes")
 
 
 def resuming(port: Subject, config: NetworkConfig, seed: int, stop: int) -> None:
-    """Four steps are ``stop`` steps, a state that nothing but NumPy holds, and the rest: bit for bit."""
-    start = _state(config, draw.random_parameters(config, seed), seed)
+    """Four steps equal ``stop`` steps, a state in NumPy arrays, and the remaining steps, bit for bit."""
+    start = _state(config, seed)
     batches = [draw.random_batch(config, seed + i) for i in range(4)]
     rates = [0.01, 0.02, 0.005, 0.01]
     losses, whole = port.advance(config, start, batches, learning_rates=rates)
     before, between = port.advance(config, start, batches[:stop], learning_rates=rates[:stop])
-    after, parts = port.advance(config, between, batches[stop:], learning_rates=rates[stop:])
+    after, end = port.advance(config, between, batches[stop:], learning_rates=rates[stop:])
     measure.holds([*before, *after] == list(losses), "losses after resuming", got=[*before, *after], wanted=losses)
-    counters = (parts.nimg, parts.steps)
+    counters = (end.nimg, end.steps)
     measure.holds(counters == (whole.nimg, whole.steps) == (40, 20), "nimg, steps", got=counters, wanted=(40, 20))
-    for part, arrays in whole.parts().items():
-        measure.same_names(parts.parts()[part], arrays, what=part)
+    resumed = states.parts(end)
+    for part, arrays in states.parts(whole).items():
+        measure.same_names(resumed[part], arrays, what=part)
         for name, array in arrays.items():
-            same = np.array_equal(parts.parts()[part][name], array)
+            same = np.array_equal(resumed[part][name], array)
             measure.holds(same, f"{part}/{name} must be as without stopping")
 
 
@@ -174,29 +178,29 @@ ADAMS = {
     "betas": st.sampled_from([(0.9, 0.99), (0.8, 0.95)]), "sigma_rels": st.sampled_from([(0.05, 0.10), (0.2,)]),
 }  # fmt: skip
 AUTOGRAD = "edm2_core.reference on float64 tensors, differentiated by PyTorch"
-TRAINING = f"the step in so many words in float64, over {AUTOGRAD}"
+TRAINING = f"the step written out in float64, over {AUTOGRAD}"
 
 CASES = (
     PortCase(
-        "loss", "LOSS-3", BACKWARD | SEED, loss, "edm2_core.reference on float64 NumPy", GRADIENT,
-        ("loss_and_gradients",), cost=2,
+        "loss", ("LOSS-3",), BACKWARD, loss, "edm2_core.reference on float64 NumPy", GRADIENT,
+        "loss_and_gradients", cost=2,
     ),
     PortCase(
-        "gradient-along-directions", "STEP-1 LOSS-3", BACKWARD | SEED, directions,
-        "central differences of edm2_core.reference", f"6 standard deviations of {GRADIENT}", ("loss_and_gradients",),
+        "gradient-along-directions", ("STEP-1", "LOSS-3"), BACKWARD, directions,
+        "central differences of edm2_core.reference", f"6 standard deviations of {GRADIENT}", "loss_and_gradients",
         cost=2,
     ),
-    PortCase("gradients", "STEP-1", BACKWARD | SEED, gradients, AUTOGRAD, GRADIENT, ("loss_and_gradients",), cost=2),
-    PortCase("first-step", "STEP-3", BACKWARD | SEED, first_step, "lr, and equality", "exact", ("train",), cost=4),
+    PortCase("gradients", ("STEP-1",), BACKWARD, gradients, AUTOGRAD, GRADIENT, "loss_and_gradients", cost=2),
+    PortCase("first-step", ("STEP-3",), BACKWARD, first_step, "lr, and equality", "exact", "train", cost=4),
     PortCase(
-        "training", "STEP-2 STEP-3 EMA-3", BACKWARD | SEED | SIZES | ADAMS, training, TRAINING, ADAM, ("train",),
+        "training", ("STEP-2", "STEP-3", "EMA-3"), BACKWARD | SIZES | ADAMS, training, TRAINING, ADAM, "train",
         cost=5,
     ),
     PortCase(
-        "state-file", "STEP-4", BACKWARD | SEED, state_file, "the bytes themselves", "exact", ("advance",), cost=5
+        "state-file", ("STEP-4",), BACKWARD, state_file, "the bytes themselves", "exact", "advance", cost=5
     ),
     PortCase(
-        "resuming", "STEP-4", BACKWARD | SEED | {"stop": st.integers(1, 3)}, resuming, "the port, without stopping",
-        "exact", ("advance",), cost=10,
+        "resuming", ("STEP-4",), BACKWARD | {"stop": st.integers(1, 3)}, resuming, "the port, without stopping",
+        "exact", "advance", cost=10,
     ),
 )  # fmt: skip

@@ -1,7 +1,7 @@
-"""A right port that trains, and the handles by which a fault makes it wrong.
+"""A complete and correct port over the reference, into which a fault can be inserted.
 
-It walks the reference in float64, or in float32, and differentiates it by PyTorch. A fault replaces functions of
-``edm2_core`` while the port runs, and only then, so that the oracle stays right; or lines of the training step.
+It computes in float64 or float32 and differentiates with PyTorch. A fault replaces functions of ``edm2_core`` while
+the port runs, and only then, so that the oracle stays right; or lines of the training step.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,20 +12,21 @@ from unittest import mock
 
 import numpy as np
 
-from backends.pipeline.checkpoints.states import State
 from conformance import oracle
 from conformance.examples.numpy_port.adapter import NumpyPort
 from conformance.strategies import Batch
-from edm2_core import ema, loss, mp, reference, sampler
+from edm2_core import loss, mp, precond, reference, sampler
+from edm2_core.ema import Length
 from edm2_core.network import NetworkConfig, plan
+from edm2_core.state import State
 
 Params = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to be wrong: what is replaced (functions by ``module.name``, lines of the step by their name in
-    :class:`Step`), and the case that must catch it."""
+    """One error: the functions (by ``module.name``) and lines of the step (by their name in :class:`Step`) that it
+    replaces, and the case that must catch it."""
 
     name: str
     says: str
@@ -34,7 +35,7 @@ class Fault:
     step: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
-_MODULES = {"reference": reference, "sampler": sampler, "loss": loss, "ema": ema}
+_MODULES = {"reference": reference, "precond": precond, "sampler": sampler, "loss": loss}
 
 
 class Step:
@@ -59,8 +60,8 @@ class Step:
         return weight - lr * first / (1 - betas[0] ** step) / root
 
     @staticmethod
-    def keep(s: float, *, nimg: int, batch: int, step: int) -> float:
-        return float(ema.beta(s, t_next=nimg, t_delta=batch))
+    def keep(length: Length, *, nimg: int, batch: int, step: int) -> float:
+        return length.beta(t_next=nimg, t_delta=batch)
 
     @staticmethod
     def averaged(config: NetworkConfig, weights: Params) -> Params:
@@ -76,7 +77,7 @@ class Step:
 
 
 class TrainingPort(NumpyPort):
-    """A right port, with :class:`Step`'s lines; a fault makes it wrong."""
+    """The correct port, or one with a fault."""
 
     name, version = "right", "1"
 
@@ -130,44 +131,45 @@ class TrainingPort(NumpyPort):
         betas: tuple[float, float],
         sigma_rels: Sequence[float],
     ) -> Any:
-        zeros = {name: np.zeros_like(params[name]) for name in oracle.trained_names(config)}
-        start = State(params=params, moments1=zeros, moments2=zeros, averages=dict.fromkeys(sigma_rels, params),
-                      nimg=0, steps=0)  # fmt: skip
+        trained = oracle.trained_names(config)
+        start = State.start(params, trained=trained, lengths=map(Length.of, sigma_rels))
         losses, state = self._run(config, start, batches, learning_rates, betas)
-        return losses, state.params, state.averages
+        return losses, state.params, {length.value: average for length, average in state.averages.items()}
 
     def advance(self, config: NetworkConfig, state: State, batches: Sequence[Any], *, learning_rates: Any) -> Any:
         return self._run(config, self.steps.resumed(state), batches, learning_rates, (0.9, 0.99))
 
     def _run(self, config: NetworkConfig, state: State, batches: Any, rates: Any, betas: Any) -> tuple[Any, State]:
-        steps, losses, cast = self.steps, [], self.cast
+        losses = []
         with self._wrong():
             for batch, lr in zip(batches, rates, strict=True):
-                weights = steps.forced(config, cast(state.params))
-                values, gradients = steps.gradients(config, weights, Batch(*batch))
-                losses.append(float(values.mean()))
-                pairs = {
-                    name: steps.moments(cast(state.moments1[name]), cast(state.moments2[name]), gradient, betas)
-                    for name, gradient in gradients.items()
-                }
-                for name, (first, second) in pairs.items():
-                    weights[name] = steps.adam(weights[name], first, second, lr=lr, betas=betas, step=state.steps + 1)
-                nimg, count = state.nimg + len(batch[0]), len(batch[0])
-                averages = {}
-                for s, average in state.averages.items():
-                    keep, taken = steps.keep(s, nimg=nimg, batch=count, step=state.steps + 1), steps.averaged(
-                        config, weights
-                    )  # fmt: skip
-                    averages[s] = _narrow({n: keep * average[n] + (1 - keep) * taken[n] for n in taken})
-                state = State(
-                    params=_narrow(steps.kept(config, weights)),
-                    moments1=_narrow({name: pair[0] for name, pair in pairs.items()}),
-                    moments2=_narrow({name: pair[1] for name, pair in pairs.items()}),
-                    averages=averages,
-                    nimg=nimg,
-                    steps=state.steps + 1,
-                )
+                loss, state = self._step(config, state, Batch(*batch), lr, betas)
+                losses.append(loss)
         return losses, state
+
+    def _step(self, config: NetworkConfig, state: State, batch: Batch, lr: float, betas: Any) -> tuple[float, State]:
+        lines, cast = self.steps, self.cast
+        size, nimg, step = len(batch.images), state.nimg + len(batch.images), state.steps + 1
+        weights = lines.forced(config, cast(state.params))
+        values, gradients = lines.gradients(config, weights, batch)
+        moments1, moments2 = {}, {}
+        for name, gradient in gradients.items():
+            first, second = lines.moments(cast(state.moments1[name]), cast(state.moments2[name]), gradient, betas)
+            weights[name] = lines.adam(weights[name], first, second, lr=lr, betas=betas, step=step)
+            moments1[name], moments2[name] = first, second
+        averages, averaged = {}, lines.averaged(config, weights)
+        for length, average in state.averages.items():
+            keep = lines.keep(length, nimg=nimg, batch=size, step=step)
+            averages[length] = _narrow({n: keep * average[n] + (1 - keep) * averaged[n] for n in averaged})
+        after = State(
+            params=_narrow(lines.kept(config, weights)),
+            moments1=_narrow(moments1),
+            moments2=_narrow(moments2),
+            averages=averages,
+            nimg=nimg,
+            steps=step,
+        )
+        return float(values.mean()), after
 
 
 def _narrow(arrays: Mapping[str, Any]) -> Params:

@@ -1,6 +1,6 @@
-"""Can the suite fail? Ports with one fault each, and the case that catches it.
+"""Ports with one fault each, and the case that must catch it: they show that the suite can fail.
 
-All are the port of :mod:`.training_port` with one function or one line of the step replaced.
+Each is the port of :mod:`.training_port` with one function, or one line of the training step, replaced.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,14 @@ import numpy as np
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from backends.pipeline.checkpoints.states import State
 from conformance import measure, oracle
 from conformance.ports import Subject
 from conformance.strategies import Batch
 from conformance.training_port import Fault, Step, TrainingPort
 from edm2_core import ema, loss, mp, precond, reference, sampler
 from edm2_core.arrays import namespace
+from edm2_core.ema import Length
+from edm2_core.state import State
 
 # ---- wrong functions
 
@@ -110,7 +111,7 @@ def _resample_turned(x: Any, *, mode: Any, filter: Any) -> Any:
 
 def _precondition(**wrong: Callable[[Any], Any]) -> Callable[..., Any]:
     def changed(sigma: Any, *, sigma_data: float) -> Any:
-        c = precond.precondition(sigma, sigma_data=sigma_data)
+        c = _PRECONDITION(sigma, sigma_data=sigma_data)
         return c._replace(**{name: how(c) for name, how in wrong.items()})
 
     return changed
@@ -143,7 +144,7 @@ def _levels(n: int, **options: Any) -> Any:
 
 
 _CONV, _ATTENTION, _EMBEDDING, _BLOCK = reference.conv, reference.attention, reference.embedding, reference.run_block
-_LOSS, _SAMPLE, _GUIDED = loss.loss, sampler.sample, sampler.guided
+_PRECONDITION, _LOSS, _SAMPLE, _GUIDED = precond.precondition, loss.loss, sampler.sample, sampler.guided
 
 
 # ---- wrong lines of the step
@@ -155,7 +156,7 @@ def _mean_gradients(config: Any, weights: Any, batch: Batch) -> Any:
 
 
 def _stuck_gradients(config: Any, weights: Any, batch: Batch) -> Any:
-    """With a component along the weight, as where the norm counts as a constant."""
+    """With a component along the weight, as if the norm were a constant."""
     values, gradients = oracle.torch_gradients(config, weights, batch)
     return values, {
         n: g + 0.1 * np.linalg.norm(g) * weights[n] / max(float(np.linalg.norm(weights[n])), 1e-9) if g.ndim > 1 else g
@@ -172,21 +173,21 @@ def _uncorrected(weight: Any, first: Any, second: Any, *, lr: float, betas: Any,
     return weight - lr * first / (np.sqrt(second) + 1e-8)
 
 
-def _gamma_off(s: float, *, nimg: int, batch: int, step: int) -> float:
-    return (1 - batch / nimg) ** ema.sigma_rel_to_gamma(s) if batch < nimg else 0.0
+def _gamma_off(length: Length, *, nimg: int, batch: int, step: int) -> float:
+    return (1 - batch / nimg) ** ema.sigma_rel_to_gamma(length.value) if batch < nimg else 0.0
 
 
-def _beta_late(s: float, *, nimg: int, batch: int, step: int) -> float:
+def _beta_late(length: Length, *, nimg: int, batch: int, step: int) -> float:
     before = nimg - batch
-    return max(1 - batch / before, 0.0) ** (ema.sigma_rel_to_gamma(s) + 1) if before else 0.0
+    return max(1 - batch / before, 0.0) ** (ema.sigma_rel_to_gamma(length.value) + 1) if before else 0.0
 
 
-def _beta_steps(s: float, *, nimg: int, batch: int, step: int) -> float:
-    return float(ema.beta(s, t_next=step, t_delta=1))
+def _beta_steps(length: Length, *, nimg: int, batch: int, step: int) -> float:
+    return length.beta(t_next=step, t_delta=1)
 
 
-def _first_kept(s: float, *, nimg: int, batch: int, step: int) -> float:
-    return float(ema.beta(s, t_next=nimg, t_delta=batch)) or 0.5
+def _first_kept(length: Length, *, nimg: int, batch: int, step: int) -> float:
+    return length.beta(t_next=nimg, t_delta=batch) or 0.5
 
 
 def _unforced(config: Any, weights: Any) -> Any:
@@ -208,7 +209,7 @@ def _swapped_betas(first: Any, second: Any, gradient: Any, betas: tuple[float, f
 
 FAULTS = (
     Fault("silu-0.6", "mp_silu divides by 0.6", "denoise", {"reference.mp_silu": _silu}),
-    Fault("cat-swapped", "mp_cat takes t for 1 - t", "denoise", {"reference.mp_cat": _cat_swapped}),
+    Fault("cat-swapped", "mp_cat has t and 1 - t swapped", "denoise", {"reference.mp_cat": _cat_swapped}),
     Fault("cat-plain", "mp_cat ignores how many channels each side has", "denoise", {"reference.mp_cat": _cat_plain}),
     Fault("sum-plain", "mp_sum does not divide by the blend's norm", "denoise", {"reference.mp_sum": _sum_plain}),
     Fault("eps-inside", "normalize adds eps inside the root", "denoise", {"reference.normalize": _normalize_inside}),
@@ -217,7 +218,7 @@ FAULTS = (
     Fault("no-pixel-norm", "encoder blocks skip the pixel norm", "denoise", {"reference.normalize": _normalize_unit}),
     Fault("kernel-transposed", "kernels are transposed", "denoise", {"reference.conv": _conv_transposed}),
     Fault("half-sums", "convolutions sum in float16", "denoise", {"reference.conv": _conv_half}),
-    Fault("qk-swapped", "q and k change places", "denoise", {"reference.attention": _heads("swapped")}),
+    Fault("qk-swapped", "q and k are swapped", "denoise", {"reference.attention": _heads("swapped")}),
     Fault("qkv-order", "qkv is read as [3, heads, channels]", "denoise", {"reference.attention": _heads("outer")}),
     Fault("attention-unscaled", "no division by the root of a head's channels", "denoise",
           {"reference.attention": _attention_unscaled}),
@@ -230,31 +231,32 @@ FAULTS = (
     Fault("filter-turned", "the resampling filter is turned around", "denoise",
           {"reference.resample": _resample_turned}),
     Fault("noise-half", "c_noise is ln(sigma) / 2", "fresh-network",
-          {"reference.precondition": _precondition(c_noise=lambda c: 2 * c.c_noise)}),
-    Fault("skip-root", "c_skip is the root of what it is to be", "fresh-network",
-          {"reference.precondition": _precondition(c_skip=lambda c: c.c_skip**0.5)}),
+          {"precond.precondition": _precondition(c_noise=lambda c: 2 * c.c_noise)}),
+    Fault("skip-root", "c_skip is the square root of the right value", "fresh-network",
+          {"precond.precondition": _precondition(c_skip=lambda c: c.c_skip**0.5)}),
     Fault("out-scale", "c_out is off by 0.1 %", "network-answer",
-          {"reference.precondition": _precondition(c_out=lambda c: c.c_out * 1.001)}),
+          {"precond.precondition": _precondition(c_out=lambda c: c.c_out * 1.001)}),
     Fault("loss-without-u", "the loss lacks its second u", "loss", {"loss.loss": _loss_without_u}),
-    Fault("mean-gradients", "gradients are of the mean, not of the sum over N", "gradients", {},
+    Fault("mean-gradients", "gradients are of the mean loss, not of the sum over N", "gradients", {},
           {"gradients": _mean_gradients}),
-    Fault("gradient-along-weight", "the gradient passes by the normalization", "gradient-along-directions", {},
+    Fault("gradient-along-weight", "the gradient ignores the normalization", "gradient-along-directions", {},
           {"gradients": _stuck_gradients}),
     Fault("half-gradients", "gradients are rounded to float16", "gradients", {}, {"gradients": _half_gradients}),
     Fault("adam-uncorrected", "Adam lacks its bias correction", "training", {}, {"adam": _uncorrected}),
-    Fault("betas-swapped", "Adam's betas change places", "training", {}, {"moments": _swapped_betas}),
+    Fault("betas-swapped", "Adam's betas are swapped", "training", {}, {"moments": _swapped_betas}),
     Fault("never-forced", "weights are never forced onto their spheres", "first-step", {}, {"forced": _unforced}),
-    Fault("forced-after", "weights are forced after the averages, not before the step", "first-step", {},
+    Fault("forced-after", "weights are forced after the averages instead of before the step", "first-step", {},
           {"forced": _unforced, "kept": Step.forced}),
     Fault("normalized-averages", "averages take the normalized weights", "first-step", {}, {"averaged": Step.forced}),
-    Fault("gamma-off-by-one", "beta has gamma for gamma + 1", "training", {}, {"keep": _gamma_off}),
-    Fault("beta-late", "beta has t for t + delta", "training", {}, {"keep": _beta_late}),
+    Fault("gamma-off-by-one", "beta has the exponent gamma, not gamma + 1", "training", {}, {"keep": _gamma_off}),
+    Fault("beta-late", "beta divides by t, not t + delta", "training", {}, {"keep": _beta_late}),
     Fault("clock-in-steps", "averages count steps, not images", "training", {}, {"keep": _beta_steps}),
-    Fault("first-not-copied", "the first update mixes in what was there", "first-step", {}, {"keep": _first_kept}),
+    Fault("first-not-copied", "the first update keeps half of the initial average", "first-step", {},
+          {"keep": _first_kept}),
     Fault("moments-lost", "resuming forgets Adam's first moment", "resuming", {}, {"resumed": _without_moments}),
     Fault("averages-lost", "resuming starts the averages from the weights", "state-file", {},
           {"resumed": _averages_from_weights}),
-    Fault("euler", "Heun without its second step", "sample", {"sampler.sample": _euler}),
+    Fault("euler", "Heun steps lack the second evaluation", "sample", {"sampler.sample": _euler}),
     Fault("geometric", "noise levels are geometric, not of power rho", "sample", {"sampler.noise_levels": _levels}),
     Fault("guidance-reversed", "net + w (guide - net)", "guided-sample", {"sampler.guided": _guided}),
     Fault("churn-repeated", "churn adds the same noise each time", "guided-sample", {"sampler.sample": _same_churn}),
@@ -263,7 +265,7 @@ FAULTS = (
 
 
 def caught(fault: Fault | None, case_name: str, *, examples: int = 60) -> measure.Disagreement | None:
-    """What the case of that name says of a port with that fault; None: it lets it pass."""
+    """The disagreement that the case finds with a port of that fault, or None if the port passes."""
     from conformance.cases import PORT_CASES
 
     case = next(case for case in PORT_CASES if case.name == case_name)
@@ -283,12 +285,13 @@ def caught(fault: Fault | None, case_name: str, *, examples: int = 60) -> measur
 
 
 def page() -> str:
-    """docs/wrong_ports.md: every fault, the case that caught it, and what it said."""
+    """docs/wrong_ports.md: every fault, the case that caught it, and its message."""
     lines = [
         "# Wrong ports", "",
-        "Ports with one fault each (`conformance/wrong_ports.py`), run through the suite: each must be caught, by the",
-        "case named here. A test runs them all. Made by `python -m conformance --wrong-ports docs/wrong_ports.md`.",
-        "", "| port | fault | caught by | what it said |", "| --- | --- | --- | --- |",
+        "Ports with one fault each (`conformance/wrong_ports.py`). The suite must catch each one with the case named",
+        "here; `conformance/test_wrong_ports.py` runs them all.",
+        "Made by `python -m conformance --wrong-ports docs/wrong_ports.md`.",
+        "", "| port | fault | caught by | message |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     for fault in FAULTS:
         said = caught(fault, fault.caught_by)

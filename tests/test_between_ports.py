@@ -22,7 +22,7 @@ from edm2_core.state import State
 
 CONFIG = draw.FEW_CONFIGS[0]
 LENGTHS = (Length.of(0.05), Length.of(0.10))
-HERE, _ = ports.found()
+HERE, _ = ports.available()
 PAIRS = [pytest.param(*pair, id="-".join(pair)) for pair in permutations(HERE, 2)]
 each_pair = pytest.mark.parametrize(
     ("one", "other"), PAIRS or [pytest.param("", "", marks=pytest.mark.skip(reason="fewer than two ports"))]
