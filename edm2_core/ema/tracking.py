@@ -53,7 +53,7 @@ def advance(
     Raises:
         InputError: names or shapes that are not the averages', or not 0 < t_delta <= t_next.
     """
-    _check_alike(averages, weights)
+    check_alike(averages, weights)
     shares = {length: 1 - Length.of(length).beta(t_next=t_next, t_delta=t_delta) for length in averages}
     return {
         length: {name: _lerp(array, weights[name], shares[length]) for name, array in average.items()}
@@ -86,7 +86,8 @@ def _values(x: Any) -> Array:
     return x.detach() if hasattr(x, "detach") else x  # PyTorch would keep the graph of every update
 
 
-def _check_alike(averages: Mapping[LengthLike, Mapping[str, Array]], weights: Mapping[str, Array]) -> None:
+def check_alike(averages: Mapping[Any, Mapping[str, Array]], weights: Mapping[str, Array]) -> None:
+    """Raise InputError, naming the first that differs, unless ``weights`` have the names and shapes of all averages."""
     for average in averages.values():
         if odd := sorted(average.keys() ^ weights.keys()):
             side = "weights lack" if odd[0] in average else "averages lack"

@@ -1,0 +1,106 @@
+"""Load, sample and train in a few calls. Arrays are MLX's own, images in its layout [N, H, W, C].
+
+network = load("runs/0001-digits")                                      # a Network, with .config
+images = sample(network, mx.random.normal((16, 8, 8, 1)), one_hot, guidance=2.0)
+run = train(config, dataset)                                            # what python -m backends.mlx.train does
+"""
+
+from collections.abc import Iterable
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from backends.pipeline.data.datasets import Dataset
+from backends.pipeline.runs import sampling, training
+from backends.pipeline.runs.config import TrainConfig
+from backends.pipeline.runs.folder import Run
+from backends.ports import Machine, guided_denoiser
+from edm2_core import sampler
+from edm2_core.ema import LengthLike
+
+from . import device as devices
+from .denoiser import Denoiser, SamplingDenoiser
+from .network import Network
+from .port import Port
+from .trainer import MLXTrainer
+from .weights import build
+
+__all__ = ["Denoiser", "Network", "load", "sample", "train"]
+
+PROG = "python -m backends.mlx.train"
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    sigma_rel: LengthLike | None = None,
+    dtype: mx.Dtype = mx.float32,
+) -> Network:
+    """A stored network, ready to use, with its ``config``.
+
+    Args:
+        path: a snapshot file or a run folder.
+        device: gpu or cpu, which becomes MLX's default device. MLX's arrays have no device of their own. Default:
+            MLX's default device stays.
+        sigma_rel: length of the average, reconstructed unless it is stored. Default: that of the newest snapshot.
+        dtype: of activations: float32, bfloat16 or float16.
+
+    Raises:
+        InputError: nothing is stored there, it is damaged or no network of edm2's; or there is no such device.
+    """
+    if device is not None:
+        mx.set_default_device(devices.choose(device))
+    snapshot = sampling.stored_network(path, sigma_rel=sigma_rel)
+    return build(snapshot.required_config(), snapshot.params, dtype=dtype)
+
+
+def sample(
+    network: Denoiser,
+    noise: mx.array,
+    labels: mx.array | None = None,
+    *,
+    guide: Denoiser | None = None,
+    guidance: float = 1.0,
+    guide_interval: tuple[float, float] = (0.0, inf),
+    churn_noise: Iterable[mx.array] | None = None,
+    **solver: Any,
+) -> mx.array:
+    """Samples of any denoiser from standard normal ``noise``, on MLX's default device.
+
+    Args:
+        noise: float32 [N, ...]; for a :class:`Network` [N, H, W, C], channels last.
+        labels: one-hot [N, label_dim], or None.
+        guide, guidance, guide_interval: of :func:`backends.ports.guided_denoiser`.
+        churn_noise, solver: of :func:`edm2_core.sampler.sample`, among them ``num_steps``, ``sigmas`` and
+            ``callback``.
+
+    Returns: like ``noise``, in the units of the training data.
+
+    Raises:
+        InputError: guidance without a guide or labels; or as :func:`edm2_core.sampler.sample`.
+    """
+    denoise = guided_denoiser(
+        SamplingDenoiser(network),
+        labels,
+        guide=None if guide is None else SamplingDenoiser(guide),
+        guidance=guidance,
+        guide_interval=guide_interval,
+    )
+    return sampler.sample(denoise, noise, churn_noise=churn_noise, **solver)
+
+
+def train(
+    config: TrainConfig, dataset: Dataset, *, outdir: str | Path | None = None, machine: Machine | None = None
+) -> Run:
+    """Train a network in a new run folder, or continue the run that is in ``outdir``.
+
+    Raises:
+        InputError: ``outdir`` holds a run of another config, a state is damaged, or nothing can be written there.
+    """
+    machine = machine or Machine()
+    open_sampler = Port(device=machine.device).sampler
+    folder = None if outdir is None else Path(outdir)
+    return training.train(config, dataset, MLXTrainer, open_sampler, outdir=folder, machine=machine, prog=PROG)
