@@ -51,7 +51,7 @@ def _kind(device: mx.Device, /) -> str:
 
 
 def is_slow(device: mx.Device, /) -> bool:
-    """Whether matrix products reach only a few GFLOP/s, on one core: on CPUs other than a Mac's, which has Accelerate."""
+    """Whether matrix products reach only a few GFLOP/s, on one core: on all CPUs but a Mac's, which has Accelerate."""
     return device == mx.cpu and sys.platform != "darwin"
 
 
@@ -66,7 +66,7 @@ def arithmetic(precision: str, /) -> mx.Dtype:
 
 
 def compiled(function: Callable[..., Any], /, **state: Any) -> Callable[..., Any]:
-    """``function`` compiled by ``mx.compile``, with ``state`` its ``inputs`` and ``outputs``, where MLX computes on a GPU.
+    """``mx.compile(function, **state)`` on a GPU; ``state`` are its ``inputs`` and ``outputs``.
 
     On a CPU ``function`` itself: there MLX runs a C++ compiler for each shape, and the fused code is no faster.
     """

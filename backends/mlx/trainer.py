@@ -58,8 +58,8 @@ class MLXTrainer(Trainer):
         return measured_step(self.learner, batch, lr=lr, dropout=dropout)
 
     def _batch(self, images: np.ndarray, labels: np.ndarray | None) -> tuple[Batch, mx.array | None]:
-        """A batch with noise, and the dropout key. Noise is drawn for the whole batch and cut to this process's share, so
-        that it does not depend on their number."""
+        """A batch with noise, and the dropout key. Noise is drawn for the whole batch and cut to this process's share:
+        it does not depend on the number of processes."""
         hyper, share = self._config.hyper, slice(self.rank * len(images), (self.rank + 1) * len(images))
         (seed,) = np.random.SeedSequence([self._config.seed, self.nimg]).generate_state(1, np.uint64)
         of_sigma, of_noise, of_dropout = mx.random.split(mx.random.key(int(seed)), 3)
