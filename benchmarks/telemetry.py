@@ -14,8 +14,8 @@ import numpy as np
 import tyro
 
 from backends.pipeline.data.datasets import open_dataset
-from backends.pipeline.runs.config import resolve
-from backends.pipeline.runs.options import TrainOptions
+from backends.pipeline.runs.resolve import configure
+from backends.ports import Machine
 from benchmarks.ema_reconstruct import machine
 
 EVERY = 50
@@ -45,21 +45,21 @@ def row(name: str, plain: float, measured: float) -> str:
 
 def seconds(name: str, steps: int) -> tuple[float, float]:
     """Medians of a plain step and of a measured one, after one of each."""
-    options, dataset = TrainOptions(), open_dataset("digits")
-    settings = resolve(options, dataset)
-    trainer = getattr(import_module(f"backends.{name}.trainer"), TRAINERS[name])(settings, options)
-    chosen = np.arange(settings.batch)
+    dataset = open_dataset("digits")
+    config = configure(dataset)
+    trainer = getattr(import_module(f"backends.{name}.trainer"), TRAINERS[name])(config, Machine())
+    chosen = np.arange(config.hyper.batch)
     images, labels = dataset.images(chosen).astype(np.float32) / 127.5 - 1, np.eye(10)[dataset.labels(chosen)]
     batch = (images, labels.astype(np.float32))
-    found = [(timed(trainer, trainer.step, batch, i), timed(trainer, trainer.measured_step, batch, i))
-             for i in range(steps + 1)]  # fmt: skip
-    plain, measured = (statistics.median(column) for column in zip(*found[1:], strict=True))
+    pairs = [(timed(trainer, trainer.step, batch), timed(trainer, trainer.measured_step, batch))
+             for _ in range(steps + 1)]  # fmt: skip
+    plain, measured = (statistics.median(column) for column in zip(*pairs[1:], strict=True))
     return plain, measured
 
 
-def timed(trainer: Any, step: Callable[..., Any], batch: tuple[np.ndarray, np.ndarray], i: int) -> float:
+def timed(trainer: Any, step: Callable[..., Any], batch: tuple[np.ndarray, np.ndarray]) -> float:
     start = time.perf_counter()
-    step(*batch, nimg=i * len(batch[0]), lr=0.01)
+    step(*batch, lr=0.01)
     trainer.metrics()  # which waits for the step
     return time.perf_counter() - start
 

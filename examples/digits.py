@@ -16,12 +16,13 @@ from PIL import Image
 from sklearn.svm import SVC
 
 from backends.pipeline.checkpoints.reconstruct import reconstruct
-from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot
+from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.data.datasets import open_dataset, to_model
 from backends.pipeline.data.seeds import labels as seeded_labels
 from backends.pipeline.data.seeds import noise
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.sampling import Job, sample_images
+from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.loss import weight
 
@@ -65,11 +66,12 @@ class Study:
 
     def averages(self, run: Run, sigma_rels: Sequence[float]) -> list[Snapshot]:
         """Of these lengths, at the end of ``run``, stored or reconstructed."""
-        return reconstruct([stored.path for stored in run.snapshots()], sigma_rels=list(sigma_rels))
+        return reconstruct(run.snapshots(run.config().network), sigma_rels=list(sigma_rels))
 
     def at(self, run: Run, nimg: int, sigma_rel: float) -> Snapshot:
         """The stored average of that length, at ``nimg`` or as soon after as there is one."""
-        return load_snapshot(next(s for s in run.snapshots() if s.sigma_rel == sigma_rel and s.nimg >= nimg).path)
+        sources = run.snapshots(run.config().network)
+        return next(s for s in sources if s.length == Length.of(sigma_rel) and s.time >= nimg).load()
 
     def losses(self, run: Run, sigma_rels: Sequence[float]) -> list[float]:
         """The denoising loss of digits held out, by averages of these lengths."""
@@ -79,10 +81,10 @@ class Study:
         self, network: Snapshot, *, count: int = SAMPLES, guidance: float = 1.0
     ) -> tuple[np.ndarray, np.ndarray]:
         """uint8 images of the first ``count`` seeds, in 16 steps, and the labels that they were to have."""
-        classes = seeded_labels(range(count), network.network.label_dim)
-        steps = {"num_steps": STEPS}
-        job = Job(network=network, seeds=range(count), classes=classes, guidance=guidance, settings=steps)
-        return sample_images(job, self._adapter.sampler, batch=250), classes
+        labels = seeded_labels(range(count), network.required_config().label_dim)
+        solver = {"num_steps": STEPS}
+        job = Job(snapshot=network, seeds=range(count), labels=labels, guidance=guidance, solver=solver)
+        return sample_images(job, self._adapter.sampler, batch=250), labels
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
         return float((self._reader.predict(_inked(images)) == labels).mean())
@@ -101,7 +103,7 @@ class Study:
         for sigma in np.exp(np.linspace(-2, 1, 7)):
             level = np.full((len(images), 1, 1, 1), sigma, np.float32)
             noisy = images + level * noise(seeds, images.shape[1:])
-            denoised, _ = self._adapter.denoise(network.network, network.params, noisy, level, labels)
+            denoised, _ = self._adapter.denoise(network.required_config(), network.params, noisy, level, labels)
             total += float(np.mean(weight(level) * np.square(denoised - images)))
         return total / 7
 

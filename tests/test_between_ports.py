@@ -10,15 +10,18 @@ import pytest
 from toy_port import train
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, save_snapshot
-from backends.pipeline.checkpoints.states import State, load_state, save_state
+from backends.pipeline.checkpoints.states import load_state, save_state
 from backends.pipeline.data import seeds
 from backends.pipeline.data.datasets import to_uint8
+from backends.pipeline.data.labels import one_hot
 from conformance import ports
 from conformance import strategies as draw
-from edm2_core.network import plan
+from conformance.oracle import trained_names
+from edm2_core.ema import Length
+from edm2_core.state import State
 
 CONFIG = draw.FEW_CONFIGS[0]
-SIGMA_RELS = (0.05, 0.10)
+LENGTHS = (Length.of(0.05), Length.of(0.10))
 HERE, _ = ports.found()
 PAIRS = [pytest.param(*pair, id="-".join(pair)) for pair in permutations(HERE, 2)]
 each_pair = pytest.mark.parametrize(
@@ -28,10 +31,7 @@ each_pair = pytest.mark.parametrize(
 
 def fresh() -> State:
     params = draw.random_parameters(CONFIG, 0, max_gain=1.0)
-    zeros = {name: np.zeros(p.shape, np.float32) for name, p in plan(CONFIG).parameters.items() if p.trained}
-    return State(
-        params=params, moments1=zeros, moments2=zeros, averages=dict.fromkeys(SIGMA_RELS, params), nimg=0, steps=0
-    )
+    return State.start(params, trained=trained_names(CONFIG), lengths=LENGTHS)
 
 
 @cache
@@ -49,19 +49,19 @@ def through(name: str, state: State) -> State:
 @each_pair
 def test_a_state_crosses(one, other, tmp_path):
     save_state(tmp_path / "one", trained(one))
-    save_state(tmp_path / "other", through(other, load_state(tmp_path / "one", CONFIG, SIGMA_RELS)))
+    save_state(tmp_path / "other", through(other, load_state(tmp_path / "one", CONFIG, LENGTHS)))
     assert (tmp_path / "other").read_bytes() == (tmp_path / "one").read_bytes()
 
 
 @each_pair
 def test_a_snapshot_crosses(one, other, tmp_path):
     def snapshot(params):
-        return Snapshot(params=params, config=CONFIG, nimg=4, sigma_rel=0.10)
+        return Snapshot(params=params, config=CONFIG, nimg=4, length=LENGTHS[1])
 
-    save_snapshot(tmp_path / "one", snapshot(trained(one).averages[0.10]))
+    save_snapshot(tmp_path / "one", snapshot(trained(one).averages[LENGTHS[1]]))
     params = load_snapshot(tmp_path / "one").params
-    kept = through(other, replace(fresh(), params=params, averages=dict.fromkeys(SIGMA_RELS, params)))
-    for returned in (kept.params, kept.averages[0.10]):
+    kept = through(other, replace(fresh(), params=params, averages=dict.fromkeys(LENGTHS, params)))
+    for returned in (kept.params, kept.averages[LENGTHS[1]]):
         save_snapshot(tmp_path / "other", snapshot(returned))
         assert (tmp_path / "other").read_bytes() == (tmp_path / "one").read_bytes()
 
@@ -77,7 +77,7 @@ def test_a_run_goes_on_in_any_port(toy):
 def images(name: str) -> np.ndarray:
     """Four seeds of a network that no port has trained, as 8-bit pixels."""
     chosen, size = range(4), CONFIG.img_resolution
-    labels = seeds.one_hot(seeds.labels(chosen, CONFIG.label_dim), CONFIG.label_dim)
+    labels = one_hot(seeds.labels(chosen, CONFIG.label_dim), CONFIG.label_dim)
     noise = seeds.noise(chosen, (CONFIG.img_channels, size, size))
     return to_uint8(HERE[name].sample(CONFIG, fresh().params, noise, labels, num_steps=6))
 

@@ -3,17 +3,15 @@
 import os
 
 import pytest
-from toy_port import CONFIG
+from toy_port import CONFIG, config_of
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
-from backends.pipeline.data.datasets import open_dataset
-from backends.pipeline.runs.config import resolve
 from backends.pipeline.runs.folder import Run, create, newest
-from backends.pipeline.runs.options import TrainOptions
+from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
 
-SETTINGS = resolve(TrainOptions(lr=0.02), open_dataset("digits"))
+TRAINED = config_of(lr=0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -24,13 +22,14 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def run():
     made = Run(create(None, "digits"))
-    made.save_settings(SETTINGS)
+    made.save_config(TRAINED)
     return made
 
 
-def store(run, nimg, sigma_rel, config=SETTINGS.network):
-    path = run.snapshots_path / snapshot_name(nimg, sigma_rel or 0.01)
-    save_snapshot(path, Snapshot(params=initialize(config, seed=0), config=config, nimg=nimg, sigma_rel=sigma_rel))
+def store(run, nimg, sigma_rel, config=TRAINED.network):
+    length = None if sigma_rel is None else Length.of(sigma_rel)
+    path = run.snapshots_path / snapshot_name(nimg, length or Length.of(0.01))
+    save_snapshot(path, Snapshot(params=initialize(config, seed=0), config=config, nimg=nimg, length=length))
     return path
 
 
@@ -54,7 +53,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 def test_the_newest_run_is_the_one_last_started_or_resumed():
     paths = [create(None, "digits") for _ in range(3)]
     for age, path in zip((10, 30, 20), paths, strict=True):
-        Run(path).save_settings(SETTINGS)
+        Run(path).save_config(TRAINED)
         os.utime(path / "config.json", (age, age))
     assert newest(train="train") == paths[1]
 
@@ -64,21 +63,21 @@ def test_where_there_is_no_run_the_train_command_is_named():
         newest(train="python -m backends.x.train")
 
 
-def test_settings_come_back(run):
-    assert run.settings() == SETTINGS
+def test_a_config_comes_back(run):
+    assert run.config() == TRAINED
     assert run.exists()
     assert not Run("elsewhere").exists()
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path, run):
     with pytest.raises(InputError, match=r"must be a folder with a config\.json, got elsewhere"):
-        Run("elsewhere").settings()
+        Run("elsewhere").config()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="must be a folder, got the file"):
         Run(tmp_path / "file").exists()
     run.config_path.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(InputError, match=r"config\.json must be text"):
-        run.settings()
+        run.config()
 
 
 def test_a_run_without_its_config_is_not_taken_for_a_fresh_folder(run):
@@ -93,20 +92,20 @@ def test_snapshots_are_sorted_by_time_and_length_as_their_metadata_say(run):
     path.rename(run.snapshots_path / "0000000-first.safetensors")
     for nimg, sigma_rel in [(2048, 0.10), (10_500, 0.05), (2048, 0.05)]:
         store(run, nimg, sigma_rel)
-    found = [(s.nimg, s.sigma_rel) for s in run.snapshots()]
+    found = [(s.time, s.length.value) for s in run.snapshots(TRAINED.network)]
     assert found == [(2048, 0.05), (2048, 0.10), (10_500, 0.05), (10_500, 0.10)]
 
 
 def test_a_run_without_snapshots_has_none(run):
-    assert run.snapshots() == []
+    assert run.snapshots(TRAINED.network) == []
     assert run.state_nimg() == 0
 
 
-@pytest.mark.parametrize(("sigma_rel", "config"), [(None, SETTINGS.network), (0.05, CONFIG)])
+@pytest.mark.parametrize(("sigma_rel", "config"), [(None, TRAINED.network), (0.05, CONFIG)])
 def test_a_snapshot_that_is_not_of_the_run_is_refused_by_name(run, sigma_rel, config):
     path = store(run, 1024, sigma_rel, config)
     with pytest.raises(InputError, match=f"averages of its network, got {path}"):
-        run.snapshots()
+        run.snapshots(TRAINED.network)
 
 
 def test_the_log_is_kept_up_to_the_state_and_a_torn_line_is_dropped(run):

@@ -1,20 +1,20 @@
 """The sample command: the right network, the same image for a seed whatever the batch, and files as promised."""
 
 from dataclasses import replace
+from math import inf
 
 import numpy as np
 import pytest
 from PIL import Image
-from toy_port import CONFIG, ToySampler
+from toy_port import CONFIG, ToySampler, config_of, options_of
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
-from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.data.seeds import labels as seed_labels
 from backends.pipeline.data.seeds import noise
-from backends.pipeline.runs.config import resolve
 from backends.pipeline.runs.folder import Run
-from backends.pipeline.runs.options import SampleOptions, TrainOptions
+from backends.pipeline.runs.options import SampleOptions
 from backends.pipeline.runs.sampling import run_sampling
+from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
 
@@ -26,24 +26,25 @@ pytestmark = pytest.mark.usefixtures("toy")
 
 
 def store(path, config=CONFIG, *, seed=0, nimg=1024, sigma_rel=0.1):
-    save_snapshot(path, Snapshot(params=initialize(config, seed=seed), config=config, nimg=nimg, sigma_rel=sigma_rel))
+    length = Length.of(sigma_rel)
+    save_snapshot(path, Snapshot(params=initialize(config, seed=seed), config=config, nimg=nimg, length=length))
 
 
 @pytest.fixture
 def run():
     """A run with averages of two lengths at three times, each a network of its own."""
     made = Run("runs/00000-digits")
-    made.save_settings(resolve(TrainOptions(preset="toy", data="digits"), open_dataset("digits")))
+    made.save_config(config_of(preset="toy", data="digits"))
     for i, nimg in enumerate((1024, 2048, 3072)):
         for j, sigma_rel in enumerate((0.05, 0.10)):
-            path = made.snapshots_path / snapshot_name(nimg, sigma_rel)
+            path = made.snapshots_path / snapshot_name(nimg, Length.of(sigma_rel))
             store(path, seed=2 * i + j, nimg=nimg, sigma_rel=sigma_rel)
     return made
 
 
 def sample(**options):
     sampler = ToySampler()
-    run_sampling(SampleOptions(**options), sampler, prog=PROG)
+    run_sampling(options_of(SampleOptions, **options), sampler, prog=PROG)
     return sampler.calls
 
 
@@ -158,7 +159,7 @@ def test_a_guide_is_handed_to_the_sampler(run, capsys):
     assert "guide    guide, weight 2" in capsys.readouterr().out
 
 
-def test_sampler_settings_are_passed_on_only_where_given(run):
+def test_solver_options_are_passed_on(run):
     given = {
         "sigma_min": 0.01,
         "sigma_max": 50.0,
@@ -172,7 +173,8 @@ def test_sampler_settings_are_passed_on_only_where_given(run):
     assert {name: call[name] for name in given} == given
     assert call["num_steps"] == 8
     (call,) = sample(seeds="0")
-    assert not set(given) & set(call)
+    defaults = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "S_churn": 0, "S_min": 0, "S_max": inf, "S_noise": 1}
+    assert {name: call[name] for name in given} == defaults
 
 
 def test_a_grid_shows_at_most_100_images(run):
@@ -214,10 +216,10 @@ def test_what_cannot_be_sampled_is_refused_before_sampling(run, options, message
     store("wide", replace(CONFIG, img_resolution=16))
     store("other", replace(CONFIG, label_dim=3))
     store("latent", replace(CONFIG, img_channels=4))
-    save_snapshot("theirs", Snapshot(params={"w": np.zeros(2)}, config=None, nimg=1, sigma_rel=0.1))
+    save_snapshot("theirs", Snapshot(params={"w": np.zeros(2)}, config=None, nimg=1, length=Length.of(0.1)))
     sampler = ToySampler()
     with pytest.raises(InputError, match=message) as caught:
-        run_sampling(SampleOptions(**options), sampler, prog=PROG)
+        run_sampling(options_of(SampleOptions, **options), sampler, prog=PROG)
     assert not sampler.calls
     assert "\n" not in str(caught.value)
 

@@ -6,13 +6,13 @@ from itertools import product
 
 import numpy as np
 import pytest
+from toy_port import config_of
 
 from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs import telemetry
-from backends.pipeline.runs.config import resolve
 from backends.pipeline.runs.folder import Run
-from backends.pipeline.runs.options import TrainOptions
-from backends.pipeline.runs.telemetry import BINS, Measurement
+from backends.pipeline.runs.telemetry import BINS
+from backends.ports import Machine, Measurement
 from conformance import tolerance
 from edm2_core import reference
 from edm2_core.network import initialize, plan
@@ -21,17 +21,15 @@ from edm2_core.precond import precondition
 TRAINERS = {"torch": "TorchTrainer", "jax": "JaxTrainer", "mlx": "MLXTrainer"}
 
 
-def settings_of(rung, **options):
-    chosen = TrainOptions(ladder=rung, batch=16, rampup=0, telemetry=1, **options)
-    settings = resolve(chosen, open_dataset("digits"))
-    small = replace(settings.network, img_resolution=8, model_channels=8, channels_per_head=8, channel_mult=(1,))
-    return replace(settings, network=small), chosen
+def small_config(rung):
+    config = config_of(ladder=rung, batch=16, rampup=0, telemetry=1)
+    small = replace(config.network, img_resolution=8, model_channels=8, channels_per_head=8, channel_mult=(1,))
+    return replace(config, network=small)
 
 
-def trainer_of(port, rung, **options):
+def trainer_of(port, config):
     pytest.importorskip(port, reason=f"{port} is not installed")
-    settings, chosen = settings_of(rung, **options)
-    return settings, getattr(import_module(f"backends.{port}.trainer"), TRAINERS[port])(settings, chosen)
+    return getattr(import_module(f"backends.{port}.trainer"), TRAINERS[port])(config, Machine())
 
 
 def batch():
@@ -42,49 +40,64 @@ def batch():
 
 @pytest.mark.parametrize(("port", "rung"), [*(("torch", rung) for rung in "ABDG"), *product(("jax", "mlx"), "BG")])
 def test_a_measured_step_is_the_step_and_says_what_it_was(port, rung):
-    """The state is that of steps that nothing measures, dropout included; magnitudes are those of weights as the step
-    begins, of gradients by Adam's first moment, of updates by what moved; u is what the reference says."""
-    (settings, plain), (_, trainer) = trainer_of(port, rung), trainer_of(port, rung)
-    config, first = settings.network, initialize(settings.network, seed=settings.seed)
-    found = trainer.measured_step(*batch(), nimg=0, lr=0.01)
-    plain.step(*batch(), nimg=0, lr=0.01)
+    """The state is that of steps without telemetry, dropout included; magnitudes are those of weights as the step
+    begins, of gradients as Adam's first moment has them, of updates by the difference; u is the reference's."""
+    config = small_config(rung)
+    plain, trainer = trainer_of(port, config), trainer_of(port, config)
+    network, first = config.network, initialize(config.network, seed=config.seed)
+    measured = trainer.measured_step(*batch(), lr=0.01)
+    plain.step(*batch(), lr=0.01)
     check_same(trainer.state(), plain.state())
-    check_magnitudes(settings, found, first, trainer.state())
-    u = reference.uncertainty(config, first, precondition(found.sigma.astype(np.float64)).c_noise).ravel()
-    assert (found.u is None) == (rung == "A")
-    assert found.u is None or found.u == pytest.approx(u, rel=1e-4, abs=1e-5)
-    assert found.sigma.shape == found.loss.shape == (16,)
+    check_magnitudes(config, measured, first, trainer.state())
+    u = reference.uncertainty(network, first, precondition(measured.sigma.astype(np.float64)).c_noise).ravel()
+    assert (measured.u is None) == (rung == "A")
+    assert measured.u is None or measured.u == pytest.approx(u, rel=1e-4, abs=1e-5)
+    assert measured.sigma.shape == measured.loss.shape == (16,)
     for one in (trainer.step, plain.step):
-        one(*batch(), nimg=16, lr=0.01)
+        one(*batch(), lr=0.01)
     check_same(trainer.state(), plain.state())
     assert trainer.metrics() == plain.metrics()
 
 
+@pytest.mark.parametrize("port", TRAINERS)
+def test_gradients_are_those_of_the_step_and_not_of_the_steps_before(port):
+    """Adam's first moment after two steps is 0.9 times that after one, and 0.1 times the second step's gradient."""
+    trainer = trainer_of(port, config := small_config("B"))
+    trainer.step(*batch(), lr=0.01)
+    before = trainer.state().moments1
+    measured, after = trainer.measured_step(*batch(), lr=0.01), trainer.state().moments1
+    beta = config.hyper.betas[0]
+    for name, magnitudes in measured.gradients.items():
+        gradient = (after[name].astype(np.float64) - beta * before[name]) / (1 - beta)
+        assert magnitudes == pytest.approx(summary(gradient.reshape(len(gradient), -1)), rel=1e-3, abs=1e-6)
+
+
 def check_same(one, other):
-    for part, arrays in one.parts().items():
-        for name, array in arrays.items():
-            assert np.array_equal(array, other.parts()[part][name]), (part, name)
+    assert (one.nimg, one.steps) == (other.nimg, other.steps)
+    pairs = [(one.params, other.params), (one.moments1, other.moments1), (one.moments2, other.moments2)]
+    for mine, theirs in [*pairs, *((one.averages[length], other.averages[length]) for length in one.averages)]:
+        for name, array in mine.items():
+            assert np.array_equal(array, theirs[name]), name
 
 
-def check_magnitudes(settings, found, before, after):
-    table = plan(settings.network).parameters
-    names = [name for weights in telemetry.watched(settings.network).values() for name in weights]
-    assert (
-        found.weights.keys() == found.gradients.keys() == found.updates.keys() == found.activations.keys() == {*names}
-    )
+def check_magnitudes(config, measured, before, after):
+    table = plan(config.network).parameters
+    names = {name for weights in telemetry.watched(config.network).values() for name in weights}
+    parts = (measured.weights, measured.gradients, measured.updates, measured.activations)
+    assert all(part.keys() == names for part in parts)
     for name in names:
         rows = before[name].reshape(len(before[name]), -1).astype(np.float64)
         forced = table[name].normalized
         start = rows / (1e-4 + np.sqrt(np.mean(rows**2, axis=1, keepdims=True))) if forced else rows
-        assert found.weights[name] == pytest.approx(summary(start), rel=1e-4)
-        gradient = after.moments1[name] / (1 - settings.betas[0])
-        assert found.gradients[name] == pytest.approx(summary(gradient.reshape(len(rows), -1)), rel=1e-3, abs=1e-9)
+        assert measured.weights[name] == pytest.approx(summary(start), rel=1e-4)
+        gradient = after.moments1[name] / (1 - config.hyper.betas[0])
+        assert measured.gradients[name] == pytest.approx(summary(gradient.reshape(len(rows), -1)), rel=1e-3, abs=1e-9)
         moved, size = after.params[name].reshape(rows.shape) - start, np.linalg.norm(start)
         rounding = 4 * tolerance.eps("float32") * size
-        assert found.updates[name] == pytest.approx([np.linalg.norm(moved), size], rel=1e-3, abs=rounding)
-        assert 0 <= found.activations[name][1] <= found.activations[name][0] < 100
-        gained = name.endswith("emb_linear.weight") and settings.network.switches.gains
-        assert (found.activations[name][0] == 0) == (gained or not before[name].any())  # gains are 0 at first
+        assert measured.updates[name] == pytest.approx([np.linalg.norm(moved), size], rel=1e-3, abs=rounding)
+        assert 0 <= measured.activations[name][1] <= measured.activations[name][0] < 100
+        gained = name.endswith("emb_linear.weight") and config.network.switches.gains
+        assert (measured.activations[name][0] == 0) == (gained or not before[name].any())  # gains are 0 at first
 
 
 def summary(rows):
@@ -93,17 +106,17 @@ def summary(rows):
 
 
 def test_a_line_holds_blocks_and_noise_levels():
-    settings, _ = settings_of("G")
-    names = telemetry.watched(settings.network)
+    config = small_config("G")
+    names = telemetry.watched(config.network)
     flat = [name for weights in names.values() for name in weights]
     rows = {name: np.array([2.0 + i, 1.0]) for i, name in enumerate(flat)}
-    edge = np.exp(settings.P_mean + 3 * settings.P_std)
+    edge = np.exp(config.hyper.P_mean + 3 * config.hyper.P_std)
     measured = Measurement(
         activations=rows, weights=rows, gradients=rows, updates={name: np.array([3.0, 4.0]) for name in flat},
-        sigma=np.array([1e-9, np.exp(settings.P_mean + 0.01), 2 * edge, 3 * edge]), loss=np.array([1.0, 2.0, 3.0, 5.0]),
+        sigma=np.array([1e-9, np.exp(config.hyper.P_mean + 0.01), 2 * edge, 3 * edge]), loss=np.array([1.0, 2.0, 3.0, 5.0]),
         u=np.array([0.1, 0.2, 0.3, 0.5]),
     )  # fmt: skip
-    line = telemetry.record(settings, measured, nimg=64)
+    line = telemetry.record(config, measured, nimg=64)
     assert line["nimg"] == 64
     block = line["blocks"]["unet.enc.8x8_block0"]
     own = [rows[name][0] for name in names["unet.enc.8x8_block0"]]
@@ -114,7 +127,7 @@ def test_a_line_holds_blocks_and_noise_levels():
     assert [len(noise[key]) for key in ("sigma", "loss", "u", "count")] == [BINS] * 4
     assert (noise["count"][0], noise["count"][BINS // 2], noise["count"][-1], sum(noise["count"])) == (1, 1, 2, 4)
     assert (noise["loss"][0], noise["loss"][-1], noise["u"][-1], noise["loss"][1]) == (1.0, 4.0, 0.4, None)
-    assert telemetry.record(settings, replace(measured, u=None), nimg=0)["noise"]["u"] == [None] * BINS
+    assert telemetry.record(config, replace(measured, u=None), nimg=0)["noise"]["u"] == [None] * BINS
 
 
 def ladder_run(tmp_path, rung):

@@ -76,7 +76,7 @@ def test_digits_are_read_as_their_labels(digits: Path, sigma_rel: float) -> None
 
 def test_a_run_leaves_what_it_promises(digits: Path) -> None:
     folder = digits / "runs" / "00000-digits"
-    duration = preset("digits").duration
+    duration = preset("digits").hyper.duration
     assert {path.name for path in folder.iterdir()} == {"config.json", "log.jsonl", "snapshots", "state", "samples"}
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert log[-1]["nimg"] >= duration

@@ -9,14 +9,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from PIL import Image
-from toy_port import PRESET, ToySampler, ToyTrainer
+from toy_port import PRESET, ToySampler, ToyTrainer, run_toy
 
 from backends.pipeline.checkpoints.snapshots import load_snapshot, save_snapshot
 from backends.pipeline.checkpoints.states import load_state, read_counters
 from backends.pipeline.runs.folder import Run
-from backends.pipeline.runs.options import TrainOptions
-from backends.pipeline.runs.training import run_training
-from edm2_core.ema import plan_snapshots
+from edm2_core.ema import Length, plan_snapshots
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
 from edm2_core.schedule import learning_rate
@@ -31,18 +29,15 @@ def train(outdir="run", trainer=ToyTrainer, sampler=None, **options):
     """Run the loop on the toy; returns (status, trainer, run)."""
     opened = []
 
-    def open_trainer(settings, options):
-        opened.append(trainer(settings, options))
+    def open_trainer(config, machine):
+        opened.append(trainer(config, machine))
         return opened[0]
 
     if not (outdir and Run(outdir).exists()):
         options = {"preset": "toy", "data": "digits"} | options
-    status = run_training(
-        TrainOptions(outdir=Run(outdir).path if outdir else None, **options),
-        open_trainer,
-        sampler or ToySampler(),
-        prog=PROG,
-    )
+    if outdir:
+        options["outdir"] = outdir
+    status = run_toy(open_trainer, sampler or ToySampler(), prog=PROG, **options)
     return status, opened[0] if opened else None, Run(outdir) if outdir else None
 
 
@@ -50,10 +45,10 @@ def stopping(at, signum=signal.SIGTERM):
     """A trainer to which a signal comes during the step that begins at ``at`` images."""
 
     class Stopping(ToyTrainer):
-        def step(self, *args, nimg, lr):
-            if nimg == at:
+        def step(self, *args, lr):
+            if self.nimg == at:
                 os.kill(os.getpid(), signum)
-            super().step(*args, nimg=nimg, lr=lr)
+            super().step(*args, lr=lr)
 
     return Stopping
 
@@ -62,28 +57,29 @@ def contents(run):
     """Everything that a run's end consists of, but for the clock."""
     log = [{key: record[key] for key in ("nimg", "loss", "lr", "nonfinite")} for record in run.log()]
     files = {str(p.relative_to(run.path)): p.read_bytes() for p in run.path.rglob("*.safetensors")}
-    return log, files, run.settings(), (run.path / "samples/lengths.png").read_bytes()
+    return log, files, run.config(), (run.path / "samples/lengths.png").read_bytes()
 
 
 def test_each_step_gets_its_time_its_batch_and_its_learning_rate():
     _, trainer, _ = train()
     assert trainer.seen == [(nimg, (64, 1, 8, 8), (64, 10)) for nimg in range(0, 4096, 64)]
     assert trainer.rates == [
-        learning_rate(nimg, batch=64, ref_lr=PRESET.lr, ref_batches=20, rampup_nimg=512) for nimg in range(0, 4096, 64)
+        learning_rate(nimg, batch=64, ref_lr=PRESET.hyper.lr, ref_batches=20, rampup_nimg=512)
+        for nimg in range(0, 4096, 64)
     ]
 
 
 def test_averages_are_stored_when_a_multiple_of_the_interval_is_crossed_and_at_the_end():
     _, _, run = train(duration=5000, snapshot=1500)
     times = [1536, 3008, 4544, 5056]
-    assert [(s.nimg, s.sigma_rel) for s in run.snapshots()] == [(t, s) for t in times for s in (0.05, 0.10)]
+    assert stored(run) == [(t, s) for t in times for s in (0.05, 0.10)]
 
 
 def test_stored_averages_are_the_trainer_s():
     _, trainer, run = train()
-    for stored in run.snapshots()[-2:]:
-        params = load_snapshot(stored.path).params
-        for name, array in trainer.kept[stored.sigma_rel].items():
+    for source in run.snapshots(PRESET.network)[-2:]:
+        params = source.load().params
+        for name, array in trainer.kept[source.length].items():
             assert np.array_equal(params[name], array.astype(np.float16) if array.ndim else array)
 
 
@@ -121,7 +117,7 @@ def test_a_loss_that_is_not_finite_leaves_the_log_valid_json():
 def test_without_labels_the_steps_get_none():
     _, trainer, run = train(unconditional=True, duration=128)
     assert trainer.seen[0] == (0, (64, 1, 8, 8), None)
-    assert run.settings().network.label_dim == 0
+    assert run.config().network.label_dim == 0
 
 
 @pytest.mark.parametrize("k", [64, 1024, 1472, 2048, 4032])
@@ -134,7 +130,7 @@ def test_training_in_two_parts_is_training_in_one(k):
     one, two = contents(whole), contents(parts)
     extra = {f"snapshots/{k // 1000:07d}-{s}.safetensors" for s in ("0.050", "0.100")}  # at the end of the first part
     assert {n: b for n, b in two[1].items() if n not in extra} == {n: b for n, b in one[1].items() if n not in extra}
-    assert load_state(whole.state_path, PRESET.network, (0.05, 0.10)).steps == 64
+    assert load_state(whole.state_path, PRESET.network, (Length.of(0.05), Length.of(0.10))).steps == 64
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -162,10 +158,10 @@ def test_a_killed_run_goes_on_from_its_last_state_and_its_log_has_no_line_twice(
         pass
 
     class Killing(ToyTrainer):
-        def step(self, *args, nimg, lr):
-            if nimg == 2560:
+        def step(self, *args, lr):
+            if self.nimg == 2560:
                 raise Killed
-            super().step(*args, nimg=nimg, lr=lr)
+            super().step(*args, lr=lr)
 
     _, _, whole = train("whole", status=64, checkpoint=1024)
     with pytest.raises(Killed):
@@ -181,10 +177,10 @@ def test_a_killed_run_goes_on_from_its_last_state_and_its_log_has_no_line_twice(
 
 def test_a_run_killed_before_its_first_state_starts_again(capsys):
     class Killing(ToyTrainer):
-        def step(self, *args, nimg, lr):
-            if nimg == 512:
+        def step(self, *args, lr):
+            if self.nimg == 512:
                 raise KeyError
-            super().step(*args, nimg=nimg, lr=lr)
+            super().step(*args, lr=lr)
 
     with pytest.raises(KeyError):
         train(status=64, trainer=Killing)
@@ -230,13 +226,13 @@ def test_a_complete_run_without_its_picture_gets_it():
 
 
 def rows(sampler):
-    """The calls that drew rows of the picture; the others measured the denoising error, in a single step."""
-    return [call for call in sampler.calls if call.get("num_steps") != 1]
+    """The calls that drew rows of the picture; the others measured the denoising error."""
+    return [call for call in sampler.calls if "sigmas" not in call]
 
 
 def test_the_picture_has_no_averages_from_after_the_state():
     _, _, run = train(duration=1024)
-    early = run.snapshots()[0]
+    early = run.snapshots(PRESET.network)[0]
     late = replace(load_snapshot(early.path), nimg=9999, params=initialize(PRESET.network, seed=5))
     save_snapshot(run.snapshots_path / "late.safetensors", late)
     (run.path / "samples/lengths.png").unlink()
@@ -289,15 +285,18 @@ def test_the_picture_has_a_row_for_each_length_from_the_same_seeds():
     assert len(calls) == 7  # raw, 0.02, 0.03 stored, 0.05, 0.10 stored, 0.15, 0.20
     assert all(np.array_equal(call["labels"], np.eye(10, dtype=np.float32)) for call in calls)
     means = [float(np.mean(trainer.params["unet.out_conv.weight"]))]
-    means += [float(np.mean(load_snapshot(run.snapshots()[i].path).params["unet.out_conv.weight"])) for i in (-2, -1)]
+    means += [
+        float(np.mean(load_snapshot(run.snapshots(PRESET.network)[i].path).params["unet.out_conv.weight"]))
+        for i in (-2, -1)
+    ]
     assert [calls[i]["mean"] for i in (0, 2, 4)] == means
     with Image.open(run.path / "samples/lengths.png") as picture:
         assert picture.height > 7 * 48
 
 
 def test_a_process_of_several_gets_its_part_and_only_the_first_writes(tmp_path):
-    def second(settings, options):
-        return ToyTrainer(settings, options, rank=1, world=4)
+    def second(config, machine):
+        return ToyTrainer(config, machine, rank=1, world=4)
 
     _, trainer, _ = train(trainer=second, duration=128)
     assert trainer.seen == [(0, (16, 1, 8, 8), (16, 10)), (64, (16, 1, 8, 8), (16, 10))]
@@ -306,7 +305,7 @@ def test_a_process_of_several_gets_its_part_and_only_the_first_writes(tmp_path):
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="divisible by the number of devices, got 64 for 3"):
-        train(trainer=lambda settings, options: ToyTrainer(settings, options, world=3))
+        train(trainer=lambda config, machine: ToyTrainer(config, machine, world=3))
     assert not list(tmp_path.iterdir())
 
 
@@ -317,8 +316,8 @@ def test_a_full_disk_stops_the_run_and_it_can_go_on(monkeypatch):
         raise OSError(28, "No space left on device")
 
     class Full(ToyTrainer):
-        def step(self, *args, nimg, lr):
-            super().step(*args, nimg=nimg, lr=lr)
+        def step(self, *args, lr):
+            super().step(*args, lr=lr)
             if self.nimg == 3072:
                 monkeypatch.setattr("os.fsync", full)
 
@@ -337,7 +336,7 @@ def planned(tmp_path, duration):
 
 
 def stored(run):
-    return [(snapshot.nimg, snapshot.sigma_rel) for snapshot in run.snapshots()]
+    return [(source.time, source.length.value) for source in run.snapshots(PRESET.network)]
 
 
 @pytest.mark.parametrize("stop", [None, 2048])
@@ -347,8 +346,8 @@ def test_a_plan_is_followed_also_through_a_stop(tmp_path, stop):
     _, _, run = train()
     wanted = {(t // 1000, s) for s, times in zip(plan.sigma_rels, plan.times, strict=True) for t in times}
     assert {(nimg // 1000, s) for nimg, s in stored(run)} == wanted
-    assert run.settings().sigma_rels == plan.sigma_rels
-    assert run.settings().plan == plan
+    assert run.config().hyper.sigma_rels == plan.sigma_rels
+    assert run.config().snapshot_plan == plan
 
 
 def test_an_open_plan_is_followed_and_what_is_stale_goes(tmp_path):
@@ -368,8 +367,8 @@ def test_an_open_plan_is_followed_and_what_is_stale_goes(tmp_path):
     ("options", "message"),
     [
         ({"duration": 8192}, "--duration must be that of the --snapshot-plan, 4096 images, got 8192"),
-        ({"snapshot": 1024}, "--snapshot must be left to --snapshot-plan, got 1024 too"),
-        ({"sigma_rels": (0.05,)}, "--sigma-rels must be left to --snapshot-plan, got 0.05 too"),
+        ({"snapshot": 1024}, r"--snapshot-plan and --snapshot exclude each other, got both \(1024\)"),
+        ({"sigma_rels": (0.05,)}, r"--snapshot-plan and --sigma-rels exclude each other, got both \(0.05\)"),
     ],
 )
 def test_a_plan_stands_alone(tmp_path, options, message):

@@ -1,16 +1,20 @@
-"""A port small enough to see through: what looks like training depends on every input and nothing else."""
+"""A port small enough to see through: its training depends on every input and on nothing else."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from backends.pipeline.checkpoints.states import State, load_state
-from backends.pipeline.runs.options import TrainOptions
+from backends.pipeline.checkpoints.states import load_state
+from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs.options import flag, parse, parse_train
+from backends.pipeline.runs.resolve import data_spec, resolve
 from backends.pipeline.runs.training import run_training
-from edm2_core.ema import beta
+from backends.ports import Machine, Trainer
+from edm2_core.ema import Length
 from edm2_core.network import NetworkConfig, initialize, plan
-from edm2_core.presets import PRESETS
+from edm2_core.presets import PRESETS, Preset
+from edm2_core.state import State
 
 CONFIG = NetworkConfig(
     img_resolution=8,
@@ -23,50 +27,65 @@ CONFIG = NetworkConfig(
     channels_per_head=4,
     logvar_channels=4,
 )
-PRESET = replace(PRESETS["digits"], network=CONFIG, duration=4096, batch=64, snapshot=1024, rampup=512, decay=20)
+PRESET = Preset(
+    network=CONFIG,
+    hyper=replace(PRESETS["digits"].hyper, duration=4096, batch=64, snapshot=1024, rampup=512, decay=20),
+)
 
 
-class ToyTrainer:
+class ToyTrainer(Trainer):
     """Moves each weight along the sine of itself and of the batch; keeps real averages."""
 
     device = "numpy"
 
-    def __init__(self, settings, options, *, rank=0, world=1):
-        self.rank, self.world, self.batch, self.precision = rank, world, settings.batch, settings.precision
-        params = initialize(settings.network, seed=settings.seed)
-        trained = [name for name, parameter in plan(settings.network).parameters.items() if parameter.trained]
-        zeros = {name: np.zeros_like(params[name]) for name in trained}
-        averages = {sigma_rel: dict(params) for sigma_rel in settings.lengths}
-        self.load_state(State(params=params, moments1=zeros, moments2=zeros, averages=averages, nimg=0, steps=0))
-        self.seen, self.losses, self.rates, self.resumed = [], [], [], False
+    def __init__(self, config, machine=Machine(), *, rank=0, world=1):
+        super().__init__()
+        self.rank, self.world, self.batch, self.precision = rank, world, config.hyper.batch, config.precision
+        params = initialize(config.network, seed=config.seed)
+        trained = [name for name, parameter in plan(config.network).parameters.items() if parameter.trained]
+        self.load_state(State.start(params, trained=trained, lengths=config.hyper.lengths))
+        self.seen, self.rates, self.resumed = [], [], False
 
-    def step(self, images, labels, /, *, nimg, lr):
-        classes = 0 if labels is None else labels.argmax(1).sum()
-        share = np.float32(images.sum() + classes)
+    @property
+    def nimg(self):
+        return self._nimg
+
+    def take_step(self, images, labels, *, lr):
+        share = np.float32(images.sum() + (0 if labels is None else labels.argmax(1).sum()))
+        self.seen.append((self.nimg, images.shape, None if labels is None else labels.shape))
+        self.rates.append(lr)
         for name, first in self.moments1.items():
             gradient = np.sin(self.params[name] + share)
             self.moments1[name] = np.asarray(0.9 * first + 0.1 * gradient, np.float32)
             self.moments2[name] = np.asarray(0.99 * self.moments2[name] + 0.01 * gradient**2, np.float32)
             self.params[name] = np.asarray(self.params[name] - lr * self.moments1[name], np.float32)
-        for sigma_rel, average in self.kept.items():
-            keep = beta(sigma_rel, t_next=nimg + self.batch, t_delta=self.batch)
+        self._nimg, self.steps = self.nimg + self.batch, self.steps + 1
+        for length, average in self.kept.items():
+            keep = length.beta(t_next=self.nimg, t_delta=self.batch)
             for name in average:
                 average[name] = np.asarray(keep * average[name] + (1 - keep) * self.params[name], np.float32)
-        self.nimg, self.steps = nimg + self.batch, self.steps + 1
-        self.seen.append((nimg, images.shape, None if labels is None else labels.shape))
-        self.rates.append(lr)
-        self.losses.append(float(share))
+        return float(share), 0
 
-    def metrics(self):
-        loss = float(np.mean(self.losses)) if self.losses else float("nan")
-        self.losses = []
-        return {"loss": loss, "nonfinite": 0}
+    def take_measured_step(self, images, labels, *, lr):
+        raise TypeError("the toy has no telemetry")
+
+    def fetch(self, values):
+        return np.array(values)
+
+    def mean_over_processes(self, value):
+        return value
+
+    def is_out_of_memory(self, error):
+        return isinstance(error, MemoryError)
+
+    def images_at_a_time(self, count):
+        return count
 
     def parameters(self):
         return self.params
 
-    def averages(self):
-        return self.kept
+    def average(self, length):
+        return self.kept[length]
 
     def state(self):
         return State(
@@ -80,11 +99,8 @@ class ToyTrainer:
 
     def load_state(self, state, /):
         self.params, self.moments1, self.moments2 = dict(state.params), dict(state.moments1), dict(state.moments2)
-        self.kept = {sigma_rel: dict(average) for sigma_rel, average in state.averages.items()}
-        self.nimg, self.steps, self.resumed = state.nimg, state.steps, True
-
-    def agree(self, stop, /):
-        return stop
+        self.kept = {length: dict(average) for length, average in state.averages.items()}
+        self._nimg, self.steps, self.resumed = state.nimg, state.steps, True
 
 
 class ToySampler:
@@ -98,21 +114,50 @@ class ToySampler:
     def __call__(self, config, params, *, guide=None):
         mean = float(np.mean(params["unet.out_conv.weight"]))
 
-        def sample(noise, labels=None, **settings):
-            self.calls.append({"n": len(noise), "labels": labels, "guide": guide, "mean": mean, **settings})
+        def sample(noise, labels=None, **solver):
+            self.calls.append({"n": len(noise), "labels": labels, "guide": guide, "mean": mean, **solver})
             hue = 0 if labels is None else labels.argmax(1)[:, None, None, None] / 10
             churn = 0
-            if settings.get("S_churn"):
-                churn = sum(0.1 * array for array, _ in zip(settings["churn_noise"], range(3), strict=False))
+            if solver.get("S_churn"):
+                churn = sum(0.1 * array for array, _ in zip(solver["churn_noise"], range(3), strict=False))
             return np.tanh(noise + churn + mean).astype(np.float32) * 0.8 + np.float32(0.1) * hue
 
         return sample
+
+
+def words(**options):
+    """Options as they are typed: ``words(lr=0.1, dry_run=True)`` is --lr 0.1 --dry-run."""
+    line = []
+    for name, value in options.items():
+        if value is not False:
+            line.append(flag(name))
+        if not isinstance(value, bool):
+            line += map(str, value if isinstance(value, tuple) else (value,))
+    return line
+
+
+def options_of(cls, **options):
+    return parse(cls, words(**options), prog="prog", description="What it does.")
+
+
+def train_options(**options):
+    return parse_train(words(**options), prog="prog", description="What it does.")
+
+
+def config_of(dataset="digits", previous=None, **options):
+    """The config that these options make, on a dataset or its name, fresh or going on from ``previous``."""
+    asked = train_options(**options) if previous is None else replace(train_options(**options), previous=previous)
+    return resolve(asked, open_dataset(data_spec(asked)) if dataset == "digits" else dataset, previous)
+
+
+def run_toy(trainer, sampler, *, prog="python -m backends.toy.train", **options):
+    return run_training(train_options(**options), trainer, sampler, prog=prog)
 
 
 def train(trainer, outdir, duration, **options):
     """The state that ``trainer`` leaves on the toy's network, in a run that is new or goes on."""
     if not Path(outdir).exists():
         options |= {"preset": "toy", "data": "digits"}
-    options |= {"outdir": Path(outdir), "duration": duration}
-    assert run_training(TrainOptions(**options), trainer, ToySampler(), prog="python -m backends.toy.train") == 0
-    return load_state(Path(outdir) / "state" / "state.safetensors", CONFIG, (0.05, 0.10))
+    assert run_toy(trainer, ToySampler(), outdir=outdir, duration=duration, **options) == 0
+    lengths = (Length.of(0.05), Length.of(0.10))
+    return load_state(Path(outdir) / "state" / "state.safetensors", CONFIG, lengths)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from backends.pipeline.runs.exit_codes import command
-from backends.pipeline.runs.options import TrainOptions, parse
+from backends.pipeline.runs.options import parse_train
 from backends.pipeline.runs.training import run_training
 
 PROG = "python -m backends.jax.train"
@@ -16,7 +16,7 @@ PROG = "python -m backends.jax.train"
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(TrainOptions, argv, prog=PROG, description="Train EDM2 with JAX; with no argument, on digits.")
+    options = parse_train(argv, prog=PROG, description="Train EDM2 with JAX; with no argument, on digits.")
     import jax  # takes a second to import: help and wrong flags do without it
 
     from . import device
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .trainer import JaxTrainer
 
     device.join()
-    own = next(one for one in device.choose(options.device) if one.process_index == jax.process_index())
+    own = next(one for one in device.choose(options.machine.device) if one.process_index == jax.process_index())
     sampler = Port(device=own, matmul=None).sampler
     return run_training(options, JaxTrainer, sampler, prog=PROG)
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from backends.pipeline.runs.exit_codes import command
 from backends.pipeline.runs.folder import newest
 from backends.pipeline.runs.options import SampleOptions, parse
-from backends.pipeline.runs.sampling import OpenSampler, run_sampling
+from backends.pipeline.runs.sampling import run_sampling
+from backends.ports import OpenSampler
 from edm2_core.errors import InputError
 
 PROG = "python -m backends.mlx.sample"
@@ -29,7 +30,7 @@ def open_sampler(options: SampleOptions) -> OpenSampler:
     """On the device and in the precision that ``options`` name."""
     from .port import Port  # MLX takes a moment to import: help and wrong flags do without it
 
-    return Port(device=options.device, precision=options.precision or "float32").sampler
+    return Port(device=options.device, precision=options.precision).sampler
 
 
 def _any_run() -> bool:

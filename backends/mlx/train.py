@@ -10,38 +10,37 @@ from dataclasses import replace
 from typing import Any
 
 from backends.pipeline.runs.exit_codes import command
-from backends.pipeline.runs.folder import Run
-from backends.pipeline.runs.options import TrainOptions, count_text, parse
+from backends.pipeline.runs.options import TrainOptions, count_text, flags_given, parse_train
 from backends.pipeline.runs.training import run_training
 from edm2_core.presets import Ki
 
 PROG = "python -m backends.mlx.train"
-# What minutes on MLX's slow CPU build are enough for: more steps of fewer images than the preset's
+# Enough for minutes on MLX's slow CPU build: more steps of fewer images than the preset's
 SMALLER: dict[str, Any] = {"duration": 6 * Ki, "batch": 32, "rampup": Ki, "snapshot": Ki}
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(TrainOptions, argv, prog=PROG, description="Train EDM2 with MLX; with no argument, on digits.")
+    options = parse_train(argv, prog=PROG, description="Train EDM2 with MLX; with no argument, on digits.")
     from . import device  # MLX takes a moment to import: help and wrong flags do without it
     from .port import Port
     from .trainer import MLXTrainer
 
-    port = Port(device=options.device)
-    if device.is_slow(device.choose(options.device)) and _asks_for_defaults(options):
-        options = replace(options, **SMALLER)
+    where = options.machine.device
+    port = Port(device=where)
+    if device.is_slow(device.choose(where)) and _asks_for_defaults(options, sys.argv[1:] if argv is None else argv):
+        options = replace(options, config=replace(options.config, hyper=replace(options.config.hyper, **SMALLER)))
         said = ", ".join(f"--{name} {count_text(value)}" for name, value in SMALLER.items())
         print(f"smaller  for MLX on a CPU is slow here: {said}")
     status = run_training(options, MLXTrainer, port.sampler, prog=PROG)
-    device.report(options.device)
+    device.report(where)
     return status
 
 
-def _asks_for_defaults(options: TrainOptions) -> bool:
+def _asks_for_defaults(options: TrainOptions, words: Sequence[str]) -> bool:
     """Whether this starts a run on digits whose size was left to us."""
-    left = all(getattr(options, name) is None for name in SMALLER)
-    digits = options.data in (None, "digits") and options.preset in (None, "digits")
-    return left and digits and (options.outdir is None or not Run(options.outdir).exists())
+    digits = options.data in (None, "digits") and options.preset == "digits"
+    return digits and options.previous is None and not flags_given(words) & SMALLER.keys()
 
 
 if __name__ == "__main__":

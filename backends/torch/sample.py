@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from backends.pipeline.runs.exit_codes import command
 from backends.pipeline.runs.options import SampleOptions, parse
-from backends.pipeline.runs.sampling import OpenSampler, run_sampling
+from backends.pipeline.runs.sampling import run_sampling
+from backends.ports import OpenSampler
 
 PROG = "python -m backends.torch.sample"
 
@@ -21,7 +22,7 @@ def open_sampler(options: SampleOptions) -> OpenSampler:
     from . import device  # PyTorch takes seconds to import: help and wrong flags do without it
     from .port import Port
 
-    return Port(device=str(device.choose(options.device)), precision=options.precision or "float32").sampler
+    return Port(device=str(device.choose(options.device)), precision=options.precision).sampler
 
 
 if __name__ == "__main__":

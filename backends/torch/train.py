@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from backends.pipeline.runs.exit_codes import command
-from backends.pipeline.runs.options import TrainOptions, parse
+from backends.pipeline.runs.options import parse_train
 from backends.pipeline.runs.training import run_training
 
 PROG = "python -m backends.torch.train"
@@ -15,12 +15,12 @@ PROG = "python -m backends.torch.train"
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(TrainOptions, argv, prog=PROG, description="Train EDM2 with PyTorch; with no argument, on digits.")
+    options = parse_train(argv, prog=PROG, description="Train EDM2 with PyTorch; with no argument, on digits.")
     from . import device  # PyTorch takes seconds to import: help and wrong flags do without it
     from .port import Port
     from .trainer import TorchTrainer
 
-    sampler = Port(device=str(device.choose(options.device))).sampler
+    sampler = Port(device=str(device.choose(options.machine.device))).sampler
     return run_training(options, TorchTrainer, sampler, prog=PROG)
 
 

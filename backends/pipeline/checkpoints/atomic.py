@@ -1,4 +1,4 @@
-"""How is a file written so that no reader ever meets half of it?"""
+"""Atomic writes: a file is there whole or not at all, whatever stops the process that writes it."""
 
 import errno
 import os
@@ -12,14 +12,15 @@ from edm2_core.errors import InputError
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
-    """Give ``path`` the bytes that ``write`` puts into the open file, all of them or none.
+    """Replace ``path`` by what ``write`` puts into the open file.
 
-    They go to a hidden name in the same folder (made if need be), reach the disk, and only then take the name
-    ``path``. If anything at all fails, a Ctrl-C included, ``path`` is as it was and the hidden file is gone; a killed
-    process may leave the hidden file, which ends in ``.tmp`` and which nobody reads.
+    The bytes go to a hidden file in the same folder (created if needed), are flushed to the disk, and the file is then
+    renamed to ``path``. On any error, Ctrl-C included, ``path`` is unchanged and the hidden file is removed. A killed
+    process may leave the hidden file, whose name ends in ``.tmp``; no command reads it.
 
     Raises:
-        InputError: the operating system refused, for lack of space say. What else ``write`` raises comes through.
+        InputError: the operating system refuses, for lack of space for example. Other exceptions of ``write`` pass
+            through.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
@@ -39,7 +40,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """:func:`write_atomically` of what is all there."""
+    """Write ``content`` by :func:`write_atomically`."""
 
     def write(file: BinaryIO) -> None:
         file.write(content)
@@ -48,9 +49,9 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_error(path: str | os.PathLike[str], error: OSError) -> InputError:
-    """The InputError that says in one line why ``path`` could not be written, how much room there is, what to do."""
+    """The InputError for a failed write to ``path``: the reason, the free space where that ran out, what to do."""
     reason = error.strerror or str(error) or type(error).__name__
-    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows knows no quota
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # Windows has no quota
         return InputError(
             f"{path} must have room, got '{reason}'{_free(Path(path))}: free some or choose another folder"
         )
@@ -58,7 +59,7 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> InputError:
 
 
 def _free(path: Path) -> str:
-    for folder in path.absolute().parents:  # the nearest that exists
+    for folder in path.absolute().parents:  # the first that exists
         try:
             return f" with {shutil.disk_usage(folder).free} bytes free"
         except OSError:

@@ -1,8 +1,9 @@
-"""What is in a published EDM2 checkpoint, a pickle, when nothing in it may be executed?
+"""Reading published EDM2 checkpoints, which are pickles, without executing anything in them. Needs PyTorch.
 
 Such a file is a dict whose ``ema`` is a network, saved as its source text and its state, nested as its modules are. The
-names in a pickle decide what runs while it is read; here each stands for something inert of ours, and a name that is
-not in the table ends the reading. The storages inside are archives of PyTorch's, which it opens with weights only.
+names in a pickle decide which code runs while it is read: here each allowed name stands for an inert function or class
+of this module (:data:`_ALLOWED`), and any other name ends the reading. The storages inside are archives of PyTorch,
+which ``torch.load`` opens with ``weights_only``.
 """
 
 import io
@@ -14,39 +15,41 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 
-from edm2_core.ema import sigma_rel_to_gamma
+from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, check_parameters
 
-from .snapshots import Snapshot
+from .safetensors_io import TensorFile
+from .snapshots import Snapshot, save_snapshot
 
 LICENCE = "the published weights are NVIDIA's, under CC BY-NC-SA 4.0: not for commercial use, share alike"
-_NAME = re.compile(r"-(\d{7})-(0\.\d{3})$")  # thousands of images, and the length
+_NAME = re.compile(r"-(\d{7})-(0\.\d{3})$")  # thousands of images, and sigma_rel
 
 
 def read_official(path: str | Path, /, *, nimg: int | None = None, sigma_rel: float | None = None) -> Snapshot:
-    """The averaged network in an official pickle, as a snapshot of ours. Needs PyTorch.
+    """The averaged network in an official pickle as a :class:`Snapshot`.
 
-    Where ``nimg`` and ``sigma_rel`` are not given, the file's name says them: ``...-{kimg:07d}-{std:.3f}.pkl``.
+    ``nimg`` and ``sigma_rel`` default to what the file's name says: ``...-{kimg:07d}-{std:.3f}.pkl``.
 
     Raises:
-        InputError: no such file, a name in it that is not allowed, no network of EDM2's, or nothing that says its time
-            and length.
+        InputError: no such file, a name in it that is not allowed, not an EDM2 network, or unknown time or length.
     """
     path = Path(path)
-    found = _NAME.search(path.stem)
-    if found is None and (nimg is None or sigma_rel is None):
+    named = _NAME.search(path.stem)
+    if named is None and (nimg is None or sigma_rel is None):
         raise InputError(
             f"{path} must be named by its time and length, as in edm2-img512-s-2147483-0.130.pkl, got neither: "
             "add --nimg and --sigma-rel"
         )
-    nimg = int(found[1]) * 1000 if nimg is None and found else int(nimg or 0)
-    sigma_rel = float(found[2]) if sigma_rel is None and found else float(sigma_rel or 0)
-    sigma_rel_to_gamma(sigma_rel)
+    nimg = int(named[1]) * 1000 if nimg is None and named else int(nimg or 0)
+    length = Length.of(float(named[2]) if sigma_rel is None and named else float(sigma_rel or 0))
     network = _network(path, _load(path))
     params = dict(_arrays(network))
     config = _config(path, network)
@@ -54,12 +57,26 @@ def read_official(path: str | Path, /, *, nimg: int | None = None, sigma_rel: fl
         check_parameters(config, params)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    return Snapshot(params=params, config=config, nimg=nimg, sigma_rel=sigma_rel)
+    return Snapshot(params=params, config=config, nimg=nimg, length=length)
+
+
+def open_official(path: Path, /) -> TensorFile:
+    """The network as an open snapshot, in a temporary file that is deleted with the returned object."""
+    snapshot = read_official(path)
+    folder = Path(mkdtemp(prefix="edm2-"))
+    try:
+        save_snapshot(folder / f"{path.stem}.safetensors", snapshot)
+        file = TensorFile(folder / f"{path.stem}.safetensors")
+    except BaseException:
+        rmtree(folder)
+        raise
+    finalize(file, rmtree, folder)
+    return file
 
 
 @dataclass
 class _Module:
-    """A module of the network: its class's name, and its attributes, among them its modules and arrays."""
+    """A module of the network: the name of its class, and its attributes, which include its modules and arrays."""
 
     class_name: str = ""
     state: Mapping[str, Any] = None  # type: ignore[assignment]
@@ -73,7 +90,7 @@ class _Module:
 
 
 class _EasyDict(dict[str, Any]):
-    """A dict; attributes that a pickle sets on it are nobody's business."""
+    """A dict; attributes that a pickle sets on it have no effect."""
 
 
 def _module(meta: Mapping[str, Any]) -> _Module:
@@ -88,16 +105,16 @@ def _storage(archive: bytes) -> np.ndarray:
     """The numbers in a storage: float32 for all floating types."""
     import torch
 
-    found = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    storage = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # storages that know their dtype are deprecated; files have no others
-        dtype = found.dtype
-        flat = torch.empty(0, dtype=dtype).set_(found.untyped())
+        warnings.simplefilter("ignore")  # typed storages are deprecated, but these files have no others
+        dtype = storage.dtype
+        flat = torch.empty(0, dtype=dtype).set_(storage.untyped())
     return np.asarray(flat.float() if dtype.is_floating_point else flat)
 
 
 def _tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> np.ndarray:
-    """The elements that a tensor sees of its storage. Raises ValueError where it looks beyond, or sees one twice."""
+    """A strided view of a storage, copied. Raises ValueError where it reaches beyond the storage or is larger."""
     numbers = (offset, *size, *stride)
     if not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
         raise ValueError("a tensor of impossible shape")
@@ -145,7 +162,7 @@ def _load(path: Path) -> Any:
         ) from error
     except ModuleNotFoundError:
         raise
-    except (Exception, RecursionError) as error:  # the bytes decide what goes wrong
+    except (Exception, RecursionError) as error:  # many types, depending on the bytes
         why = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
         raise InputError(f"{path} must be an official EDM2 pickle, got a fault, '{why:.160}': copy it again") from error
 
@@ -169,8 +186,8 @@ def _arrays(module: _Module, prefix: str = "") -> Iterator[tuple[str, np.ndarray
 
 
 def _config(path: Path, network: _Module) -> NetworkConfig:
-    """From what the network and its UNet were made with, and the attributes they keep; else our defaults, which are
-    the official ones."""
+    """The config by the constructor arguments of the network and of its UNet, and by their attributes; for the rest the
+    defaults, which are the official ones."""
     unet = network.part("_modules").get("unet")
     modules = [module for module in (unet, network) if isinstance(module, _Module)]
     given: dict[str, Any] = {}

@@ -1,15 +1,17 @@
-"""How are reconstructed averages written while they are computed, all or nothing, and gone on with after a kill?
+"""Reconstructed averages in files: written while they are computed, all or nothing, and resumed after a kill.
 
-Each output grows under a hidden name, ``.NAME.partial``, beside a journal of how many blocks have reached the disk; it
-takes its own name when it is whole. The same command again skips outputs that are there and goes on with partial ones.
+Each output grows in a hidden file, ``.NAME.partial``, beside a journal of how many blocks have reached the disk; it is
+renamed when it is complete. The same job again skips complete outputs and resumes partial ones.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -17,21 +19,24 @@ from typing import Any
 import numkong
 import numpy as np
 
+from edm2_core.ema import Length
 from edm2_core.errors import InputError
 
 from .atomic import write_bytes, write_error
-from .reconstruct import Block, Recipe
+from .combination import Block, Combination
+from .reconstruct import block_size, compute_blocks
 from .safetensors_io import DTYPES, Entry, layout, read_header
-from .snapshots import Metadata, snapshot_metadata
+from .snapshots import Metadata, metadata_text, snapshot_name, tracked_name
 
 MADE_FROM = "made_from"
 _JOURNAL = ".reconstruct.json"
-_PAUSE = 0.1  # seconds between two rounds of sending what was written to the disk
+_JOURNAL_EVERY = 10.0  # seconds
+_FLUSH_EVERY = 0.1  # seconds
 
 
 @dataclass(frozen=True)
 class Output:
-    """A snapshot to be written: its path, and what identifies how it is made."""
+    """A snapshot to be written: its path, its length, and a digest of everything that determines its content."""
 
     path: Path
     sigma_rel: float
@@ -42,45 +47,40 @@ class Output:
         return self.path.with_name(f".{self.path.name}.partial")
 
 
-def plan_outputs(folder: Path, recipe: Recipe, /, *, dtype: str) -> tuple[list[Output], list[Output]]:
-    """(outputs to be made, those that are there already) for the lengths of ``recipe``.
+def plan_outputs(folder: Path, combination: Combination, /, *, dtype: str) -> tuple[list[Output], list[Output]]:
+    """(outputs to be made, outputs that exist) for the lengths of ``combination``.
 
     Raises:
-        InputError: two lengths share a file name, or a file of such a name was made from something else.
+        InputError: two lengths share a file name, or a file of such a name has other content.
     """
+    name = snapshot_name if combination.config else tracked_name
+    files = _identity(combination)
     todo: dict[Path, Output] = {}
-    there = []
-    for sigma_rel in recipe.sigma_rels:
-        path = folder / _name(recipe, sigma_rel)
-        output = Output(path, sigma_rel, _identity(recipe, sigma_rel, dtype))
+    existing = []
+    for sigma_rel in combination.sigma_rels:
+        path = folder / name(combination.time, Length.of(sigma_rel))
+        text = json.dumps([files, combination.time, sigma_rel, combination.overrides, dtype])
+        output = Output(path, sigma_rel, hashlib.sha256(text.encode()).hexdigest())
         if path in todo:
             raise InputError(f"lengths must differ in their first three digits, got {path.name} twice: drop one")
         if not path.exists():
             todo[path] = output
         elif _made_from(path) == output.made_from:
-            there.append(output)
+            existing.append(output)
         else:
             raise InputError(
                 f"outputs must not take another's place, got {path} made otherwise: choose another --outdir"
             )
-    return list(todo.values()), there
+    return list(todo.values()), existing
 
 
-def _name(recipe: Recipe, sigma_rel: float) -> str:
-    if recipe.config is None:  # not ours: the clock may count steps
-        return f"{recipe.time:012d}-{sigma_rel:.3f}.safetensors"
-    return f"{recipe.time // 1000:07d}-{sigma_rel:.3f}.safetensors"
-
-
-def _identity(recipe: Recipe, sigma_rel: float, dtype: str) -> str:
-    """A digest of all that decides what the output is; files count by name, size and date."""
-    stats = [source.path.stat() for source in recipe.sources]
-    files = [
-        [source.path.name, source.time, source.sigma_rel, source.half_life, stat.st_size, stat.st_mtime_ns]
-        for source, stat in zip(recipe.sources, stats, strict=True)
+def _identity(combination: Combination) -> list[list[Any]]:
+    """The sources by name, time, length, size and date."""
+    stats = [source.path.stat() for source in combination.sources]
+    return [
+        [source.path.name, source.time, source.length.key, stat.st_size, stat.st_mtime_ns]
+        for source, stat in zip(combination.sources, stats, strict=True)
     ]
-    text = json.dumps([files, recipe.time, sigma_rel, recipe.overrides, dtype])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _made_from(path: Path) -> str | None:
@@ -91,31 +91,32 @@ def _made_from(path: Path) -> str | None:
 
 
 class Writer:
-    """Writes ``outputs``, row k of each block to the k-th, and keeps count. Enter it before the first block."""
+    """Computes ``outputs``, some or all of the averages of ``combination``, into their files.
 
-    def __init__(self, outputs: Sequence[Output], recipe: Recipe, /, *, dtype: str, block_size: int) -> None:
+    Use it as a context manager: entering opens or resumes the partial files, :meth:`run` does the work, and
+    :meth:`finish` renames them. ``done`` counts blocks, of ``total``.
+    """
+
+    def __init__(self, outputs: Sequence[Output], combination: Combination, /, *, dtype: str, memory: int) -> None:
         self._outputs, self._folder = list(outputs), outputs[0].path.parent
-        self._entries: Mapping[str, Entry] = {}
-        self._headers = []
-        stored = {name: _stored(entry, dtype) for name, entry in recipe.sources[0].reader.entries.items()}
-        for output in outputs:
-            own = Metadata(config=recipe.config, nimg=recipe.time, sigma_rel=output.sigma_rel)
-            text = snapshot_metadata(own) | {MADE_FROM: output.made_from}
-            if recipe.overrides:
-                text["overrides"] = json.dumps(recipe.overrides)
-            header, self._entries = layout(stored, text)
-            self._headers.append(header)
-        # headers are of different lengths, so places count from their ends
-        self._starts = [len(header) for header in self._headers]
-        self._entries = {n: replace(e, offset=e.offset - self._starts[-1]) for n, e in self._entries.items()}
-        self._key = hashlib.sha256("".join([*(o.made_from for o in outputs), str(block_size)]).encode()).hexdigest()
+        self._combination = combination.only([output.sigma_rel for output in outputs])
+        self._memory, size = memory, block_size(self._combination, memory=memory)
+        self._sizes = [block.stop - block.start for block in self._combination.blocks(size)]
+        self.total, self.done = len(self._sizes), 0
+        self._headers, self._entries = _headers(self._outputs, self._combination, dtype)
+        key = "".join([*(output.made_from for output in outputs), str(size)])
+        self._key = hashlib.sha256(key.encode()).hexdigest()
         self._descriptors: list[int] = []
         self._flushing = ThreadPoolExecutor(1)
-        self._whole = Event()
-        self.done = 0
+        self._complete = Event()
+
+    @property
+    def elements(self) -> tuple[int, int]:
+        """Elements of one average that are done, and in total."""
+        return sum(islice(self._sizes, self.done)), sum(self._sizes)
 
     def __enter__(self) -> "Writer":
-        """Open partial files, go on with them if their journal is of this very job, and make room for the rest."""
+        """Open the partial files, resume them if the journal is of this very job, and reserve space for the rest."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self.done = self._journalled()
@@ -133,17 +134,34 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        """Keep what was computed if the job was stopped; remove it if its input was at fault."""
+        """Keep the partial files if the job was stopped; delete them if its input was at fault."""
         self._close()
         if isinstance(error, InputError):
             self._discard()
 
-    def write(self, block: Block, values: np.ndarray) -> None:
-        """Put values [n_out, elements] of a block where they belong; called from any thread.
+    def run(self, stop: Callable[[], bool], /) -> Iterator[tuple[int, bool]]:
+        """Compute the remaining blocks until ``stop()`` is true.
+
+        After each, yield its number of elements and whether the journal was written, which happens every ten seconds
+        and before stopping.
 
         Raises:
-            InputError: a value that the dtype cannot hold, or no room.
+            InputError: as :func:`~.reconstruct.compute_blocks`, a value beyond the dtype, or a failed write.
         """
+        written = time.monotonic()
+        for elements in compute_blocks(self._combination, self._write, memory=self._memory, skip=self.done):
+            self.done += 1
+            stopping = stop()
+            due = stopping or time.monotonic() - written > _JOURNAL_EVERY
+            if due:
+                self._write_journal()
+                written = time.monotonic()
+            yield elements, due
+            if stopping:
+                return
+
+    def _write(self, block: Block, values: np.ndarray) -> None:
+        """Write values [n_out, elements] of a block; called from any thread."""
         entry = self._entries[block.name]
         dtype = DTYPES[entry.dtype]
         if entry.floating and (largest := max(values.max(), -values.min())) > np.finfo(dtype).max:
@@ -151,26 +169,19 @@ class Writer:
                 f"values of {block.name} must be within {np.finfo(dtype).max:g}, got {largest:g}: use --dtype float32"
             )
         if dtype == np.float16:
-            stored = np.asarray(numkong.astype(values, "float16"))  # to nearest even, as NumPy, 40 times as fast
+            stored = np.asarray(numkong.astype(values, "float16"))  # 40 times as fast as NumPy, rounds alike
         else:
             stored = values.astype(dtype, order="C")
         at = entry.offset + block.start * dtype.itemsize
         try:
-            for descriptor, start, row in zip(self._descriptors, self._starts, stored, strict=True):
-                _write_all(descriptor, memoryview(row).cast("B"), start + at)
+            for descriptor, header, row in zip(self._descriptors, self._headers, stored, strict=True):
+                _write_all(descriptor, memoryview(row).cast("B"), len(header) + at)
         except OSError as error:
             raise write_error(self._outputs[0].path, error) from error
 
-    def checkpoint(self, done: int) -> None:
-        """Note that the first ``done`` blocks are on the disk."""
-        self._sync()
-        note = json.dumps({"key": self._key, "done": done}).encode()
-        write_bytes(self._folder / _JOURNAL, note)
-        self.done = done
-
     def finish(self) -> list[Path]:
-        """Give every output its name, whole as it is now. Returns their paths."""
-        self._whole.set()
+        """Rename the complete files. Returns their paths."""
+        self._complete.set()
         self._sync()
         try:
             for output in self._outputs:
@@ -180,25 +191,29 @@ class Writer:
             raise write_error(self._outputs[0].path, error) from error
         return [output.path for output in self._outputs]
 
+    def _write_journal(self) -> None:
+        self._sync()
+        write_bytes(self._folder / _JOURNAL, json.dumps({"key": self._key, "done": self.done}).encode())
+
     def _journalled(self) -> int:
-        """How many blocks are done, if the journal is this job's and its files are all there."""
+        """The number of blocks done, if the journal is of this job and its files exist."""
         try:
-            note = json.loads((self._folder / _JOURNAL).read_bytes())
-            same = note["key"] == self._key and all(output.partial.exists() for output in self._outputs)
-            return int(note["done"]) if same else 0
+            journal = json.loads((self._folder / _JOURNAL).read_bytes())
+            same = journal["key"] == self._key and all(output.partial.exists() for output in self._outputs)
+            return int(journal["done"]) if same else 0
         except (OSError, KeyError, TypeError, ValueError):
             return 0
 
     def _flush(self) -> None:
-        """Send to the disk what others write, until all is written: little is left to wait for then."""
-        while not self._whole.wait(_PAUSE):
+        """Flush the files to the disk while others write to them, so that little is left to wait for at the end."""
+        while not self._complete.wait(_FLUSH_EVERY):
             for descriptor in self._descriptors:
                 getattr(os, "fdatasync", os.fsync)(descriptor)
 
     def _sync(self) -> None:
-        """Return when all that was written is on the disk. Raises InputError where it could not be, now or earlier."""
+        """Wait until all that was written is on the disk. Raises InputError if any write failed, earlier ones too."""
         try:
-            if self._whole.is_set() or self._flushed.done():
+            if self._complete.is_set() or self._flushed.done():
                 self._flushed.result()
             for descriptor in self._descriptors:
                 os.fsync(descriptor)
@@ -206,7 +221,7 @@ class Writer:
             raise write_error(self._outputs[0].path, error) from error
 
     def _close(self) -> None:
-        self._whole.set()
+        self._complete.set()
         self._flushing.shutdown()
         while self._descriptors:
             os.close(self._descriptors.pop())
@@ -217,15 +232,32 @@ class Writer:
         (self._folder / _JOURNAL).unlink(missing_ok=True)
 
 
+def _headers(
+    outputs: Sequence[Output], combination: Combination, dtype: str
+) -> tuple[list[bytes], Mapping[str, Entry]]:
+    """The header of each output, and the entries of all, with offsets from the end of the header."""
+    arrays = {name: _stored(entry, dtype) for name, entry in combination.entries.items()}
+    headers: list[bytes] = []
+    entries: dict[str, Entry] = {}
+    for output in outputs:
+        own = Metadata(config=combination.config, nimg=combination.time, length=Length.of(output.sigma_rel))
+        text = metadata_text(own) | {MADE_FROM: output.made_from}
+        if combination.overrides:
+            text["overrides"] = json.dumps(combination.overrides)
+        header, entries = layout(arrays, text)
+        headers.append(header)
+    return headers, {name: replace(entry, offset=entry.offset - len(headers[-1])) for name, entry in entries.items()}
+
+
 def _stored(entry: Entry, dtype: str) -> tuple[str, tuple[int, ...]]:
-    """As snapshots are stored: single numbers, which are gains, in float32 whatever the others are in."""
+    """Dtype and shape as in all snapshots: 0-d arrays, which are gains, in float32 whatever ``dtype`` is."""
     if not entry.floating:
         return entry.dtype, entry.shape
     return ("F32" if not entry.shape or dtype == "float32" else "F16"), entry.shape
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Take the room now, where the system can, so that a full disk is found before the work."""
+    """Allocate the space where the system can, so that a full disk is found before the work."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
 

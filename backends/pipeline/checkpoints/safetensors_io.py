@@ -1,9 +1,8 @@
-"""How do named arrays and a little text lie in one safetensors file, and what is wrong with a file that does not load?
+"""Reading and writing safetensors files: named arrays and text metadata in one file.
 
-The format: eight bytes with the length of the header, the header in JSON (for each array its dtype, shape and place,
-and the text), the arrays one after the other. We write it ourselves, array by array, because the library's writer
-first makes a second copy of everything, and takes the memory of a transposed view as it lies. We read it ourselves,
-because files larger than memory are read in parts, and NumPy has no bfloat16, in which others store.
+The format: eight bytes with the length of the header, the header in JSON (dtype, shape and position of each array, and
+the metadata), then the arrays. This module replaces the safetensors library because that copies all arrays before it
+writes, stores transposed views in their memory order, and cannot read part of an array or bfloat16 into NumPy.
 """
 
 import json
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -32,7 +31,7 @@ _LONGEST_HEADER = 100_000_000  # the format's limit
 
 @dataclass(frozen=True)
 class Entry:
-    """An array in a file: its dtype, one of :data:`DTYPES`, its shape, and the byte of the file where it begins."""
+    """An array in a file: its dtype (a key of :data:`DTYPES`), its shape, and the byte of the file where it begins."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -52,12 +51,12 @@ class Entry:
 
 
 def dtype_name(array: np.ndarray, /) -> str:
-    """What the file format calls the dtype of ``array``, of any byte order."""
+    """The file format's name for the dtype of ``array``, whose byte order does not matter."""
     return _NAMES[array.dtype.newbyteorder("<")]
 
 
 def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write ``arrays`` (of :data:`DTYPES`; any strides and byte order) and ``metadata`` to ``path``, all or nothing."""
+    """Write ``arrays`` (of any strides and byte order) and ``metadata`` to ``path``, all or nothing."""
     text, entries = layout({name: (dtype_name(array), array.shape) for name, array in arrays.items()}, metadata)
 
     def write(file: BinaryIO) -> None:
@@ -71,8 +70,8 @@ def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mappin
 def layout(
     arrays: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, Entry]]:
-    """The header of a file with arrays of these dtypes and shapes, and where each is to be, in the file's order."""
-    ordered = sorted(arrays, key=lambda name: (-DTYPES[arrays[name][0]].itemsize, name))  # so that all are aligned
+    """The header of a file with arrays of these dtypes and shapes, and the entries in the file's order."""
+    ordered = sorted(arrays, key=lambda name: (-DTYPES[arrays[name][0]].itemsize, name))  # keeps all aligned
     entries, end = {}, 0
     for name in ordered:
         entries[name] = Entry(*arrays[name], end)
@@ -88,35 +87,47 @@ def layout(
     return len(text).to_bytes(8, "little") + text, shifted
 
 
+class Reader(Protocol):
+    """Arrays by name that can be read in parts, from any thread; a :class:`TensorFile` for example."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...
+
+    def fill(self, out: np.ndarray, name: str, start: int, /) -> None:
+        """See :meth:`TensorFile.fill`."""
+
+
+def read_array(reader: Reader, name: str, /) -> np.ndarray:
+    """One array in its stored dtype, except bfloat16, which becomes float32."""
+    entry = reader.entries[name]
+    array = np.empty(entry.size, DTYPES[entry.dtype])
+    reader.fill(array, name, 0)
+    if entry.dtype == "BF16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.reshape(entry.shape)
+
+
 class TensorFile:
-    """The arrays in a file, to be read whole or in parts, from any thread.
+    """The arrays of a safetensors file, of which the header is read now and once.
 
     Raises:
-        InputError: no such file, not a safetensors file, cut short, too long, or an array of a kind we do not know.
+        InputError: no such file, not a safetensors file, cut short, too long, or an array of an unknown dtype.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries, self.metadata = read_header(path)
 
-    def read(self, name: str, /) -> np.ndarray:
-        """The array as it is stored, but for bfloat16, which becomes float32."""
-        entry = self.entries[name]
-        found = np.empty(entry.size, DTYPES[entry.dtype])
-        self.fill(found, name, 0)
-        if entry.dtype == "BF16":
-            found = (found.astype(np.uint32) << 16).view(np.float32)
-        return found.reshape(entry.shape)
+    def fill(self, out: np.ndarray, name: str, start: int, /) -> None:
+        """Fill ``out`` with the elements of the flattened array from ``start`` on, in their stored dtype.
 
-    def fill(self, room: np.ndarray, name: str, start: int, /) -> None:
-        """Fill ``room``, 1-D and contiguous, of the dtype that :data:`DTYPES` has for the entry's, with the elements of
-        the flattened array from ``start`` on.
+        ``out`` is 1-D and contiguous; its dtype is the entry's in :data:`DTYPES`.
 
         Raises:
-            InputError: the file ends before them, or cannot be read; it was sound when it was opened.
+            InputError: the file has become shorter since it was opened, or cannot be read.
         """
         entry, got = self.entries[name], 0
-        view, at = room.view(np.uint8).data, entry.offset + start * room.itemsize
+        view, at = out.view(np.uint8).data, entry.offset + start * out.itemsize
         try:
             while got < len(view) and (count := os.preadv(self._descriptor, [view[got:]], at + got)):
                 got += count
@@ -135,7 +146,7 @@ class TensorFile:
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The place of each array, and the metadata, of a file that is as long as it says; reads no array.
+    """The entries and the metadata of a file whose length agrees with its header; reads no array.
 
     Raises:
         InputError: as :class:`TensorFile`.
@@ -149,10 +160,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         metadata = dict(header.pop("__metadata__", {}))
         _check_sizes(path, header, size - start)
-        places = header.items()
-        return {
-            name: Entry(e["dtype"], tuple(e["shape"]), start + e["data_offsets"][0]) for name, e in places
-        }, metadata
+        entries = {n: Entry(e["dtype"], tuple(e["shape"]), start + e["data_offsets"][0]) for n, e in header.items()}
+        return entries, metadata
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -163,22 +172,14 @@ def _unreadable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path} must be a file that can be read, got '{error.strerror}': check the path")
 
 
-def checked_metadata(path: Path, metadata: Mapping[str, str], *, kind: str, version: int) -> Mapping[str, str]:
-    """The metadata of a file, if its ``format`` is ``kind``, in ``version`` or an earlier one.
-
-    Raises:
-        InputError: another format, or a newer version.
-    """
-    if (found := metadata.get("format")) != kind:
-        raise InputError(f"{path} must have the format {kind}, got {found or 'none'}: choose another file")
-    if not (number := metadata.get("version", "")).isdecimal() or int(number) > version:
-        raise InputError(f"{path} must have {kind} version {version} or less, got {number!r}: install a newer edm2")
-    return metadata
-
-
-def read_metadata_of(path: Path, *, kind: str, version: int) -> Mapping[str, str]:
-    """The metadata of a file, without reading its arrays; errors as :class:`TensorFile`, :func:`checked_metadata`."""
-    return checked_metadata(path, read_header(path)[1], kind=kind, version=version)
+def check_format(file: TensorFile, *, kind: str, version: int) -> None:
+    """Raise InputError unless the file's metadata say format ``kind``, in ``version`` or an earlier one."""
+    if (format_ := file.metadata.get("format")) != kind:
+        raise InputError(f"{file.path} must have the format {kind}, got {format_ or 'none'}: choose another file")
+    if not (number := file.metadata.get("version", "")).isdecimal() or int(number) > version:
+        raise InputError(
+            f"{file.path} must have {kind} version {version} or less, got {number!r}: install a newer edm2"
+        )
 
 
 def _parse(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:

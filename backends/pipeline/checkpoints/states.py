@@ -1,47 +1,40 @@
-"""What must a run remember to go on as if it had never stopped? The same parts, under the same names, in every port.
+"""States in files: what training resumes from, as one float32 safetensors file.
 
-One safetensors file, float32 throughout: ``params/NAME`` the stored weights, ``adam1/NAME`` and ``adam2/NAME`` the
-optimizer's moments of what is trained, ``ema/LENGTH/NAME`` each average; ``nimg`` and ``steps`` in the metadata.
-Weights, averages and moments are parts of their own: nothing is ever restored from another.
+``params/NAME`` the stored weights, ``adam1/NAME`` and ``adam2/NAME`` the optimizer's moments of trained parameters,
+``ema/LENGTH/NAME`` each average; ``nimg`` and ``steps`` in the metadata. Each part is stored in full: none is derived
+from another.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from edm2_core.ema import Length, LengthLike
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, check_parameters, plan
+from edm2_core.state import Arrays, State
 
-from .safetensors_io import TensorFile, read_metadata_of, write_tensors
+from .safetensors_io import TensorFile, check_format, read_array, write_tensors
 
 KIND, VERSION = "edm2-state", 1
-Arrays = Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """A run between two steps. ``averages`` is by sigma_rel or HalfLife; moments are of trained parameters only."""
+def parts(state: State, /) -> dict[str, Arrays]:
+    """The arrays of ``state`` by the prefix of their names in the file."""
+    averages = {_prefix(length): arrays for length, arrays in state.averages.items()}
+    return {"params": state.params, "adam1": state.moments1, "adam2": state.moments2, **averages}
 
-    params: Arrays
-    moments1: Arrays
-    moments2: Arrays
-    averages: Mapping[float, Arrays]
-    nimg: int
-    steps: int
 
-    def parts(self) -> dict[str, Arrays]:
-        """Each part under the prefix that its arrays have in the file."""
-        averages = {f"ema/{sigma_rel!r}": arrays for sigma_rel, arrays in self.averages.items()}
-        return {"params": self.params, "adam1": self.moments1, "adam2": self.moments2, **averages}
+def _prefix(length: Length) -> str:
+    return f"ema/{length.key}"
 
 
 def save_state(path: Path, state: State, /) -> None:
-    """Write ``state``, all or nothing. Raises InputError if that cannot be done, for lack of space say."""
+    """Write ``state``, all or nothing. Raises InputError where that fails, for lack of space for example."""
     arrays = {
         f"{prefix}/{name}": np.asarray(array, np.float32)
-        for prefix, part in state.parts().items()
+        for prefix, part in parts(state).items()
         for name, array in part.items()
     }
     metadata = {"format": KIND, "version": str(VERSION), "nimg": str(state.nimg), "steps": str(state.steps)}
@@ -49,55 +42,59 @@ def save_state(path: Path, state: State, /) -> None:
 
 
 def read_counters(path: Path, /) -> tuple[int, int]:
-    """(nimg, steps) of a stored state, without reading its arrays.
+    """(nimg, steps) of a stored state; reads no array.
 
     Raises:
-        InputError: no such file, cut short, too long, no safetensors file, no state, or a newer version.
+        InputError: no such file, cut short, too long, not a safetensors file, not a state, or a newer version.
     """
-    text = read_metadata_of(path, kind=KIND, version=VERSION)
+    return _counters(TensorFile(path))
+
+
+def _counters(file: TensorFile) -> tuple[int, int]:
+    check_format(file, kind=KIND, version=VERSION)
     try:
-        return int(text["nimg"]), int(text["steps"])
+        return int(file.metadata["nimg"]), int(file.metadata["steps"])
     except (KeyError, ValueError) as error:
-        raise InputError(f"{path} must have a state's metadata, got a fault: {error}: restore it") from error
+        raise InputError(f"{file.path} must have a state's metadata, got a fault: {error}: restore it") from error
 
 
-def load_state(path: Path, config: NetworkConfig, sigma_rels: tuple[float, ...], /) -> State:
-    """Read the state of a run of ``config`` that keeps averages of the lengths ``sigma_rels``.
+def load_state(path: Path, config: NetworkConfig, lengths: Iterable[LengthLike], /) -> State:
+    """Read the state of a run of ``config`` that tracks averages of these lengths.
 
     Raises:
-        InputError: as :func:`read_counters`, or parts, names or shapes other than such a run's.
+        InputError: as :func:`read_counters`, or the file lacks parts of such a run, or has others.
     """
-    nimg, steps = read_counters(path)
-    averages = {sigma_rel: f"ema/{sigma_rel!r}" for sigma_rel in sigma_rels}
-    parts: dict[str, dict[str, np.ndarray]] = {
-        prefix: {} for prefix in ("params", "adam1", "adam2", *averages.values())
-    }
     file = TensorFile(path)
+    nimg, steps = _counters(file)
+    averages = {length: _prefix(length) for length in map(Length.of, lengths)}
+    stored: dict[str, dict[str, np.ndarray]] = {p: {} for p in ("params", "adam1", "adam2", *averages.values())}
     for full in file.entries:
         prefix, _, name = full.rpartition("/")
-        if prefix not in parts:
-            raise InputError(f"{path} must hold {', '.join(parts)}, got {full}: restore it, or choose another --outdir")
-        parts[prefix][name] = file.read(full)
+        if prefix not in stored:
+            raise InputError(
+                f"{path} must hold {', '.join(stored)}, got {full}: restore it, or choose another --outdir"
+            )
+        stored[prefix][name] = read_array(file, full)
     try:
-        _check_parts(config, parts)
+        _check_parts(config, stored)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return State(
-        params=parts["params"],
-        moments1=parts["adam1"],
-        moments2=parts["adam2"],
-        averages={sigma_rel: parts[prefix] for sigma_rel, prefix in averages.items()},
+        params=stored["params"],
+        moments1=stored["adam1"],
+        moments2=stored["adam2"],
+        averages={length: stored[prefix] for length, prefix in averages.items()},
         nimg=nimg,
         steps=steps,
     )
 
 
-def _check_parts(config: NetworkConfig, parts: Mapping[str, Arrays]) -> None:
+def _check_parts(config: NetworkConfig, stored: Mapping[str, Arrays]) -> None:
     constants = {name for name, parameter in plan(config).parameters.items() if not parameter.trained}
-    for prefix, arrays in parts.items():
+    for prefix, arrays in stored.items():
         whole = dict(arrays)
         if prefix.startswith("adam"):
-            whole |= {name: parts["params"][name] for name in constants if name in parts["params"]}
+            whole |= {name: stored["params"][name] for name in constants if name in stored["params"]}
         try:
             check_parameters(config, whole)
         except InputError as error:

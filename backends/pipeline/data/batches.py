@@ -1,4 +1,4 @@
-"""Which images does a training step see? A pure function of the seed and of how many images were seen before.
+"""Batches of training images, in an order that is a pure function of the seed and of the number of images seen.
 
 Position p of the endless sequence of samples is place ``p % size`` of a permutation that belongs to epoch
 ``p // size``. So neither batch size, prefetching nor the number of processes changes the order, and a position is all
@@ -13,7 +13,8 @@ from typing import Self
 import numpy as np
 
 from .datasets import Dataset, to_model
-from .seeds import bits, one_hot
+from .labels import one_hot
+from .seeds import bits
 
 Batch = tuple[np.ndarray, np.ndarray | None]
 

@@ -1,4 +1,4 @@
-"""What is there to train on? The digits inside this package, or a folder or .zip of images.
+"""Datasets: the digits inside this package, or a folder or .zip of images.
 
 Images are uint8 on disk and in a dataset, [n, channels, resolution, resolution]; a network sees them as float32 from
 -1 (0) to 1 (255). Labels are class numbers from 0.

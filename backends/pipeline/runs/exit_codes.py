@@ -1,4 +1,4 @@
-"""How does a command end? With 0, with one line and 2 for bad input, or with 128 + the signal that stopped it."""
+"""Exit codes of commands: 0, 2 with one line for bad input, or 128 + the signal that stopped it."""
 
 import errno
 import os
@@ -18,7 +18,8 @@ _FRAMEWORKS = ("torch", "jax", "mlx")
 
 
 def command(main: Callable[P, int | None], /) -> Callable[P, int]:
-    """Make ``main`` return an exit status, for ``sys.exit(main())``. What is our fault keeps its traceback."""
+    """Make ``main`` return an exit status, for ``sys.exit(main())``. An error that is no input error keeps its
+    traceback."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -30,7 +31,7 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
             if (framework := missing_framework(error)) is None:
                 raise
             return _fail(f"this command needs {framework}, which is not installed: {_to_install(framework)}")
-        except BrokenPipeError:  # whoever read our output has enough; what Python still holds of it goes nowhere
+        except BrokenPipeError:  # the reader of our output has closed it: discard what Python still buffers
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except OSError as error:
@@ -45,7 +46,7 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
 
 
 def missing_framework(error: ImportError, /) -> str | None:
-    """The framework that is not here, if it is that: mlx on Linux may be there without what it computes with."""
+    """The framework whose absence caused ``error``, or None. MLX on Linux may be installed without its CPU build."""
     if isinstance(error, ModuleNotFoundError):
         return error.name if error.name in _FRAMEWORKS else None
     return "mlx" if "libmlx" in str(error) else None
@@ -65,9 +66,9 @@ def _fail(message: str) -> int:
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM are noted in ``signum`` for the loop to see, and the step is not torn.
+    """Within it, SIGINT and SIGTERM are noted in ``signum`` for a loop to read, so that a step is finished first.
 
-    A second SIGINT raises KeyboardInterrupt, for who cannot wait. Outside the main thread nothing is caught.
+    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread nothing is caught.
     """
 
     def __init__(self) -> None:

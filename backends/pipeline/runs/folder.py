@@ -1,35 +1,26 @@
-"""Where does a run keep what, and which run is meant?
+"""The files of a run folder.
 
-config.json      the settings            snapshots/   the averages over time    samples/   pictures
+config.json      the config              snapshots/   the averages over time    samples/   pictures
 log.jsonl        a line per status       state/       what resuming needs
 telemetry.jsonl  a line per measured step, where --telemetry asks for it
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from backends.pipeline.checkpoints.atomic import write_bytes, write_error
-from backends.pipeline.checkpoints.snapshots import read_metadata
+from backends.pipeline.checkpoints.sources import Source, open_sources
 from backends.pipeline.checkpoints.states import read_counters
 from edm2_core.errors import InputError
+from edm2_core.network import NetworkConfig
 
-from .config import Settings
+from .config import TrainConfig
 
 RUNS = Path("runs")
-
-
-@dataclass(frozen=True, order=True)
-class Stored:
-    """A snapshot in a run folder; they sort by time, then by length, which may be a HalfLife."""
-
-    nimg: int
-    sigma_rel: float
-    path: Path
 
 
 def create(outdir: Path | None, data_name: str) -> Path:
@@ -92,7 +83,7 @@ class Run:
             )
         return False
 
-    def settings(self) -> Settings:
+    def config(self) -> TrainConfig:
         """Raises InputError: the folder is not a run's, or its config.json is damaged."""
         try:
             text = self.config_path.read_text()
@@ -102,31 +93,29 @@ class Run:
             ) from error
         except UnicodeDecodeError as error:
             raise InputError(f"{self.config_path} must be text, got other bytes: restore the file") from error
-        return Settings.from_json(text, name=str(self.config_path))
+        return TrainConfig.from_json(text, name=str(self.config_path))
 
-    def save_settings(self, settings: Settings, /) -> None:
-        write_bytes(self.config_path, settings.to_json().encode())
+    def save_config(self, config: TrainConfig, /) -> None:
+        write_bytes(self.config_path, config.to_json().encode())
 
     def state_nimg(self) -> int:
         """Images seen by the stored state; 0 where none is stored yet. Raises InputError where it is damaged."""
         return read_counters(self.state_path)[0] if self.state_path.exists() else 0
 
-    def snapshots(self) -> list[Stored]:
-        """The stored averages, sorted. Raises InputError where one is damaged or not of this run."""
-        config, found = self.settings().network, []
-        for path in self.snapshots_path.glob("*.safetensors"):
-            metadata = read_metadata(path)
-            if metadata.sigma_rel is None or metadata.config != config:
-                raise InputError(f"snapshots of a run must be averages of its network, got {path}: move it elsewhere")
-            found.append(Stored(metadata.nimg, metadata.sigma_rel, path))
-        return sorted(found)
+    def snapshots(self, network: NetworkConfig, /) -> list[Source]:
+        """The stored averages of ``network``, the run's, opened; sorted by time, then by length.
 
-    def drop(self, stale: Iterable[tuple[int, float]], /) -> None:
-        """Delete the stored averages of these (nimg, sigma_rel)."""
-        gone = set(stale)
-        for stored in self.snapshots() if gone else ():
-            if (stored.nimg, stored.sigma_rel) in gone:
-                stored.path.unlink(missing_ok=True)
+        Raises:
+            InputError: one is damaged or not of this run.
+        """
+        paths = sorted(self.snapshots_path.glob("*.safetensors"))
+        sources = open_sources(paths) if paths else []
+        for source in sources:
+            if source.config != network:
+                raise InputError(
+                    f"snapshots of a run must be averages of its network, got {source.path}: move it elsewhere"
+                )
+        return sources
 
     def append_log(self, record: dict[str, Any], /) -> None:
         """Add a line to log.jsonl; what is not finite becomes null."""

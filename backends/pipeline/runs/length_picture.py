@@ -1,4 +1,4 @@
-"""What does the length of the average change? A picture at the end: a row for each, the same seeds in all."""
+"""The picture at a run's end: the same seeds from the raw weights and from averages of several lengths."""
 
 from collections.abc import Mapping, Sequence
 from math import exp
@@ -7,48 +7,48 @@ from pathlib import Path
 import numpy as np
 
 from backends.pipeline.checkpoints.reconstruct import Recipe, reconstruct
-from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot
-from backends.pipeline.checkpoints.sources import open_sources
+from backends.pipeline.checkpoints.snapshots import Snapshot
+from backends.pipeline.checkpoints.sources import Source
 from backends.pipeline.data.datasets import Dataset, to_model
-from backends.pipeline.data.seeds import noise, one_hot
-from edm2_core.ema import HalfLife
+from backends.pipeline.data.labels import one_hot
+from backends.pipeline.data.seeds import noise
+from backends.ports import OpenSampler
+from edm2_core.ema import Length
 
+from .config import TrainConfig
 from .folder import Run
 from .pictures import save_rows
-from .sampling import Job, OpenSampler, sample_images
+from .sampling import Job, sample_images
 
 RECONSTRUCTED = (0.02, 0.05, 0.10, 0.15, 0.20)
-_FARTHEST = 0.5  # relative L2 distance of a drawn profile from the wanted one; it explains 1 - 0.5^2 of that at least
+_WORST_ERROR = 0.5  # lengths whose predicted reconstruction error exceeds this are skipped
 _COLUMNS = 10
 _MEASURED = 512  # images
 
 
 def draw_lengths(
-    run: Run, dataset: Dataset, raw: Mapping[str, np.ndarray], open_sampler: OpenSampler, *, nimg: int | None = None
+    run: Run,
+    config: TrainConfig,
+    dataset: Dataset,
+    raw: Mapping[str, np.ndarray],
+    open_sampler: OpenSampler,
+    *,
+    nimg: int,
 ) -> tuple[Path, dict[str, float]] | None:
-    """Draw ``samples/lengths.png``: the ``raw`` weights, then stored and reconstructed averages from short to long; a
-    traditional one first.
+    """Draw ``samples/lengths.png``: the ``raw`` weights, then averages, half-lives first, each from short to long.
 
-    Averages are the last ones up to ``nimg``; lengths that what is stored says little of are left out. Column k is seed
-    k, with label k where there are labels. Returns the path and each row's denoising error, or None where there is
-    nothing to draw: no averages, or pixels that are no colours.
+    Averages are the last ones up to ``nimg``, stored or reconstructed; lengths whose predicted reconstruction error
+    exceeds 0.5 are skipped. Column k is seed k, with label k where there are labels. Returns the path and each row's
+    denoising error, or None where there is nothing to draw: no averages, or images that are neither grey nor RGB.
     """
-    config = run.settings().network
-    stored = [snapshot for snapshot in run.snapshots() if nimg is None or snapshot.nimg <= nimg]
-    if not stored or config.img_channels not in (1, 3):
+    sources = [source for source in run.snapshots(config.network) if source.time <= nimg]
+    if not sources or config.network.img_channels not in (1, 3):
         return None
-    kept = {snapshot.sigma_rel: snapshot.path for snapshot in stored if snapshot.nimg == stored[-1].nimg}
-    paths = [snapshot.path for snapshot in stored]
-    others = _within_reach(paths, [length for length in RECONSTRUCTED if length not in kept])
-    averages = dict(zip(others, reconstruct(paths, sigma_rels=others), strict=True)) if others else {}
-    networks = {"raw weights": Snapshot(params=raw, config=config, nimg=stored[-1].nimg, sigma_rel=None)}
-    for length in sorted({*kept, *averages}, key=lambda s: (not isinstance(s, HalfLife), s)):
-        name = str(length) if isinstance(length, HalfLife) else f"{length:.2f}"
-        if length in kept:
-            networks[f"{name} stored"] = load_snapshot(kept[length])
-        else:
-            networks[f"{name} reconstructed"] = averages[length]
-    sigma = exp(run.settings().P_mean)
+    networks = {"raw weights": Snapshot(params=raw, config=config.network, nimg=sources[-1].time, length=None)}
+    for length, (snapshot, made) in sorted(_averages(sources).items()):
+        name = f"{length.value:.2f}" if length.relative else str(length)
+        networks[f"{name} {made}"] = snapshot
+    sigma = exp(config.hyper.P_mean)
     errors = {name: _error(network, dataset, open_sampler, sigma) for name, network in networks.items()}
     rows = [(f"{name}: {errors[name]:.4f}", _row(network, open_sampler)) for name, network in networks.items()]
     path = run.samples_path / "lengths.png"
@@ -56,17 +56,24 @@ def draw_lengths(
     return path, errors
 
 
-def _within_reach(paths: Sequence[Path], lengths: Sequence[float]) -> list[float]:
-    """Those whose profile comes near enough to the wanted one."""
-    recipe = Recipe.of(open_sources(paths), sigma_rels=lengths)
-    return [s for s, far in zip(recipe.lengths, recipe.error.profile, strict=True) if far <= _FARTHEST]
+def _averages(sources: Sequence[Source]) -> dict[Length, tuple[Snapshot, str]]:
+    """The averages to draw, each with whether it is stored or reconstructed."""
+    kept = {source.length: source for source in sources if source.time == sources[-1].time}
+    averages = {length: (source.load(), "stored") for length, source in kept.items()}
+    wanted = [s for s in RECONSTRUCTED if Length.of(s) not in kept]
+    recipe = Recipe.of(sources, sigma_rels=wanted)
+    within = [
+        s for s, error in zip(wanted, recipe.error.profile if wanted else (), strict=True) if error <= _WORST_ERROR
+    ]
+    made = reconstruct(sources, sigma_rels=within) if within else []
+    return averages | {Length.of(s): (snapshot, "reconstructed") for s, snapshot in zip(within, made, strict=True)}
 
 
 def _row(network: Snapshot, open_sampler: OpenSampler) -> np.ndarray:
-    label_dim = network.network.label_dim
+    label_dim = network.required_config().label_dim
     columns = min(label_dim, _COLUMNS) or _COLUMNS
     seeds = range(columns)
-    job = Job(network=network, seeds=seeds, classes=np.array(seeds if label_dim else [-1] * columns, np.int64))
+    job = Job(snapshot=network, seeds=seeds, labels=np.array(seeds if label_dim else [-1] * columns, np.int64))
     return sample_images(job, open_sampler, batch=columns)
 
 
@@ -75,7 +82,7 @@ def _error(network: Snapshot, dataset: Dataset, open_sampler: OpenSampler, sigma
 
     A single Euler step from sigma to 0 is the denoiser itself.
     """
-    config, seeds = network.network, range(min(_MEASURED, len(dataset)))
+    config, seeds = network.required_config(), range(min(_MEASURED, len(dataset)))
     images = to_model(dataset.images(np.array(seeds)))
     labels = one_hot(dataset.labels(np.array(seeds)), config.label_dim) if config.label_dim else None
     sampler = open_sampler(config, network.params)
@@ -83,7 +90,6 @@ def _error(network: Snapshot, dataset: Dataset, open_sampler: OpenSampler, sigma
     for start in range(0, len(seeds), 64):
         part = slice(start, start + 64)
         noisy = images[part] / np.float32(sigma) + noise(seeds[part], images.shape[1:])
-        hot = None if labels is None else labels[part]
-        denoised = sampler(noisy, hot, num_steps=1, sigma_max=sigma, sigma_min=sigma / 2)
+        denoised = sampler(noisy, None if labels is None else labels[part], sigmas=(sigma, 0.0))
         squares += float(np.square(denoised - images[part], dtype=np.float64).sum())
     return float(np.sqrt(squares / images.size))

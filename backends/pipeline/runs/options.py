@@ -1,80 +1,189 @@
-"""What may be typed after the train and sample commands, the same for every port?
+"""Command lines: option dataclasses are read by tyro, with one rule for each type and one line for each fault.
 
-Two dataclasses are the command lines. A field is None (a switch: False) unless it was given, so that
-:mod:`.settings` can tell a wish from a default. What a text means is decided here; whether a value fits the preset,
-the data or an earlier run is decided there.
+Defaults are those of the dataclass, or of an instance of it: the train command reads its line twice, first for the
+options that choose the defaults (run folder, preset, rung), then for all of them.
 """
 
 import json
+import re
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from math import isfinite, isnan
+from dataclasses import dataclass, fields, is_dataclass, replace
+from math import inf, isnan
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from backends.ports import Machine
 from edm2_core.errors import InputError
-from edm2_core.ladder import RUNGS
+from edm2_core.ladder import Rung
+from edm2_core.presets import on_rung, preset
+
+from .config import Precision, TrainConfig
+from .folder import Run
 
 T = TypeVar("T")
+_MOST_SEEDS = 10_000_000
 _UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+_FLAT = (
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.SuppressFixed,
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.AvoidSubcommands,
+)
 
 
 def parse_count(text: str, /) -> int:
-    """A number of images: '96', '192Ki', '1.5Mi'. Raises ValueError if it is none, or no whole number."""
+    """A whole number, with a binary unit if it has one: '96', '192Ki', '1.5Mi'. Raises ValueError for anything else."""
     unit = _UNITS.get(text[-2:], 1)
     value = float(text[:-2] if unit > 1 else text) * unit
     if not value.is_integer():
         raise ValueError(text)
-    return int(value)
+    return int(value) if unit > 1 or not text.lstrip("+-").isdecimal() else int(text)
 
 
 def count_text(count: int, /) -> str:
-    """The shortest way to write a number of images that :func:`parse_count` reads back: 196608 is '192Ki'."""
+    """The shortest text that :func:`parse_count` reads back: 196608 is '192Ki'."""
     unit = next((name for name, size in reversed(_UNITS.items()) if count and count % size == 0), "")
     return f"{count // _UNITS.get(unit, 1)}{unit}"
 
 
-class _Wrong(NamedTuple):
-    """Stands for a value until :func:`parse`, which knows the flag, can say what is wrong with it."""
-
-    rule: str
-    text: str
+def flag(name: str, /) -> str:
+    """The spelling of the field ``name`` on the command line."""
+    return "--" + {"label": "class"}.get(name, name.replace("_", "-"))
 
 
-def spec(read: Callable[[str], Any], metavar: str, rule: str, *, many: bool = False, nargs: int = 1) -> Any:
-    """How tyro reads a flag; the whole type, None included, so that its help shows neither {None} nor a union."""
+# ---- readers
+
+
+class _Unreadable(Exception):
+    """Words that a reader refuses. Not a ValueError, which tyro would turn into a box of several lines."""
+
+    def __init__(self, rule: str, words: list[str]) -> None:
+        super().__init__(rule)
+        self.rule, self.words = rule, words
+
+
+def reader(
+    read: Callable[[str], Any], metavar: str, rule: str, *, nargs: int | Literal["*"] = 1, optional: bool = False
+) -> Any:
+    """How tyro reads the words after a flag: each by ``read``, whose ValueError means that it breaks ``rule``.
+
+    With ``nargs`` other than 1 the value is a tuple. An ``optional`` value may be the word none.
+    """
 
     def convert(words: list[str]) -> Any:
+        if optional and words == ["none"]:
+            return None
         try:
             if not words:
-                raise ValueError("no values")
+                raise ValueError
             values = tuple(map(read, words))
-        except (ValueError, OverflowError):  # the latter: a count of inf
-            return _Wrong(rule, " ".join(words))
-        return values if many or nargs > 1 else values[0]
+        except (ValueError, OverflowError) as error:  # the latter: a count of inf
+            raise _Unreadable(rule, words) from error
+        return values[0] if nargs == 1 else values
+
+    def text(value: Any) -> list[str]:
+        values = value if isinstance(value, tuple) else (value,)
+        return [count_text(v) if type(v) is int else "none" if v is None else str(v) for v in values] or ["none"]
 
     return PrimitiveConstructorSpec(
-        nargs="*" if many else nargs,
-        metavar=metavar,
-        instance_from_str=convert,
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [str(value)],
+        nargs=nargs, metavar=metavar, instance_from_str=convert, is_instance=lambda _: True, str_from_instance=text
     )
 
 
-def _finite(text: str) -> float:
-    if not isfinite(value := float(text)):
-        raise ValueError(text)
-    return value
-
-
-def _not_nan(text: str) -> float:
+def _number(text: str) -> float:
     if isnan(value := float(text)):
         raise ValueError(text)
     return value
+
+
+_READERS: dict[Any, tuple[Callable[[str], Any], str, str]] = {
+    int: (parse_count, "INT", "a whole number such as 96, 192Ki, 1.5Mi or 2Gi"),
+    float: (_number, "FLOAT", "a number"),
+    str: (str, "TEXT", "text"),
+    Path: (Path, "PATH", "a path"),
+}
+
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _by_type(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """The reader of a type: int, float, str, Path, a Literal of words, a tuple of one of these, any of them or None."""
+    kind, optional = info.type, False
+    if get_origin(kind) in (Union, UnionType) and NoneType in get_args(kind):
+        members = [member for member in get_args(kind) if member is not NoneType]
+        kind, optional = (members[0] if len(members) == 1 else None), True
+    if get_origin(kind) is Literal:
+        words = get_args(kind)
+        rule = f"one of {', '.join(words)}"
+        return reader(lambda text: words[words.index(text)], f"{{{','.join(words)}}}", rule, optional=optional)  # type: ignore[no-any-return]
+    if get_origin(kind) is tuple and get_args(kind)[0] in _READERS:
+        element, *others = get_args(kind)
+        read, metavar, rule = _READERS[element]
+        if others == [Ellipsis]:
+            return reader(read, f"{metavar} [{metavar} ...]", f"one or more of: {rule}", nargs="*", optional=optional)  # type: ignore[no-any-return]
+        count = 1 + len(others)
+        return reader(read, " ".join([metavar] * count), f"{count} of: {rule}", nargs=count, optional=optional)  # type: ignore[no-any-return]
+    if kind not in _READERS:
+        return None
+    return reader(*_READERS[kind], optional=optional)  # type: ignore[no-any-return]
+
+
+def parse(
+    cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str, default: T | None = None
+) -> T:
+    """The options in ``argv`` (None: those of this process) over those of ``default``. ``--help`` exits with 0, an
+    unknown flag with 2.
+
+    Raises:
+        InputError: a value that cannot be read, or that ``cls`` refuses; the message names the flag.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return tyro.cli(
+            cls, args=words, prog=prog, description=description, default=default, config=_FLAT, registry=_REGISTRY
+        )
+    except _Unreadable as error:
+        raise InputError(
+            f"{_flag_before(error.words, words)} must be {error.rule}, got {' '.join(error.words)!r}"
+        ) from error
+    except InputError as error:
+        raise InputError(_with_flag(str(error), cls)) from error
+
+
+def flags_given(words: Sequence[str], /) -> set[str]:
+    """The names of the options that ``words`` set, dashes as underscores."""
+    return {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+
+
+def _flag_before(values: Sequence[str], words: Sequence[str]) -> str:
+    """The flag that ``values`` stand after, as one word with it or as words of their own."""
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and ([value] if equals else list(words[i + 1 : i + 1 + len(values)])) == list(values):
+            return name
+    return "each value"
+
+
+def _with_flag(message: str, cls: Any) -> str:
+    """``message`` with a field's name in front written as the flag."""
+    name, space, rest = message.partition(" ")
+    return f"{flag(name)}{space}{rest}" if name in _names(cls) else message
+
+
+def _names(cls: Any) -> set[str]:
+    """The fields of a dataclass, and of the dataclasses in it."""
+    own = {field.name: field.type for field in fields(cls)}
+    kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in own.values()]
+    return set(own).union(*(_names(kind) for kind in kinds if is_dataclass(kind)))
+
+
+# ---- the commands of ports
 
 
 def _switch(text: str) -> tuple[str, Any]:
@@ -87,167 +196,176 @@ def _switch(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def choice(*words: str) -> Any:
-    return spec(lambda text: words[words.index(text)], f"{{{','.join(words)}}}", f"one of {', '.join(words)}")
-
-
-quiet = tyro.conf.arg(help_behavior_hint="")  # the help text names the default; '(default: None)' would contradict it
-_WHOLE = "a whole number"
-_NUMBER = "a finite number"
-_COUNT = "a whole number of images such as 96, 192Ki, 1.5Mi or 2Gi"
-_count, _whole = spec(parse_count, "IMAGES", _COUNT), spec(int, "INT", _WHOLE)
-
-Images = Annotated[int | None, _count, quiet]
-Whole = Annotated[int | None, _whole, quiet]
-Class = Annotated[int | None, _whole, tyro.conf.arg(name="class", help_behavior_hint="")]
-Number = Annotated[float | None, spec(_finite, "FLOAT", _NUMBER), quiet]
-Bound = Annotated[float | None, spec(_not_nan, "FLOAT", "a number or inf"), quiet]
-Interval = Annotated[tuple[float, float] | None, spec(_not_nan, "LO HI", "two numbers", nargs=2), quiet]
-Lengths = Annotated[
-    tuple[float, ...] | None,
-    spec(_finite, "FLOAT [FLOAT ...]", "one or more numbers, 0.05 0.10 say", many=True),
-    quiet,
-]
-Pair = Annotated[tuple[float, float] | None, spec(_finite, "B1 B2", "two numbers within [0, 1)", nargs=2), quiet]
-Rung = Annotated[str | None, choice(*RUNGS), quiet]
 Switches = Annotated[
-    tuple[tuple[str, Any], ...] | None,
-    spec(_switch, "NAME=VALUE [...]", "names and values such as bias=true group_norm=none", many=True),
-    quiet,
+    tuple[tuple[str, Any], ...],
+    reader(_switch, "NAME=VALUE [...]", "one or more names with values such as bias=true group_norm=none", nargs="*"),
 ]
-Precision = Annotated[str | None, choice("float32", "bfloat16", "float16"), quiet]
-Format = Annotated[str | None, choice("png", "npz"), quiet]
-Bytes = Annotated[int | None, spec(parse_count, "BYTES", "a whole number of bytes such as 512Mi or 1Gi"), quiet]
-Text = Annotated[str | None, spec(str, "TEXT", "text"), quiet]
-Location = Annotated[Path | None, spec(Path, "PATH", "a path"), quiet]
-Given = Annotated[Path, spec(Path, "PATH", "a path"), tyro.conf.Positional]
+Class = Annotated[int | None, tyro.conf.arg(name="class")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What the train command was asked for."""
+    """The options of the train command. ``config`` holds those that are a run's own; ``previous`` is the config of the
+    run that is resumed."""
 
-    outdir: Location = None
+    outdir: Path | None = None
     """Run folder; one that exists is resumed. Default: the next number under runs/."""
-    data: Text = None
-    """'digits', or a folder or zip of images. Default: digits."""
-    preset: Text = None
-    """Network and hyperparameters. Default: digits."""
-    ladder: Rung = None
-    """Rung of the paper's ladder, CONFIG A to G: the network, and how it is trained. Default: G."""
-    switches: Switches = None
-    """Switches of the ladder to set by themselves, bias=true group_norm=none say. Default: the rung's."""
-    duration: Images = None
-    """When to stop, in images since the start of the run: 96, 192Ki, 8Mi, 2Gi. Default: the preset's."""
-    batch: Whole = None
-    """Images per step, on all devices together. Default: the preset's."""
-    batch_per_device: Whole = None
-    """Images per device at a time; the rest of the batch follows in turns. Default: all of the device's share."""
-    lr: Number = None
-    """Reference learning rate. Default: the preset's."""
-    decay: Number = None
-    """Batches after which the learning rate falls with the square root of time; 0 is never. Default: the preset's."""
-    rampup: Images = None
-    """Images over which the learning rate rises. Default: the preset's."""
-    betas: Pair = None
-    """Adam's two rates of forgetting. Default: 0.9 0.99; 0.9 0.999 on CONFIG A."""
-    dropout: Number = None
-    """Share of activations dropped in training. Default: the preset's."""
-    P_mean: Number = None
-    """Mean of ln(sigma) in training. Default: the preset's."""
-    P_std: Number = None
-    """Standard deviation of ln(sigma) in training. Default: the preset's."""
-    precision: Precision = None
-    """Arithmetic of the network. Default: float32."""
-    loss_scaling: Number = None
-    """Factor on the loss while gradients are taken, for float16. Default: 1; 100 on CONFIG A to C."""
-    sigma_rels: Lengths = None
-    """Relative lengths of the averages to keep, each within (0, 0.2887). Default: 0.05 0.10."""
-    half_life: Images = None
-    """Half-life of a traditional average to keep instead of --sigma-rels. Default: none; on CONFIG A the rung's."""
-    snapshot: Images = None
-    """How often to store the averages. Default: the preset's."""
-    snapshot_plan: Location = None
-    """File of edm2 plan that says which averages to store when, for --sigma-rels and --snapshot. Default: none."""
-    checkpoint: Images = None
-    """How often to store the state to resume from. Default: a quarter of the duration, at most 128Mi."""
-    status: Images = None
-    """How often to log and to report. Default: a 48th of the duration, at most 128Ki."""
-    telemetry: Whole = None
-    """Steps between measurements of magnitudes, losses by noise level and updates; 0 is never. Default: 0."""
-    seed: Whole = None
-    """Seed of everything random. Default: 0."""
-    device: Text = None
-    """Where to train. Default: the fastest there is."""
-    dry_run: bool = False
-    """Print what would be done, and do nothing."""
+    data: str | None = None
+    """'digits', or a folder or zip of images. Default: digits, or the data of the run that is resumed."""
+    preset: str = "digits"
+    """Network and hyperparameters."""
+    ladder: Rung = "G"
+    """Rung of the paper's ladder, CONFIG A to G: the network, and how it is trained."""
+    switches: Switches = ()
+    """Switches of the ladder to set by themselves, such as bias=true group_norm=none."""
+    dropout: float = 0.0
+    """Share of activations dropped in training."""
     unconditional: bool = False
     """Train without labels."""
+    snapshot_plan: Path | None = None
+    """File of edm2 plan that says which averages to store when, instead of --sigma-rels and --snapshot."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    previous: tyro.conf.Fixed[TrainConfig | None] = None
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
+    dry_run: bool = False
+    """Print what would be done, and do nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """The options that choose the defaults of the others."""
+
+    outdir: Path | None = None
+    preset: str = "digits"
+    ladder: Rung = "G"
+
+
+def parse_train(argv: Sequence[str] | None = None, *, prog: str, description: str) -> TrainOptions:
+    """The options of the train command. Defaults are those of the run that is resumed, else of the preset on its rung.
+
+    Raises:
+        InputError: as :func:`parse`; an unknown preset; a damaged run; or options that exclude each other.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    default = _defaults(words, prog=prog)
+    options = parse(TrainOptions, words, prog=prog, description=description, default=default)
+    _check_exclusive(options, flags_given(words))
+    return options
+
+
+def _check_exclusive(options: TrainOptions, given: set[str]) -> None:
+    hyper = options.config.hyper
+    for one, others in {
+        "half_life": ("sigma_rels", "snapshot_plan"),
+        "snapshot_plan": ("sigma_rels", "snapshot"),
+    }.items():
+        for other in others:
+            if {one, other} <= given:
+                value = getattr(hyper, other if one == "snapshot_plan" else one)
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise InputError(
+                    f"{flag(one)} and {flag(other)} exclude each other, got both ({shown}): give one of them"
+                )
+
+
+def _defaults(words: Sequence[str], *, prog: str) -> TrainOptions:
+    relevant = [word for word in words if word not in ("-h", "--help")]
+    try:
+        choice, _ = tyro.cli(
+            _Choice, args=relevant, prog=prog, return_unknown_args=True, config=_FLAT, registry=_REGISTRY
+        )
+    except _Unreadable as error:
+        raise InputError(
+            f"{_flag_before(error.words, words)} must be {error.rule}, got {' '.join(error.words)!r}"
+        ) from error
+    if choice.outdir is not None and (run := Run(choice.outdir)).exists():
+        config = run.config()
+        return TrainOptions(
+            preset=config.preset,
+            ladder=config.network.ladder,
+            dropout=config.network.dropout,
+            unconditional=config.network.label_dim == 0,
+            config=config,
+            previous=config,
+        )
+    base = on_rung(preset(choice.preset), choice.ladder)
+    hyper = base.hyper
+    if "sigma_rels" in flags_given(words):
+        hyper = replace(hyper, half_life=None)  # the rung's own is only a default
+    config = TrainConfig(preset=choice.preset, network=base.network, hyper=hyper)
+    return TrainOptions(preset=choice.preset, ladder=choice.ladder, dropout=base.network.dropout, config=config)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """What the sample command was asked for."""
+    """The options of the sample command."""
 
-    run: Location = None
+    run: Path | None = None
     """Run folder to take the network from. Default: the newest under runs/."""
-    net: Location = None
-    """Snapshot to take the network from, instead of a run. Default: none."""
-    sigma_rel: Number = None
+    net: Path | None = None
+    """Snapshot to take the network from, instead of a run."""
+    sigma_rel: float | None = None
     """Relative length of the average, reconstructed where it is not stored. Default: of those kept 0.10, else the
     longest; a traditional one where the run keeps that."""
-    seeds: Text = None
-    """One image for each, such as 0-63 or 3,7,10-19. Default: 0-63."""
+    seeds: str = "0-63"
+    """One image for each, such as 0-63 or 3,7,10-19."""
     label: Class = None
     """Class of all images, from 0. Default: drawn by each seed."""
-    steps: Whole = None
-    """Sampling steps. Default: 32."""
-    sigma_min: Number = None
-    """Lowest noise level. Default: 0.002."""
-    sigma_max: Number = None
-    """Highest noise level. Default: 80."""
-    rho: Number = None
-    """Exponent of the noise levels. Default: 7."""
-    S_churn: Number = None
-    """Strength of noise added while sampling. Default: 0."""
-    S_min: Number = None
-    """Lowest noise level to churn at. Default: 0."""
-    S_max: Bound = None
-    """Highest noise level to churn at. Default: inf."""
-    S_noise: Number = None
-    """Scale of the noise added. Default: 1."""
-    guidance: Number = None
-    """Guidance weight. Default: 1, none."""
-    guide: Location = None
+    steps: int = 32
+    """Sampling steps."""
+    sigma_min: float = 0.002
+    """Lowest noise level."""
+    sigma_max: float = 80.0
+    """Highest noise level."""
+    rho: float = 7.0
+    """Exponent of the noise levels."""
+    S_churn: float = 0.0
+    """Strength of noise added while sampling."""
+    S_min: float = 0.0
+    """Lowest noise level to churn at."""
+    S_max: float = inf
+    """Highest noise level to churn at."""
+    S_noise: float = 1.0
+    """Scale of the noise added."""
+    guidance: float = 1.0
+    """Guidance weight; 1 is none."""
+    guide: Path | None = None
     """Snapshot of the guiding network. Default: the same network without its label."""
-    guide_interval: Interval = None
-    """Noise levels to guide at. Default: all."""
-    outdir: Location = None
+    guide_interval: tuple[float, float] = (0.0, inf)
+    """Noise levels to guide at."""
+    outdir: Path | None = None
     """Where the images go. Default: a folder under samples/ of the run; ./samples with --net."""
-    format: Format = None
-    """Image files and a grid, or one samples.npz. Default: png."""
-    batch: Whole = None
-    """Images at a time; does not change them. Default: 64."""
-    precision: Precision = None
-    """Arithmetic of the network. Default: float32."""
-    device: Text = None
+    format: Literal["png", "npz"] = "png"
+    """Image files and a grid, or one samples.npz."""
+    batch: int = 64
+    """Images at a time; does not change them."""
+    precision: Precision = "float32"
+    """Arithmetic of the network."""
+    device: str | None = None
     """Where to sample. Default: the fastest there is."""
 
 
-def flag(name: str, /) -> str:
-    """How the field ``name`` is spelled on the command line."""
-    return "--" + {"label": "class"}.get(name, name.replace("_", "-"))
-
-
-def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str) -> T:
-    """The options in ``argv`` (None: those of this process). ``--help`` exits with 0, an unknown flag with 2.
+def parse_seeds(text: str, /) -> list[int]:
+    """The seeds of a list such as ``0-63,70``, in that order; ranges include both ends.
 
     Raises:
-        InputError: a value that cannot be read.
+        InputError: the text is no such list, repeats a seed, or names more than ten million.
     """
-    options = tyro.cli(cls, args=argv, prog=prog, description=description, config=(tyro.conf.FlagCreatePairsOff,))
-    for field in fields(options):  # type: ignore[arg-type]
-        value = getattr(options, field.name)
-        if isinstance(value, _Wrong):
-            raise InputError(f"{flag(field.name)} must be {value.rule}, got {value.text!r}")
-    return options
+
+    def fault(came: str) -> InputError:
+        return InputError(f"seeds must be numbers and ranges such as 0-63,70, got {came}: correct the list")
+
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
+        if not found:
+            raise fault(f"{part!r:.80}" + (f" in {text!r:.80}" if part != text else ""))
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise fault(f"{part.strip()}, which runs backwards")
+        if len(seeds) + last - first >= _MOST_SEEDS:
+            raise fault(f"more than {_MOST_SEEDS} of them")
+        seeds.extend(range(first, last + 1))
+    if len(set(seeds)) < len(seeds):
+        raise fault(f"{text!r:.80}, which names a seed twice")
+    return seeds

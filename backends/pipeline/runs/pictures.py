@@ -1,4 +1,4 @@
-"""How does a person see the samples? As one PNG each, as a grid, or as labelled rows.
+"""Pictures of samples: one PNG each, a grid, or labelled rows.
 
 Images are uint8 [n, channels, height, width], grey or RGB. Small ones are enlarged by whole pixels, never blurred.
 """

@@ -1,4 +1,4 @@
-"""How far is it, how fast, and how much longer? A bar on a terminal, plain lines in a log file."""
+"""Progress of a job: a bar on a terminal, plain lines in a log file."""
 
 import sys
 import time

@@ -1,111 +1,88 @@
-"""What does the sample command do once a port has brought its sampler? The same for the three ports.
+"""The sample command of every port: which network, which seeds and labels, in what batches, and where the images go.
 
-Which network, which seeds and labels, in what batches, and where the images go. Noise and labels come from the seeds
-on the host, so a seed means the same image in every port and whatever the batch.
+Noise and labels are drawn from the seeds on the host, so a seed gives the same image in every port and in any batch.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from backends.pipeline.checkpoints.atomic import write_atomically
 from backends.pipeline.checkpoints.reconstruct import reconstruct
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, snapshot_name
+from backends.pipeline.checkpoints.sources import Source
 from backends.pipeline.data.datasets import to_uint8
-from backends.pipeline.data.seeds import churn_noise, labels, noise, one_hot, parse_seeds
-from edm2_core.ema import HalfLife, sigma_rel_to_gamma
+from backends.pipeline.data.labels import one_hot
+from backends.pipeline.data.seeds import churn_noise, noise
+from backends.pipeline.data.seeds import labels as seeded_labels
+from backends.ports import Network, OpenSampler
+from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, parameter_count
 from edm2_core.sampler import noise_levels
 
 from .folder import Run, newest
-from .options import SampleOptions
+from .options import SampleOptions, parse_seeds
 from .pictures import save_grid, save_images
 from .progress import Progress
 
 _IN_GRID = 100
-
-
-Network = tuple[NetworkConfig, Mapping[str, np.ndarray]]
-
-
-class Sampler(Protocol):
-    """Float32 noise [N, C, H, W] and one-hot labels [N, label_dim], or None, to float32 images.
-
-    ``steps`` are settings of :func:`edm2_core.sampler.sample`; a guide without classes does without the labels.
-    """
-
-    def __call__(
-        self,
-        noise: np.ndarray,
-        labels: np.ndarray | None = None,
-        *,
-        guidance: float = ...,
-        guide_interval: tuple[float, float] = ...,
-        churn_noise: Iterable[np.ndarray] | None = ...,
-        **steps: Any,
-    ) -> np.ndarray: ...
-
-
-class OpenSampler(Protocol):
-    """What a port brings: it puts a network, and its guide, where they compute. A guide of None is the network itself
-    without its label."""
-
-    def __call__(
-        self, config: NetworkConfig, params: Mapping[str, np.ndarray], *, guide: Network | None = None
-    ) -> Sampler: ...
+_SOLVER = ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", "guide_interval")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """All that decides what the images are. ``classes`` is -1 where there is no label."""
+    """Everything that decides what the images are.
 
-    network: Snapshot
+    ``labels``: int64 class ids, -1 where there is none. ``solver``: options of :func:`edm2_core.sampler.sample`, and
+    ``guide_interval``.
+    """
+
+    snapshot: Snapshot
     guide: Network | None = None
     guidance: float = 1.0
     seeds: Sequence[int]
-    classes: np.ndarray
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    labels: np.ndarray
+    solver: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_sampling(options: SampleOptions, open_sampler: OpenSampler, *, prog: str) -> None:
     """Sample what ``options`` ask for, write the images, and say on stdout what was used and written.
 
     Raises:
-        InputError: no such run, network, length, seed or class, settings out of range, or nowhere to write.
+        InputError: no such run, network, length, seed or class, options out of range, or nowhere to write.
     """
-    batch = 64 if options.batch is None else options.batch
-    if batch < 1:
-        raise InputError(f"--batch must be at least 1, got {batch}: 64 is the default")
-    network, origin, folder = _network(options, train=f"{prog.removesuffix('sample')}train")
-    job = _job(options, network)
-    outdir = _outdir(options, job, folder)
-    kind = options.format or "png"
-    if kind == "png" and (channels := network.network.img_channels) not in (1, 3):
+    if options.batch < 1:
+        raise InputError(f"--batch must be at least 1, got {options.batch}: 64 is the default")
+    snapshot, origin, folder = _network(options, train=f"{prog.removesuffix('sample')}train")
+    job = _job(options, snapshot)
+    channels = snapshot.required_config().img_channels
+    if options.format == "png" and channels not in (1, 3):
         raise InputError(f"PNG images must be grey or RGB, got {channels} channels: use --format npz")
-    print(f"network  {origin}: {_describe(network)}")
+    print(f"network  {origin}: {_describe(snapshot)}")
     if job.guidance != 1:
         print(f"guide    {options.guide or 'the same network without its label'}, weight {job.guidance:g}")
-    for path in _write(kind, outdir, job, sample_images(job, open_sampler, batch=batch, shown=True)):
+    images = sample_images(job, open_sampler, batch=options.batch, shown=True)
+    for path in _write(options.format, _outdir(options, job, folder), job, images):
         print(f"wrote    {path}")
 
 
 def sample_images(job: Job, open_sampler: OpenSampler, *, batch: int, shown: bool = False) -> np.ndarray:
     """uint8 [n, channels, height, width], a row per seed of ``job``, ``batch`` of them at a time."""
-    config = job.network.network
+    config = job.snapshot.required_config()
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
-    sampler = open_sampler(config, job.network.params, guide=job.guide)
+    sampler = open_sampler(config, job.snapshot.params, guide=job.guide)
     images = np.empty((len(job.seeds), *shape), np.uint8)
     with Progress(total=len(images), shown=shown) as progress:
         for part in _parts(len(images), batch):
-            seeds, classes = job.seeds[part], job.classes[part]
-            hot = one_hot(classes, config.label_dim) if config.label_dim else None
+            seeds, labels = job.seeds[part], job.labels[part]
+            rows = one_hot(labels, config.label_dim) if config.label_dim else None
             churn = (churn_noise(seeds, shape, step=step) for step in count())
-            made = sampler(noise(seeds, shape), hot, guidance=job.guidance, churn_noise=churn, **job.settings)
+            made = sampler(noise(seeds, shape), rows, guidance=job.guidance, churn_noise=churn, **job.solver)
             images[part] = to_uint8(made)
             progress.advance(len(seeds))
             progress.report()
@@ -116,6 +93,40 @@ def _parts(total: int, batch: int) -> Iterator[slice]:
     return (slice(start, min(start + batch, total)) for start in range(0, total, batch))
 
 
+# ---- which network
+
+
+def stored_network(path: str | Path, /, *, sigma_rel: float | None = None) -> Snapshot:
+    """The network in a snapshot file, or of a run folder, at its latest time.
+
+    Of a run, ``sigma_rel`` is the length of the average, reconstructed where it is not stored; by default 0.10 where
+    that is stored, else the longest.
+
+    Raises:
+        InputError: no such file or run, nothing stored in it, or ``sigma_rel`` of a single file.
+    """
+    if not Path(path).is_dir():
+        if sigma_rel is not None:
+            raise InputError(f"a single snapshot has one length, got sigma_rel {sigma_rel} for {path}: give the run")
+        return load_snapshot(path)
+    run = Run(path)
+    sources = run.snapshots(run.config().network)
+    if not sources:
+        raise InputError(f"a run must have snapshots, got none in {run.path}: train it longer")
+    return average_of(sources, sigma_rel)[0]
+
+
+def average_of(sources: Sequence[Source], sigma_rel: float | None, /) -> tuple[Snapshot, Length, bool]:
+    """(the average of this length at the latest time, its length, whether it is stored) of the sources of a run."""
+    stored = {source.length: source for source in sources if source.time == sources[-1].time}
+    usual = Length.of(0.10) if Length.of(0.10) in stored else max(stored)
+    length = usual if sigma_rel is None else Length.of(sigma_rel)
+    if length in stored:
+        return stored[length].load(), length, True
+    (snapshot,) = reconstruct(sources, sigma_rels=[length.value])
+    return snapshot, length, False
+
+
 def _network(options: SampleOptions, *, train: str) -> tuple[Snapshot, str, Path]:
     """(the network, where it is from, the folder that samples of it belong in)."""
     if options.net is not None:
@@ -123,45 +134,42 @@ def _network(options: SampleOptions, *, train: str) -> tuple[Snapshot, str, Path
             raise InputError("--net is one stored network, got --run or --sigma-rel too: give --run instead of --net")
         return load_snapshot(options.net), str(options.net), Path("samples")
     if options.sigma_rel is not None:
-        sigma_rel_to_gamma(options.sigma_rel)
+        Length.of(options.sigma_rel)
     run = Run(newest(train=train) if options.run is None else options.run)
-    stored = run.snapshots()
-    if not stored:
+    sources = run.snapshots(run.config().network)
+    if not sources:
         raise InputError(
             f"a run must have snapshots, got none in {run.path}: {train} --outdir {run.path} goes on with it"
         )
-    kept = {snapshot.sigma_rel: snapshot.path for snapshot in stored if snapshot.nimg == stored[-1].nimg}
-    length = options.sigma_rel or (0.10 if 0.10 in kept else max(kept))
-    if length in kept:
-        network, made = load_snapshot(kept[length]), "stored"
-    else:
-        (network,) = reconstruct([snapshot.path for snapshot in stored], sigma_rels=[length])
-        made = f"reconstructed from {len(stored)} snapshots"
-    name = Path(snapshot_name(network.nimg, length)).stem
-    return network, f"{run.path} ({made})", run.samples_path / name
+    snapshot, length, is_stored = average_of(sources, options.sigma_rel)
+    made = "stored" if is_stored else f"reconstructed from {len(sources)} snapshots"
+    return snapshot, f"{run.path} ({made})", run.samples_path / Path(snapshot_name(snapshot.nimg, length)).stem
 
 
-def _job(options: SampleOptions, network: Snapshot) -> Job:
-    guidance = 1.0 if options.guidance is None else options.guidance
-    if options.guide is not None and options.guidance is None:
-        raise InputError(f"--guide needs a weight, got {options.guide} without one: add --guidance 2, say")
-    guide = None if options.guide is None else _guide(options.guide, network.network)
-    if guidance != 1 and guide is None and not network.network.label_dim:
+# ---- the job
+
+
+def _job(options: SampleOptions, snapshot: Snapshot) -> Job:
+    config, guidance = snapshot.required_config(), options.guidance
+    if options.guide is not None and guidance == 1:
+        raise InputError(f"--guide needs a weight other than 1, got {options.guide} without one: add --guidance 2, say")
+    guide = None if options.guide is None else _guide(options.guide, config)
+    if guidance != 1 and guide is None and not config.label_dim:
         raise InputError("--guidance of a network without labels needs another, got none: name one with --guide")
-    seeds = parse_seeds("0-63" if options.seeds is None else options.seeds)
+    seeds = parse_seeds(options.seeds)
     return Job(
-        network=network,
+        snapshot=snapshot,
         guide=guide,
         guidance=guidance,
         seeds=seeds,
-        classes=_classes(options.label, seeds, network.network.label_dim),
-        settings=_settings(options),
+        labels=_labels(options.label, seeds, config.label_dim),
+        solver=_solver(options),
     )
 
 
 def _guide(path: Path, config: NetworkConfig) -> Network:
     snapshot = load_snapshot(path)
-    theirs = snapshot.network
+    theirs = snapshot.required_config()
     for name in ("img_resolution", "img_channels"):
         if (other := getattr(theirs, name)) != (own := getattr(config, name)):
             raise InputError(f"--guide must make the same images, got {name} {other} instead of {own}: choose another")
@@ -170,31 +178,30 @@ def _guide(path: Path, config: NetworkConfig) -> Network:
     return theirs, snapshot.params
 
 
-def _classes(label: int | None, seeds: Sequence[int], label_dim: int) -> np.ndarray:
+def _labels(label: int | None, seeds: Sequence[int], label_dim: int) -> np.ndarray:
     if label is not None and not label_dim:
         raise InputError(f"--class needs a network with labels, got {label} for one without: leave it out")
     if label is None:
-        return seeds_labels(seeds, label_dim)
+        return labels_of_seeds(seeds, label_dim)
     if not 0 <= label < label_dim:
         raise InputError(f"--class must be from 0 to {label_dim - 1}, got {label}: choose one of these")
     return np.full(len(seeds), label, np.int64)
 
 
-def seeds_labels(seeds: Sequence[int], label_dim: int, /) -> np.ndarray:
-    """The class that each seed draws, or -1 where there are no labels: ``classes`` of a :class:`Job`."""
-    return labels(seeds, label_dim) if label_dim else np.full(len(seeds), -1, np.int64)
+def labels_of_seeds(seeds: Sequence[int], label_dim: int, /) -> np.ndarray:
+    """The class that each seed draws, or -1 where there are no labels: ``labels`` of a :class:`Job`."""
+    return seeded_labels(seeds, label_dim) if label_dim else np.full(len(seeds), -1, np.int64)
 
 
-def _settings(options: SampleOptions) -> dict[str, Any]:
-    names = ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", "guide_interval")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+def _solver(options: SampleOptions) -> dict[str, Any]:
     for name in ("S_churn", "S_min", "S_max", "S_noise"):
-        if given.get(name, 0) < 0:
-            raise InputError(f"--{name.replace('_', '-')} must not be negative, got {given[name]:g}: 0 is none")
-    settings = {"num_steps": 32 if options.steps is None else options.steps, **given}
-    levels = {name: settings[name] for name in ("sigma_min", "sigma_max", "rho") if name in settings}
-    noise_levels(settings["num_steps"], **levels)
-    return settings
+        if (value := getattr(options, name)) < 0:
+            raise InputError(f"--{name.replace('_', '-')} must not be negative, got {value:g}: 0 is none")
+    noise_levels(options.steps, sigma_min=options.sigma_min, sigma_max=options.sigma_max, rho=options.rho)
+    return {"num_steps": options.steps, **{name: getattr(options, name) for name in _SOLVER}}
+
+
+# ---- the images
 
 
 def _outdir(options: SampleOptions, job: Job, folder: Path) -> Path:
@@ -203,11 +210,11 @@ def _outdir(options: SampleOptions, job: Job, folder: Path) -> Path:
     return folder if job.guidance == 1 else folder.with_name(f"{folder.name}-guidance{job.guidance:g}")
 
 
-def _describe(network: Snapshot) -> str:
-    size = f"{parameter_count(network.network) / 1e6:.2f} M parameters"
-    length = network.sigma_rel
-    kind = "raw weights" if length is None else str(length) if isinstance(length, HalfLife) else f"sigma_rel {length:g}"
-    return f"{size}, {kind}, after {network.nimg} images"
+def _describe(snapshot: Snapshot) -> str:
+    size = f"{parameter_count(snapshot.required_config()) / 1e6:.2f} M parameters"
+    length = snapshot.length
+    kind = "raw weights" if length is None else f"sigma_rel {length}" if length.relative else str(length)
+    return f"{size}, {kind}, after {snapshot.nimg} images"
 
 
 def _write(kind: str, outdir: Path, job: Job, images: np.ndarray) -> list[Path]:
@@ -216,7 +223,7 @@ def _write(kind: str, outdir: Path, job: Job, images: np.ndarray) -> list[Path]:
         seeds = np.array(job.seeds, np.int64)
 
         def write(file: BinaryIO) -> None:
-            np.savez(file, images=images.transpose(0, 2, 3, 1), labels=job.classes, seeds=seeds)
+            np.savez(file, images=images.transpose(0, 2, 3, 1), labels=job.labels, seeds=seeds)
 
         write_atomically(path, write)
         return [path]

@@ -1,41 +1,19 @@
-"""What is a network doing while it learns? Magnitudes of a step by block, and its losses by noise level.
+"""Telemetry of a training step as a line of telemetry.jsonl: magnitudes by block, losses by noise level.
 
-A port measures; here its numbers become a line of telemetry.jsonl. The magnitude of a feature is the root mean square
-of its elements: of an output's pixels in one image, of the row of a weight, of the row of its gradient. Source: arXiv
-2312.02696 Eq. 3 and Appendix A.6, where activations are averaged over images before features are compared; here the
-maximum is over both.
+A port makes the :class:`~backends.ports.Measurement`. Source: arXiv 2312.02696 Eq. 3 and Appendix A.6, where
+activations are averaged over images before features are compared; here the maximum is over both.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from backends.ports import Measurement
 from edm2_core.network import NetworkConfig, plan
 
-from .config import Settings
+from .config import TrainConfig
 
 BINS = 16  # of ln(sigma), over three standard deviations on either side; what lies beyond is counted in the last ones
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """A step as a port measures it. By weight, each a row of two: ``activations``, what its layer puts out, before any
-    nonlinearity, bias and gain included; ``weights`` and ``gradients``: maximum and mean of magnitudes over features.
-    ``updates``: the norms of the step it takes and of the weight. By image, [N]: ``sigma``; ``loss``, lambda(sigma)
-    times the mean square error; ``u``, the learned uncertainty, or None.
-
-    Of several processes each measures its own images. Dropout is left out.
-    """
-
-    activations: Mapping[str, np.ndarray]
-    weights: Mapping[str, np.ndarray]
-    gradients: Mapping[str, np.ndarray]
-    updates: Mapping[str, np.ndarray]
-    sigma: np.ndarray
-    loss: np.ndarray
-    u: np.ndarray | None
 
 
 def watched(config: NetworkConfig, /) -> dict[str, list[str]]:
@@ -48,10 +26,10 @@ def watched(config: NetworkConfig, /) -> dict[str, list[str]]:
     }
 
 
-def record(settings: Settings, measured: Measurement, /, *, nimg: int) -> dict[str, Any]:
+def record(config: TrainConfig, measured: Measurement, /, *, nimg: int) -> dict[str, Any]:
     """A line of telemetry.jsonl: ``nimg`` as the step began; ``blocks``, each with role, resolution, the maximum and
     mean of its activations, weights and gradients and its relative update; ``noise``, by bin of noise level."""
-    walk = plan(settings.network)
+    walk = plan(config.network)
     blocks = {block.name: block for block in (*walk.encoder, *walk.decoder)}
     return {
         "nimg": nimg,
@@ -59,11 +37,11 @@ def record(settings: Settings, measured: Measurement, /, *, nimg: int) -> dict[s
             name: {
                 "role": "dec" if blocks[name].role == "dec" else "enc",
                 "resolution": blocks[name].resolution,
-                **_magnitudes(settings.network, measured, weights),
+                **_magnitudes(config.network, measured, weights),
             }
-            for name, weights in watched(settings.network).items()
+            for name, weights in watched(config.network).items()
         },
-        "noise": _by_noise(measured, settings.P_mean, settings.P_std),
+        "noise": _by_noise(measured, config.hyper.P_mean, config.hyper.P_std),
     }
 
 

@@ -1,110 +1,102 @@
-"""What surrounds the training steps, whichever port takes them?
+"""The training loop of every port: batches, learning rate, log, snapshots, states, signals, and what is printed.
 
 Order of a step: learning rate, batch, step; then, where a multiple of its interval was crossed, a line of log, the
-averages, the state. A run is a function of its settings alone: stopped anywhere and resumed, it ends the same.
+averages, the state. A run is a function of its config alone: stopped anywhere and resumed, it ends the same.
 """
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGTERM
-from typing import Protocol
-
-import numpy as np
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
-from backends.pipeline.checkpoints.states import State, load_state, save_state
+from backends.pipeline.checkpoints.states import load_state, save_state
 from backends.pipeline.data.batches import Batches
 from backends.pipeline.data.datasets import Dataset, open_dataset
-from edm2_core.ema import HalfLife, TimedPlan
+from backends.ports import Machine, OpenSampler, OpenTrainer, Trainer
+from edm2_core.ema import Length, TimedPlan
 from edm2_core.errors import InputError
 from edm2_core.ladder import LADDER
 from edm2_core.network import NetworkConfig, multiply_adds, parameter_count
 from edm2_core.schedule import learning_rate
 
 from . import telemetry
-from .config import Settings, data_spec, microbatches, resolve
+from .config import TrainConfig
 from .exit_codes import Interrupts
 from .folder import Run, create
 from .length_picture import draw_lengths
 from .options import TrainOptions, count_text
 from .progress import Progress
-from .sampling import OpenSampler
-from .telemetry import Measurement
-
-
-class Trainer(Protocol):
-    """What a port brings: a network in training, in one of ``world`` processes. All processes make the same calls."""
-
-    rank: int
-    world: int
-    device: str
-
-    def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> None:
-        """Train on this process's share of a batch, float32 NCHW and one-hot, after ``nimg`` images."""
-
-    def measured_step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> Measurement:
-        """:meth:`step`, and what it is made of. Training goes on exactly as without."""
-
-    def metrics(self) -> Mapping[str, float]:
-        """``loss``, the mean since the last call, and ``nonfinite``, the number of gradients zeroed since."""
-
-    def parameters(self) -> Mapping[str, np.ndarray]: ...
-
-    def averages(self) -> Mapping[float, Mapping[str, np.ndarray]]: ...
-
-    def state(self) -> State: ...
-
-    def load_state(self, state: State, /) -> None: ...
-
-    def agree(self, stop: bool, /) -> bool:
-        """Whether any process wants to stop."""
-
-
-OpenTrainer = Callable[[Settings, TrainOptions], Trainer]
+from .resolve import FREE, data_spec, microbatches, resolve
 
 
 def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler: OpenSampler, *, prog: str) -> int:
-    """Train as ``options`` ask, in a fresh run folder or on from where one stopped. Returns the exit status.
+    """The train command: train as ``options`` say, in a fresh run folder or on from where one stopped.
+
+    Returns the exit status.
 
     Raises:
-        InputError: see :func:`~.config.resolve`; a damaged state; or nowhere to write.
+        InputError: see :func:`~.resolve.resolve`; a damaged state; or nowhere to write.
     """
-    run = None if options.outdir is None else Run(options.outdir)
-    previous = run.settings() if run is not None and run.exists() else None
+    previous = options.previous
     dataset = open_dataset(data_spec(options, previous))
-    settings = resolve(options, dataset, previous)
-    start = 0 if run is None or previous is None else _start(run, previous)
+    config = resolve(options, dataset, previous)
+    run = None if options.outdir is None else Run(options.outdir)
+    start = _start(run, previous) if run is not None and previous is not None else 0
     if options.dry_run:
         place = run.path if run is not None else "a fresh folder under runs/"
-        print(f"{settings.to_json()}{_ladder_text(settings.network)}")
-        print(f"would train from {start} to {settings.duration} images in {place}")
+        print(f"{config.to_json()}{_ladder_text(config.network)}")
+        print(f"would train from {start} to {config.hyper.duration} images in {place}")
         return 0
-    if run is not None and start >= settings.duration:
-        _complete(run, settings, dataset, start, open_sampler, prog=prog)
+    if run is not None and start >= config.hyper.duration:
+        _complete(run, config, dataset, start, open_sampler, prog=prog)
         return 0
-    trainer = open_trainer(settings, options)
-    microbatches(settings.batch, options.batch_per_device, world=trainer.world)
-    if run is not None and start:
-        trainer.load_state(load_state(run.state_path, settings.network, settings.lengths))
-    if trainer.rank != 0:
-        return _loop(settings, dataset, trainer, start, None)
-    run = Run(create(options.outdir, dataset.name))
-    run.save_settings(settings)
-    _say_begin(run, settings, trainer, start, resumed=previous is not None)
-    if status := _loop(settings, dataset, trainer, start, run):
-        print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.path}")
-        return status
-    drawn = draw_lengths(run, dataset, trainer.parameters(), open_sampler, nimg=run.state_nimg())
-    _say_end(run, settings, drawn, prog=prog)
-    return 0
+    trainer = open_trainer(config, options.machine)
+    return _train(config, dataset, trainer, open_sampler, outdir=options.outdir, start=start, prog=prog)[1]
 
 
-def _start(run: Run, previous: Settings) -> int:
+def train(
+    config: TrainConfig,
+    dataset: Dataset,
+    open_trainer: OpenTrainer,
+    open_sampler: OpenSampler,
+    *,
+    outdir: str | Path | None = None,
+    machine: Machine = Machine(),
+    prog: str,
+) -> Run | None:
+    """Train ``config`` on ``dataset`` in the run folder ``outdir``, or on from where the run in it stopped.
+
+    ``outdir`` None is a fresh numbered folder under runs/. Returns the run; None in processes other than the first.
+
+    Raises:
+        InputError: the folder holds a run of another config, a damaged state, or cannot be written.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the state was saved, and the same call continues from it.
+    """
+    run = None if outdir is None else Run(outdir)
+    previous = run.config() if run is not None and run.exists() else None
+    if previous is not None and config != replace(
+        previous,
+        hyper=replace(previous.hyper, duration=config.hyper.duration),
+        **{name: getattr(config, name) for name in FREE if name != "duration"},
+    ):
+        raise InputError(f"a run must be resumed with its own config, got another for {outdir}: choose another outdir")
+    start = _start(run, previous) if run is not None and previous is not None else 0
+    if run is not None and start >= config.hyper.duration:
+        return run
+    trainer = open_trainer(config, machine)
+    made, status = _train(config, dataset, trainer, open_sampler, outdir=run and run.path, start=start, prog=prog)
+    if status:
+        raise KeyboardInterrupt
+    return made
+
+
+def _start(run: Run, previous: TrainConfig) -> int:
     """Images seen by the stored state. Raises InputError where a state must have been stored and is gone."""
     came_to = max((record["nimg"] for record in run.log()), default=0)
-    if not run.state_path.exists() and came_to > previous.checkpoint + previous.batch:
+    if not run.state_path.exists() and came_to > (previous.checkpoint or 0) + previous.hyper.batch:
         raise InputError(
             f"a run that came to {came_to} images must have its state to go on, got none at {run.state_path}: "
             "restore it, or choose another --outdir"
@@ -112,79 +104,116 @@ def _start(run: Run, previous: Settings) -> int:
     return run.state_nimg()
 
 
-def _loop(settings: Settings, dataset: Dataset, trainer: Trainer, nimg: int, run: Run | None) -> int:
-    """Train from ``nimg`` images on; write to ``run``, if it is ours to write. Returns the status of a signal, or 0."""
-    share = settings.batch // trainer.world
+def _train(
+    config: TrainConfig,
+    dataset: Dataset,
+    trainer: Trainer,
+    open_sampler: OpenSampler,
+    *,
+    outdir: Path | None,
+    start: int,
+    prog: str,
+) -> tuple[Run | None, int]:
+    """The run (None in processes that write nothing) and the exit status."""
+    microbatches(config.hyper.batch, None, world=trainer.world)
+    if outdir is not None and start:
+        trainer.load_state(load_state(Run(outdir).state_path, config.network, config.hyper.lengths))
+    if trainer.rank != 0:
+        return None, _loop(config, dataset, trainer, None)
+    resumed = outdir is not None and Run(outdir).exists()
+    run = Run(create(outdir, dataset.name))
+    run.save_config(config)
+    _say_begin(run, config, trainer, resumed=resumed)
+    if status := _loop(config, dataset, trainer, run):
+        print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.path}")
+        return run, status
+    drawn = draw_lengths(run, config, dataset, trainer.parameters(), open_sampler, nimg=trainer.nimg)
+    _say_end(run, config, drawn, prog=prog)
+    return run, 0
+
+
+def _loop(config: TrainConfig, dataset: Dataset, trainer: Trainer, run: Run | None) -> int:
+    """Train until the duration; write to ``run`` unless it is None. Returns the status of a signal, or 0."""
+    hyper, share = config.hyper, config.hyper.batch // trainer.world
     part = {"offset": trainer.rank * share, "count": share}
     with (
         Interrupts() as interrupts,
-        Batches(dataset, start=nimg, batch=settings.batch, seed=settings.seed, **part) as batches,
-        Progress(total=settings.duration, start=nimg, shown=run is not None) as progress,
+        Batches(dataset, start=trainer.nimg, batch=hyper.batch, seed=config.seed, **part) as batches,
+        Progress(total=hyper.duration, start=trainer.nimg, shown=run is not None) as progress,
     ):
-        report = _Report(settings, run, progress, nimg)
-        while nimg < settings.duration:
+        report = _Report(run, progress, trainer.nimg)
+        snapshots = _Snapshots(config, run)
+        while trainer.nimg < hyper.duration:
+            before, lr = trainer.nimg, _learning_rate(config, trainer.nimg)
             images, labels = next(batches)
-            lr = _learning_rate(settings, nimg)
-            classes = labels if settings.network.label_dim else None
-            if settings.telemetry and nimg // settings.batch % settings.telemetry == 0:
-                measured = trainer.measured_step(images, classes, nimg=nimg, lr=lr)
+            one_hot = labels if config.network.label_dim else None
+            if config.telemetry and before // hyper.batch % config.telemetry == 0:
+                measurement = trainer.measured_step(images, one_hot, lr=lr)
                 if run is not None:
-                    run.append_telemetry(telemetry.record(settings, measured, nimg=nimg))
+                    run.append_telemetry(telemetry.record(config, measurement, nimg=before))
             else:
-                trainer.step(images, classes, nimg=nimg, lr=lr)
-            before, nimg = nimg, nimg + settings.batch
-            progress.advance(settings.batch)
+                trainer.step(images, one_hot, lr=lr)
+            nimg = trainer.nimg
+            progress.advance(nimg - before)
             stop = trainer.agree(interrupts.signum is not None)
-            end = nimg >= settings.duration
-            if stop or end or _crossed(settings.status, before, nimg):
+            end = nimg >= hyper.duration
+            if stop or end or _crossed(config.status, before, nimg):
                 report(trainer.metrics(), nimg, lr)
-            if due := _due(settings, before, nimg, end=end):
-                _save_averages(run, settings, trainer, nimg, due)
-            if stop or end or _crossed(settings.checkpoint, before, nimg):
+            snapshots.store_due(trainer, before, nimg, end=end)
+            if stop or end or _crossed(config.checkpoint, before, nimg):
                 _save_state(run, trainer)
             if stop:
                 return interrupts.status or 128 + SIGTERM  # the signal may have come to another process
     return 0
 
 
-def _crossed(interval: int, before: int, now: int) -> bool:
-    return before // interval < now // interval
+def _crossed(interval: int | None, before: int, now: int) -> bool:
+    return interval is not None and before // interval < now // interval
 
 
-def _due(settings: Settings, before: int, now: int, *, end: bool) -> tuple[float, ...]:
-    """The lengths of the averages to store now."""
-    if settings.plan is not None:
-        return settings.plan.due(before, now, end=end)
-    return settings.lengths if end or _crossed(settings.snapshot, before, now) else ()
-
-
-def _learning_rate(settings: Settings, nimg: int) -> float:
-    return learning_rate(
-        nimg, batch=settings.batch, ref_lr=settings.lr, ref_batches=settings.decay, rampup_nimg=settings.rampup
-    )
-
-
-def _save_averages(run: Run | None, settings: Settings, trainer: Trainer, nimg: int, due: tuple[float, ...]) -> None:
-    averages = trainer.averages()
-    if run is None:
-        return
-    for sigma_rel in due:
-        snapshot = Snapshot(params=averages[sigma_rel], config=settings.network, nimg=nimg, sigma_rel=sigma_rel)
-        save_snapshot(run.snapshots_path / snapshot_name(nimg, sigma_rel), snapshot)
-    if settings.plan is not None:
-        run.drop(settings.plan.stale([(stored.nimg, stored.sigma_rel) for stored in run.snapshots()]))
+def _learning_rate(config: TrainConfig, nimg: int) -> float:
+    hyper = config.hyper
+    return learning_rate(nimg, batch=hyper.batch, ref_lr=hyper.lr, ref_batches=hyper.decay, rampup_nimg=hyper.rampup)
 
 
 def _save_state(run: Run | None, trainer: Trainer) -> None:
-    state = trainer.state()
+    state = trainer.state()  # in every process: they gather it together
     if run is not None:
         save_state(run.state_path, state)
+
+
+class _Snapshots:
+    """Stores the averages that are due, and deletes those that the snapshot plan does not keep."""
+
+    def __init__(self, config: TrainConfig, run: Run | None) -> None:
+        self._config, self._run, self._plan = config, run, config.snapshot_plan
+        there = run.snapshots(config.network) if run is not None and self._plan is not None else []
+        self._stored = [(source.time, source.length.value) for source in there]
+
+    def store_due(self, trainer: Trainer, before: int, now: int, *, end: bool) -> None:
+        for length in self._due(before, now, end=end):
+            average = trainer.average(length)  # in every process: they gather it together
+            if self._run is not None:
+                snapshot = Snapshot(params=average, config=self._config.network, nimg=now, length=length)
+                save_snapshot(self._run.snapshots_path / snapshot_name(now, length), snapshot)
+                self._stored.append((now, length.value))
+        if self._run is not None and self._plan is not None:
+            for stale in self._plan.stale(self._stored):
+                name = snapshot_name(stale[0], Length.of(stale[1]))
+                (self._run.snapshots_path / name).unlink(missing_ok=True)
+                self._stored.remove(stale)
+
+    def _due(self, before: int, now: int, *, end: bool) -> tuple[Length, ...]:
+        if self._plan is not None:
+            return tuple(map(Length.of, self._plan.due(before, now, end=end)))
+        hyper = self._config.hyper
+        return hyper.lengths if end or _crossed(hyper.snapshot, before, now) else ()
 
 
 class _Report:
     """Writes a line of log each time it is called, and says the loss. Lines after ``nimg`` are dropped first."""
 
-    def __init__(self, settings: Settings, run: Run | None, progress: Progress, nimg: int) -> None:
+    def __init__(self, run: Run | None, progress: Progress, nimg: int) -> None:
         kept = run.truncate_logs(nimg) if run is not None else []
         self._run, self._progress, self._nimg = run, progress, nimg
         self._before = kept[-1]["seconds"] if kept else 0.0  # the clock goes on where the log ends
@@ -206,48 +235,52 @@ class _Report:
             self._progress.report(f"loss {metrics['loss']:.4f}")
 
 
-def _say_begin(run: Run, settings: Settings, trainer: Trainer, start: int, *, resumed: bool) -> None:
-    data, network = settings.data_summary, settings.network
+# ---- what is printed
+
+
+def _say_begin(run: Run, config: TrainConfig, trainer: Trainer, *, resumed: bool) -> None:
+    network, hyper, data = config.network, config.hyper, config.data_summary
     cost = f"{parameter_count(network) / 1e6:.2f} M parameters, {2 * multiply_adds(network) / 1e9:.3g} GFLOP per image"
-    classes = f"{network.label_dim} classes" if network.label_dim else "no labels"
-    size = f"{data.count} images of {data.resolution}x{data.resolution}x{data.channels}"
+    labels = f"{network.label_dim} classes" if network.label_dim else "no labels"
+    count = f"{data.count} images" if data is not None else "images"
+    size = f"{network.img_resolution}x{network.img_resolution}x{network.img_channels}"
     print(f"device   {trainer.device}" + (f", {trainer.world} processes" if trainer.world > 1 else ""))
-    print(f"network  {settings.preset}, {_ladder_text(network)}: {cost}, {settings.precision}")
-    print(f"data     {settings.data}: {size}, {classes}")
-    print(f"run      {run.path}: {count_text(settings.duration)} images in batches of {settings.batch}")
-    if start:
-        print(f"resumed  {run.state_path} at {start} images")
+    print(f"network  {config.preset}, {_ladder_text(network)}: {cost}, {config.precision}")
+    print(f"data     {config.data}: {count} of {size}, {labels}")
+    print(f"run      {run.path}: {count_text(hyper.duration)} images in batches of {hyper.batch}")
+    if trainer.nimg:
+        print(f"resumed  {run.state_path} at {trainer.nimg} images")
     elif resumed:
         print("resumed  at 0 images, for no state was stored yet")
     sys.stdout.flush()  # before the progress on stderr
 
 
 def _ladder_text(network: NetworkConfig) -> str:
-    """The rung, and where this network is not on it."""
+    """The rung, and the switches of the network that are not the rung's."""
     rung, own = vars(LADDER[network.ladder]), vars(network.switches)
     differ = [f"{name} {own[name]}" for name in rung if own[name] != rung[name]]
     return f"CONFIG {network.ladder}" + (f" with {', '.join(differ)}" if differ else "")
 
 
-def _say_end(run: Run, settings: Settings, drawn: tuple[Path, dict[str, float]] | None, *, prog: str) -> None:
+def _say_end(run: Run, config: TrainConfig, drawn: tuple[Path, dict[str, float]] | None, *, prog: str) -> None:
     sample = f"{prog.removesuffix('train')}sample --run {run.path}"
     if drawn is not None:
         picture, errors = drawn
         print(f"picture  {picture}: the raw weights, then averages from short to long")
         print("error    of denoising: " + ", ".join(f"{name} {error:.4f}" for name, error in errors.items()))
     print("next, for instance:")
-    other = not all(isinstance(length, HalfLife) for length in settings.lengths)  # those may reach no other
+    other = any(length.relative for length in config.hyper.lengths)  # of a half-life alone hardly any other is made
     print(f"  {sample} --sigma-rel 0.15" if other else f"  {sample}")
-    if settings.network.label_dim:
+    if config.network.label_dim:
         print(f"  {sample} --class 3 --guidance 2")
-    if not isinstance(settings.plan, TimedPlan):  # which ends with its run
-        print(f"  {prog} --outdir {run.path} --duration {count_text(2 * settings.duration)}")
+    if not isinstance(config.snapshot_plan, TimedPlan):  # which ends with its run
+        print(f"  {prog} --outdir {run.path} --duration {count_text(2 * config.hyper.duration)}")
 
 
 def _complete(
-    run: Run, settings: Settings, dataset: Dataset, nimg: int, open_sampler: OpenSampler, *, prog: str
+    run: Run, config: TrainConfig, dataset: Dataset, nimg: int, open_sampler: OpenSampler, *, prog: str
 ) -> None:
     print(f"complete {run.path} at {nimg} images; to prolong it give a longer --duration")
     if not (run.samples_path / "lengths.png").exists():  # stopped between the last state and the picture
-        state = load_state(run.state_path, settings.network, settings.lengths)
-        _say_end(run, settings, draw_lengths(run, dataset, state.params, open_sampler, nimg=nimg), prog=prog)
+        state = load_state(run.state_path, config.network, config.hyper.lengths)
+        _say_end(run, config, draw_lengths(run, config, dataset, state.params, open_sampler, nimg=nimg), prog=prog)

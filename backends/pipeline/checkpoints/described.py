@@ -1,0 +1,39 @@
+"""What a user says that files hold which do not say it themselves."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edm2_core.ema import Length
+from edm2_core.errors import InputError
+
+from .ema_pytorch import tracked_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """The lengths of averages: one for all files, or one per index in their names (ema-pytorch).
+
+    ``Length.raw(step)`` stands for weights that are not averaged. ``update_every``: the tracker updated its averages
+    only every so many steps, each time as if it were every step, as ema-pytorch does.
+    """
+
+    lengths: tuple[Length, ...] = ()
+    update_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.update_every < 1:
+            raise InputError(f"update_every must be at least 1, got {self.update_every}: 1 is every step")
+
+    def length(self, path: Path, index: int) -> Length:
+        """The length of the average in a file. Raises InputError where nothing is said about it."""
+        count = len(self.lengths)
+        if not count:
+            raise InputError(
+                f"{path} does not say what was averaged: add --source-sigma-rels, --source-half-life or --source-raw"
+            )
+        if count > 1 and index >= count:
+            raise InputError(f"{path} has index {index}, got {count} lengths: give one for each index")
+        try:
+            return tracked_length(self.lengths[min(index, count - 1)], self.update_every)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error

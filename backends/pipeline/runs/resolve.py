@@ -1,0 +1,191 @@
+"""From options, data and an earlier run to the config of a run; what a resumed run may change."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from backends.pipeline.data.datasets import Dataset
+from edm2_core.ema import SnapshotPlan, plan_from_json
+from edm2_core.errors import InputError
+from edm2_core.ladder import Rung, Switches
+from edm2_core.presets import Hyperparameters, on_rung, preset
+
+from .config import DataSummary, TrainConfig
+from .options import TrainOptions, flag
+
+FREE = ("duration", "status", "checkpoint", "telemetry")
+"""What a resumed run may change. The machine is no part of a run."""
+
+
+def configure(
+    dataset: Dataset,
+    *,
+    preset_name: str = "digits",
+    ladder: Rung = "G",
+    unconditional: bool = False,
+    network: dict[str, Any] | None = None,
+    **changes: Any,
+) -> TrainConfig:
+    """The config of a fresh run on ``dataset``: a preset, on a rung of the ladder, fitted to the data.
+
+    Args:
+        dataset: gives the network its resolution, channels and labels.
+        preset_name, ladder: the base; see :mod:`edm2_core.presets`.
+        unconditional: leave the labels out.
+        network: fields of :class:`~edm2_core.network.NetworkConfig` to set otherwise, ``{"model_channels": 64}`` say.
+        changes: fields of :class:`~edm2_core.presets.Hyperparameters` or of :class:`TrainConfig` to set otherwise.
+
+    Raises:
+        InputError: an unknown preset, a value out of range, or data without labels for a conditional preset.
+        TypeError: an unknown field.
+    """
+    base = on_rung(preset(preset_name), ladder)
+    of_training = {field.name for field in fields(Hyperparameters)}
+    hyper = replace(base.hyper, **{name: value for name, value in changes.items() if name in of_training})
+    rest = {name: value for name, value in changes.items() if name not in of_training}
+    config = TrainConfig(preset=preset_name, network=replace(base.network, **network or {}), hyper=hyper, **rest)
+    return fit(config, dataset, unconditional=unconditional)
+
+
+def fit(config: TrainConfig, dataset: Dataset, *, unconditional: bool = False) -> TrainConfig:
+    """``config`` with the network's size and labels those of ``dataset``, and its intervals filled in."""
+    conditional = config.network.label_dim > 0 and not unconditional
+    if conditional and not dataset.label_dim:
+        raise InputError(
+            f"preset {config.preset} must have data with labels, got none in {dataset.name}: "
+            "add a dataset.json with labels, or give --unconditional"
+        )
+    network = replace(
+        config.network,
+        img_resolution=dataset.resolution,
+        img_channels=dataset.channels,
+        label_dim=dataset.label_dim if conditional else 0,
+    )
+    return replace(config, network=network, data_summary=DataSummary.of(dataset)).intervals_filled()
+
+
+def data_spec(options: TrainOptions, previous: TrainConfig | None = None) -> str:
+    """The data to open: 'digits', or the absolute path of a folder or archive.
+
+    Raises:
+        InputError: no data given with a preset that is not made for digits.
+    """
+    if options.data is not None:
+        return options.data if options.data == "digits" else str(Path(options.data).absolute())
+    if previous is not None:
+        return previous.data
+    if options.preset != "digits":
+        raise InputError(f"--data must be given with --preset {options.preset}: a folder or zip of images")
+    return "digits"
+
+
+def resolve(options: TrainOptions, dataset: Dataset, previous: TrainConfig | None = None) -> TrainConfig:
+    """The config of a run on ``dataset``, which :func:`data_spec` names; ``previous`` is that of the run it resumes.
+
+    Raises:
+        InputError: no labels for a conditional preset; a value out of range; a batch that does not divide; or, when
+            resuming, an option or data other than the run's.
+    """
+    if previous is None:
+        config = _fresh(options, dataset)
+    else:
+        _check_unchanged(options, dataset, previous)
+        config = replace(
+            previous,
+            hyper=replace(previous.hyper, duration=options.config.hyper.duration),
+            **{name: getattr(options.config, name) for name in ("status", "checkpoint", "telemetry")},
+        )
+    microbatches(config.hyper.batch, options.machine.batch_per_device, world=1)
+    return config
+
+
+def microbatches(batch: int, per_device: int | None, *, world: int) -> int:
+    """How many parts each of ``world`` devices accumulates its share of a batch from, ``per_device`` images at a time.
+
+    Raises:
+        InputError: that does not come out even.
+    """
+    if batch % world:
+        raise InputError(f"--batch must be divisible by the number of devices, got {batch} for {world}: change --batch")
+    share = batch // world
+    if per_device is None:
+        return 1
+    if per_device < 1 or share % per_device:
+        raise InputError(
+            f"--batch must be divisible by --batch-per-device times devices, got {batch} and {per_device} x {world}: "
+            f"choose a --batch-per-device that divides {share}"
+        )
+    return share // per_device
+
+
+def _fresh(options: TrainOptions, dataset: Dataset) -> TrainConfig:
+    own = _switches(options)
+    network = replace(options.config.network, dropout=options.dropout, **own)  # type: ignore[arg-type]
+    config = replace(options.config, network=network, data=data_spec(options))
+    if options.snapshot_plan is not None:
+        plan = _read_plan(options.snapshot_plan)
+        hyper = replace(config.hyper, sigma_rels=plan.sigma_rels, half_life=None)
+        config = replace(config, hyper=hyper, snapshot_plan=plan)
+    return fit(config, dataset, unconditional=options.unconditional)
+
+
+def _read_plan(path: Path) -> SnapshotPlan:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--snapshot-plan must be a file of edm2 plan, got {path}, which cannot be read") from error
+    return plan_from_json(text, name=str(path))
+
+
+def _switches(options: TrainOptions) -> dict[str, Any]:
+    """Raises InputError: no switch of that name."""
+    own, names = dict(options.switches), [field.name for field in fields(Switches) if field.name != "ladder"]
+    if unknown := sorted(set(own) - set(names)):
+        raise InputError(f"--switches must be of {', '.join(names)}, got {unknown[0]}")
+    return own
+
+
+def _check_unchanged(options: TrainOptions, dataset: Dataset, previous: TrainConfig) -> None:
+    for name, was, wanted in _wishes(options, previous):
+        if wanted != was:
+            raise InputError(
+                f"{name} must stay {_text(was)} when a run is resumed, got {_text(wanted)}: "
+                "leave it out, or choose another --outdir"
+            )
+    before, now = asdict(previous)["data_summary"], asdict(DataSummary.of(dataset))
+    for name, was in before.items():
+        if now[name] != was:
+            raise InputError(
+                f"data must be those the run began with, got {name} {now[name]} instead of {was} in {previous.data}: "
+                "restore them, or choose another --outdir"
+            )
+
+
+def _wishes(options: TrainOptions, previous: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(flag, the run's value, the option) of everything that a resumed run may not change."""
+    for now, before in ((options.config.hyper, previous.hyper), (options.config, previous)):
+        for field in fields(now):
+            if field.name not in (*FREE, "hyper"):
+                yield flag(field.name), getattr(before, field.name), getattr(now, field.name)
+    network = previous.network
+    yield "--preset", previous.preset, options.preset
+    yield "--data", previous.data, data_spec(options, previous)
+    yield "--dropout", network.dropout, options.dropout
+    yield "--ladder", network.ladder, options.ladder
+    yield "--unconditional", network.label_dim == 0, options.unconditional
+    for name, value in _switches(options).items():
+        yield f"--switches {name}", getattr(network.switches, name), value
+    if options.snapshot_plan is not None:
+        yield "--snapshot-plan", _plan_text(previous.snapshot_plan), _plan_text(_read_plan(options.snapshot_plan))
+
+
+def _plan_text(plan: SnapshotPlan | None) -> str:
+    return "none" if plan is None else json.dumps(json.loads(plan.to_json()))
+
+
+def _text(value: Any) -> str:
+    if value is None or value == ():
+        return "none"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
