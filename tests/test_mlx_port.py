@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from toy_port import train
 
+from backends.pipeline.checkpoints.states import parts
 from conformance import network_cases, tolerance, training_cases
 from conformance import strategies as draw
 from edm2_core import reference
@@ -53,13 +54,13 @@ def arguments(config, size=4):
 
 def native(batch):
     labels = None if batch.labels is None else mx.array(batch.labels)
-    return step.Batch(weights.to_nhwc(batch.images), weights.to_nhwc(batch.unit_noise), mx.array(batch.sigma), labels)
+    return step.Batch(weights.to_native(batch.images), weights.to_native(batch.unit_noise), mx.array(batch.sigma), labels)
 
 
 def trained(config, params, batch, *, steps=1, dtype=mx.float32, key=None, **options):
-    training = step.Training(weights.build(config, params, dtype=dtype), **options)
-    found = [training.step(native(batch), lr=0.01, dropout=key) for _ in range(steps)]
-    return training, found[-1]
+    learner = step.Learner(weights.build(config, params, dtype=dtype), **options)
+    metrics = [learner.step(native(batch), lr=0.01, dropout=key) for _ in range(steps)]
+    return learner, metrics[-1]
 
 
 # ---- the network
@@ -95,11 +96,11 @@ def test_the_derivative_along_a_direction_is_a_finite_difference(config):
     direction = np.random.default_rng(0).standard_normal(batch.noisy.shape).astype(np.float32)
     with mx.stream(mx.cpu):
         network, given = weights.build(config, params), native(batch)
-        inputs = [weights.to_nhwc(array) for array in (batch.noisy, direction)]
+        inputs = [weights.to_native(array) for array in (batch.noisy, direction)]
         _, (got,) = mx.jvp(lambda x: network(x, given.sigma, given.labels)[0], inputs[:1], inputs[1:])
     h, exact = 1e-6, draw.wide((params, batch.noisy, batch.sigma, batch.labels))
     ahead, behind = (reference.denoise(config, exact[0], exact[1] + s * direction, *exact[2:])[0] for s in (h, -h))
-    assert tolerance.relative(weights.to_nchw(got), (ahead - behind) / (2 * h)) < 1e-4
+    assert tolerance.relative(weights.to_canonical(got), (ahead - behind) / (2 * h)) < 1e-4
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -161,9 +162,9 @@ def test_gradients_that_are_not_finite_are_zeroed_and_counted():
     images = batch.images.copy()
     images[0, 0, 0, 0] = np.inf
     batch = batch._replace(images=images)
-    training, (_, nonfinite) = trained(SMALL, params, batch)
+    learner, (_, nonfinite) = trained(SMALL, params, batch)
     assert int(nonfinite) > 0
-    assert all(np.isfinite(array).all() for array in training.state().params.values())
+    assert all(np.isfinite(array).all() for array in learner.state().params.values())
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
@@ -194,8 +195,8 @@ def test_state_goes_on_exactly():
         resumed.step(native(batch), lr=0.01)
     ours, theirs = resumed.state(), whole.state()
     assert (ours.nimg, ours.steps) == (theirs.nimg, theirs.steps)
-    for part, arrays in theirs.parts().items():
-        assert all(np.array_equal(ours.parts()[part][name], array) for name, array in arrays.items()), part
+    for part, arrays in parts(theirs).items():
+        assert all(np.array_equal(parts(ours)[part][name], array) for name, array in arrays.items()), part
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU, compiled functions need g++")
@@ -203,20 +204,20 @@ def test_compiled_with_its_state_a_step_is_the_same(monkeypatch):
     """Of what moves state; the gradients too take minutes where every kernel is a run of g++."""
     params, batch = arguments(SMALL)
     plain, _ = trained(SMALL, params, batch, steps=3)
-    monkeypatch.setattr(step, "compiled", lambda f, **state: mx.compile(f, **state) if state["outputs"] else f)
+    monkeypatch.setattr(step, "compiled", lambda f, **state: mx.compile(f, **state) if "outputs" in state else f)
     compiled, _ = trained(SMALL, params, batch, steps=3)
-    for part, arrays in plain.state().parts().items():
-        assert tolerance.relative_all(compiled.state().parts()[part], arrays, 1e-3)[0] < 1e-4, part
+    for part, arrays in parts(plain.state()).items():
+        assert tolerance.relative_all(parts(compiled.state())[part], arrays, 1e-3)[0] < 1e-4, part
 
 
 def test_memory_stays_flat():
     params, batch = arguments(SMALL, size=2)
-    training, _ = trained(SMALL, params, batch, steps=2)
+    learner, _ = trained(SMALL, params, batch, steps=2)
     taken = []
     for _ in range(2):
         mx.reset_peak_memory()
         for _ in range(100):
-            training.step(native(batch), lr=0.01)
+            learner.step(native(batch), lr=0.01)
         taken.append((mx.get_active_memory(), mx.get_peak_memory()))
     assert all(later <= 1.01 * earlier for earlier, later in zip(*taken, strict=True))
 

@@ -18,7 +18,6 @@ from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
 from backends.ports import Machine, guided_denoiser
 from edm2_core import sampler
-from edm2_core.ema import LengthLike
 
 from . import device as devices
 from .denoiser import Denoiser, SamplingDenoiser
@@ -36,7 +35,7 @@ def load(
     path: str | Path,
     *,
     device: str | None = None,
-    sigma_rel: LengthLike | None = None,
+    sigma_rel: float | None = None,
     dtype: mx.Dtype = mx.float32,
 ) -> Network:
     """A stored network, ready to use, with its ``config``.
@@ -45,7 +44,8 @@ def load(
         path: a snapshot file or a run folder.
         device: gpu or cpu, which becomes MLX's default device. MLX's arrays have no device of their own. Default:
             MLX's default device stays.
-        sigma_rel: length of the average, reconstructed unless it is stored. Default: that of the newest snapshot.
+        sigma_rel: length of a run's average, reconstructed unless it is stored. Default: 0.10 where it is stored, else
+            the longest.
         dtype: of activations: float32, bfloat16 or float16.
 
     Raises:
@@ -94,13 +94,13 @@ def sample(
 
 def train(
     config: TrainConfig, dataset: Dataset, *, outdir: str | Path | None = None, machine: Machine | None = None
-) -> Run:
-    """Train a network in a new run folder, or continue the run that is in ``outdir``.
+) -> Run | None:
+    """Train a network. See :func:`backends.pipeline.runs.training.train`, also for errors.
 
-    Raises:
-        InputError: ``outdir`` holds a run of another config, a state is damaged, or nothing can be written there.
+    Args:
+        outdir: the run folder; training continues from where a run in it stopped. Default: a new one under runs/.
+        machine: the device, and how many images it takes at a time. Default: the fastest device, all at once.
     """
     machine = machine or Machine()
     open_sampler = Port(device=machine.device).sampler
-    folder = None if outdir is None else Path(outdir)
-    return training.train(config, dataset, MLXTrainer, open_sampler, outdir=folder, machine=machine, prog=PROG)
+    return training.train(config, dataset, MLXTrainer, open_sampler, outdir=outdir, machine=machine, prog=PROG)

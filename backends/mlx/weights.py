@@ -55,7 +55,8 @@ def to_native(array: np.ndarray | mx.array, /) -> mx.array:
     """A canonical array as float32 in the native layout; a native one as it is."""
     if isinstance(array, mx.array):
         return array
-    return mx.array(np.ascontiguousarray(array.transpose(0, 2, 3, 1) if array.ndim == 4 else array, np.float32))
+    native = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+    return mx.array(np.array(native, np.float32, order="C"))
 
 
 def to_canonical(array: mx.array | np.ndarray, /) -> np.ndarray:
