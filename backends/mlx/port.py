@@ -92,7 +92,7 @@ class Port(ports.Port):
             learner.load_state(state)
             steps = zip(batches, learning_rates, strict=True)
             losses = [learner.step(Batch(*_batch(*batch)), lr=lr)[0] for batch, lr in steps]
-            return [loss.item() for loss in losses], learner.state()
+            return [float(np.array(loss)) for loss in losses], learner.state()
 
     def place(self) -> AbstractContextManager[Any]:
         return mx.stream(devices.choose(self.device))

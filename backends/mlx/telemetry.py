@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +24,7 @@ def measured_step(
     learner: Learner, batch: Batch, *, lr: float, dropout: mx.array | None = None
 ) -> tuple[Metrics, Measurement]:
     """:meth:`Learner.step <backends.mlx.step.Learner.step>` on an EDM2 network, and its telemetry."""
-    network: Network = learner.network
+    network: Any = learner.network
     names = [name for weights in watched(network.config).values() for name in weights]
     layers = layers_of(network)
     metrics, gradients = learner.gradients(batch, dropout=dropout)
