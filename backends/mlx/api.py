@@ -1,8 +1,10 @@
-"""Load, sample and train in a few calls. Arrays are MLX's own, images in its layout [N, H, W, C].
+"""Load, sample and train in a few calls.
 
-network = load("runs/0001-digits")                                      # a Network, with .config
-images = sample(network, mx.random.normal((16, 8, 8, 1)), one_hot, guidance=2.0)
-run = train(config, dataset)                                            # what python -m backends.mlx.train does
+    network = load("runs/0001-digits")                                  # a Network, with .config
+    images = sample(network, mx.random.normal((16, 8, 8, 1)), one_hot, guidance=2.0)
+    run = train(config, dataset)                                        # as python -m backends.mlx.train does
+
+Arrays are MLX's own, images in its layout [N, H, W, C].
 """
 
 from collections.abc import Iterable
