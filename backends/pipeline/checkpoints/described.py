@@ -9,6 +9,16 @@ from edm2_core.errors import InputError
 from .ema_pytorch import tracked_length
 
 
+class Undescribed(InputError):
+    """The file at ``path`` does not say what was averaged, and nobody said it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} does not say what was averaged: add --source-sigma-rels, --source-half-life or --source-raw"
+        )
+        self.path = path
+
+
 @dataclass(frozen=True, kw_only=True)
 class Described:
     """The lengths of averages: one for all files, or one per index in their names (ema-pytorch).
@@ -25,12 +35,10 @@ class Described:
             raise InputError(f"update_every must be at least 1, got {self.update_every}: 1 is every step")
 
     def length(self, path: Path, index: int) -> Length:
-        """The length of the average in a file. Raises InputError where nothing is said about it."""
+        """The length of the average in a file. Raises :class:`Undescribed` where nothing is said of it."""
         count = len(self.lengths)
         if not count:
-            raise InputError(
-                f"{path} does not say what was averaged: add --source-sigma-rels, --source-half-life or --source-raw"
-            )
+            raise Undescribed(path)
         if count > 1 and index >= count:
             raise InputError(f"{path} has index {index}, got {count} lengths: give one for each index")
         try:

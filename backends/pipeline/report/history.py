@@ -1,7 +1,7 @@
-"""What do a run's log and telemetry say, as curves short enough to draw?
+"""A run's log and telemetry as arrays, and as curves that are short enough to draw.
 
-A long curve is thinned to buckets of as many values each: their mean, and their extremes, so that a spike of one line
-in 100,000 is still seen.
+A long curve is thinned to buckets of equally many values. Each bucket keeps its mean and its extremes, so that a spike
+of a single line stays visible.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from backends.pipeline.runs.config import Settings
+from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
 
-POINTS = 240  # of a drawn curve: a screen shows no more
+POINTS = 240  # most points of a drawn curve; more cannot be seen on a screen
 _LOGGED = ("loss", "lr", "images_per_s", "nonfinite")
 _KINDS = ("activation", "weight", "gradient")
 _COLUMNS = (*(f"{kind}_{part}" for kind in _KINDS for part in ("max", "mean")), "update")
@@ -22,7 +22,7 @@ _COLUMNS = (*(f"{kind}_{part}" for kind in _KINDS for part in ("max", "mean")), 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """float64 [points]; a missing value is nan. Where nothing was thinned, ``low`` and ``high`` are ``mean``."""
+    """float64 [points]; nan is a missing value. ``low`` and ``high`` are ``mean`` unless the curve was thinned."""
 
     x: np.ndarray
     mean: np.ndarray
@@ -35,7 +35,7 @@ class Curve:
 
 
 class Place(NamedTuple):
-    """Where in the U-Net: ``role`` is 'enc' or 'dec'."""
+    """A resolution of the U-Net's encoder (``role`` 'enc') or decoder ('dec')."""
 
     resolution: int
     role: str
@@ -48,8 +48,8 @@ class Place(NamedTuple):
 class Telemetry:
     """Lines of telemetry.jsonl as arrays.
 
-    ``nimg`` [lines]; ``magnitudes`` by column and place, each [lines]: the maximum over a place's blocks of maxima, the
-    mean over them of all else; ``sigma`` [bins]; ``loss``, ``u`` and ``count`` [lines, bins].
+    ``nimg`` [lines]. ``magnitudes`` by column and place, each [lines]: of the blocks at a place the largest maximum, or
+    the mean of the other columns. ``sigma`` [bins]; ``loss``, ``u`` and ``count`` [lines, bins].
     """
 
     nimg: np.ndarray
@@ -60,8 +60,10 @@ class Telemetry:
     count: np.ndarray
 
     def parts(self, number: int, /) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(share of the measured time, mean loss [bins], mean u [bins]) of each of ``number`` equal parts of it; the
-        mean is over images. Parts without lines are left out."""
+        """(name, mean loss [bins], mean u [bins]) of ``number`` equal parts of training, such as '0-25%'.
+
+        Means are over images. Parts without measurements are left out.
+        """
         edges = np.linspace(0, self.nimg.max() + 1, number + 1)
         for part, (start, end) in enumerate(pairwise(edges)):
             lines = (start <= self.nimg) & (self.nimg < end)
@@ -72,17 +74,17 @@ class Telemetry:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """A run as it was read. ``log``: nimg, loss, lr, images_per_s and nonfinite, each float64 [lines]."""
+    """A run, read from its folder. ``log``: nimg, loss, lr, images_per_s and nonfinite, each float64 [lines]."""
 
     run: Run
-    settings: Settings
+    config: TrainConfig
     log: Mapping[str, np.ndarray]
     telemetry: Telemetry | None
 
     @classmethod
     def of(cls, run: Run, /) -> "History":
         """Raises InputError: the folder is not a run's, or its config.json is damaged."""
-        return cls(run=run, settings=run.settings(), log=_read_log(run), telemetry=_read_telemetry(run))
+        return cls(run=run, config=run.config(), log=_read_log(run), telemetry=_read_telemetry(run))
 
 
 def _read_log(run: Run) -> dict[str, np.ndarray]:
@@ -92,7 +94,7 @@ def _read_log(run: Run) -> dict[str, np.ndarray]:
 
 
 def _read_telemetry(run: Run) -> Telemetry | None:
-    """None where there are no measurements. Lines of another shape than the first are left out."""
+    """None where there are no measurements. Lines whose shape differs from the first one's are left out."""
     nimg, rows, noise = [], [], []
     places: dict[str, Place] = {}
     sigma = np.empty(0)
@@ -124,16 +126,16 @@ def _read_telemetry(run: Run) -> Telemetry | None:
 
 
 def _by_place(column: str, values: np.ndarray, places: Mapping[str, Place]) -> dict[Place, np.ndarray]:
-    """From the image down to the bottleneck and up again; ``values`` are [lines, blocks]."""
-    found = {}
+    """``values`` [lines, blocks] of one column by place, in the order of the U-Net."""
+    by_place = {}
     for place in sorted(set(places.values()), key=lambda p: (p.role != "enc", -p.resolution)):
         own = values[:, [own == place for own in places.values()]]
-        found[place] = np.fmax.reduce(own, axis=1) if column.endswith("max") else _mean(own.T, np.ones_like(own.T))
-    return found
+        by_place[place] = np.fmax.reduce(own, axis=1) if column.endswith("max") else _mean(own.T, np.ones_like(own.T))
+    return by_place
 
 
 def thin(x: np.ndarray, y: np.ndarray, /, *, most: int = POINTS) -> Curve:
-    """At most ``most`` points of the curve ``y`` over ``x``, float64 [n]; nan is no value."""
+    """The curve ``y`` over ``x``, float64 [n], with at most ``most`` points. A nan in ``y`` is a missing value."""
     if len(x) <= most:
         return Curve(x=x, mean=y, low=y, high=y)
     starts = np.linspace(0, len(x), most, endpoint=False).astype(int)
@@ -147,10 +149,10 @@ def thin(x: np.ndarray, y: np.ndarray, /, *, most: int = POINTS) -> Curve:
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Over the first axis, of the values that are there; nan where none is."""
-    there = np.isfinite(values)
-    total = np.where(there, weights, 0).sum(axis=0)
-    summed = (np.where(there, values, 0) * weights).sum(axis=0)
+    """The weighted mean over the first axis of finite values; nan where there is none."""
+    finite = np.isfinite(values)
+    total = np.where(finite, weights, 0).sum(axis=0)
+    summed = (np.where(finite, values, 0) * weights).sum(axis=0)
     return np.divide(summed, total, out=np.full_like(summed, np.nan), where=total > 0)
 
 

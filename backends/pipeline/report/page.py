@@ -1,4 +1,4 @@
-"""How are charts, tables and pictures put on one page that needs nothing else?"""
+"""The HTML of the report: sections with charts, tables and images on one page without external resources."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,21 +6,23 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
+from edm2_core.ema import Length
+
 from .strips import Strip, is_pixelated, picture_url
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """``svg`` is an element; ``says`` is what it shows, for who cannot see it."""
+    """``svg`` is an element; ``description`` says what it shows, for screen readers."""
 
     title: str
     svg: str
-    says: str
+    description: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """``text`` is plain, ``body`` HTML."""
+    """``text`` is plain text, ``body`` HTML."""
 
     title: str
     text: str = ""
@@ -28,7 +30,7 @@ class Section:
 
 
 def page(*, title: str, summary: str, sections: Sequence[Section]) -> str:
-    """The whole page."""
+    """The HTML of the page. ``summary`` is HTML."""
     links = "".join(f'<a href="#{_anchor(s.title)}">{escape(s.title)}</a>' for s in sections)
     return Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title=escape(title), summary=summary, links=links, sections="\n".join(map(_section, sections))
@@ -47,32 +49,32 @@ def _anchor(title: str) -> str:
 
 
 def note(text: str) -> str:
-    """Why something is not here."""
+    """A paragraph that says why something is missing."""
     return f'<p class="note">{escape(text)}</p>'
 
 
 def cards(facts: Mapping[str, Iterable[str]]) -> str:
-    """A few facts by name, one card each."""
-    made = (
+    """A card of a few lines for each name."""
+    items = (
         f"<li><b>{escape(name)}</b>{''.join(f'<span>{escape(line)}</span>' for line in lines)}</li>"
         for name, lines in facts.items()
     )
-    return f'<ul class="cards">{"".join(made)}</ul>'
+    return f'<ul class="cards">{"".join(items)}</ul>'
 
 
 def charts(drawn: Iterable[Chart], *, columns: int = 0) -> str:
-    """Side by side where there is room; ``columns`` of them on a wide page, as many as fit where it is 0."""
-    made = (
-        f'<figure><figcaption>{escape(chart.title)}</figcaption><div role="img" aria-label="{escape(chart.says)}">'
-        f"{chart.svg}</div></figure>"
+    """Charts in ``columns`` on a wide page, fewer on a narrow one; 0: as many as fit."""
+    figures = (
+        f"<figure><figcaption>{escape(chart.title)}</figcaption>"
+        f'<div role="img" aria-label="{escape(chart.description)}">{chart.svg}</div></figure>'
         for chart in drawn
     )
     wide = f' style="--columns: {columns}"' if columns else ""
-    return f'<div class="charts"{wide}>{"".join(made)}</div>'
+    return f'<div class="charts"{wide}>{"".join(figures)}</div>'
 
 
 def table(names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A column for each of ``names``."""
+    """A table of options: a row for each, a column for each of ``names``."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     body = "".join(
         f'<tr><th scope="row">{escape(option)}</th>{"".join(f"<td>{escape(value)}</td>" for value in values)}</tr>'
@@ -85,21 +87,23 @@ def table(names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
 
 
 def folded(title: str, body: str) -> str:
-    """``body`` behind ``title``, which opens it."""
+    """``body`` in an element that opens when ``title`` is clicked."""
     return f"<details><summary>{escape(title)}</summary>{body}</details>"
 
 
 def slider(strips: Mapping[str, Sequence[Strip]], seeds: Sequence[int]) -> str:
-    """The strips of each run, side by side, all of the length that one slider is at; those without a length stay.
-    Without scripts all are shown."""
-    lengths = sorted({strip.sigma_rel for own in strips.values() for strip in own if strip.sigma_rel is not None})
+    """One slider that chooses the length of the strips shown, for all runs side by side.
+
+    Strips of traditional averages are always shown; without JavaScript all strips are.
+    """
+    lengths = sorted({strip.length for own in strips.values() for strip in own if strip.length.relative})
     runs = "".join(_strips(name, own, lengths, seeds) for name, own in strips.items())
     return f'{_range(lengths) if lengths else ""}<div class="runs">{runs}</div>'
 
 
-def _range(lengths: Sequence[float]) -> str:
-    first = min(range(len(lengths)), key=lambda i: abs(lengths[i] - 0.1))
-    ticks = "".join(f"<span>{length:g}</span>" for length in lengths)
+def _range(lengths: Sequence[Length]) -> str:
+    first = min(range(len(lengths)), key=lambda i: abs(lengths[i].value - 0.1))
+    ticks = "".join(f"<span>{length}</span>" for length in lengths)
     return (
         '<div class="slider"><label for="length">Length of the average, sigma_rel: '
         '<output for="length"></output></label><input type="range" id="length" '
@@ -108,22 +112,20 @@ def _range(lengths: Sequence[float]) -> str:
     )
 
 
-def _strips(name: str, own: Sequence[Strip], lengths: Sequence[float], seeds: Sequence[int]) -> str:
-    found = {strip.sigma_rel: strip for strip in own}
-    parts = [_pictures(strip, seeds) for strip in own if strip.sigma_rel is None]
+def _strips(name: str, own: Sequence[Strip], lengths: Sequence[Length], seeds: Sequence[int]) -> str:
+    by_length = {strip.length: _pictures(strip, seeds) for strip in own}
+    parts = [pictures for length, pictures in by_length.items() if not length.relative]
     for length in lengths:
-        missing = note(f"{length:g} cannot be made of what is stored")
-        shown = _pictures(found[length], seeds) if length in found else missing
-        parts.append(f'<div data-length="{length:g}">{shown}</div>')
+        shown = by_length.get(length) or note(f"{length} cannot be made of what is stored")
+        parts.append(f'<div data-length="{length}">{shown}</div>')
     return f"<article><h3>{escape(name)}</h3>{''.join(parts)}</article>"
 
 
 def _pictures(strip: Strip, seeds: Sequence[int]) -> str:
     kind = ' class="pixelated"' if is_pixelated(strip.images[0]) else ""
-    length = strip.made.partition(",")[0]
     pictures = "".join(
         f'<img{kind} src="{picture_url(image)}" alt="seed {seed}{"" if label < 0 else f", class {label}"}, '
-        f'length {length}" width="{image.shape[2]}" height="{image.shape[1]}">'
-        for seed, label, image in zip(seeds, strip.classes.tolist(), strip.images, strict=True)
+        f'length {strip.length}" width="{image.shape[2]}" height="{image.shape[1]}">'
+        for seed, label, image in zip(seeds, strip.labels.tolist(), strip.images, strict=True)
     )
-    return f'<p>{escape(strip.made)}</p><div class="pictures">{pictures}</div>'
+    return f'<p>{escape(strip.caption)}</p><div class="pictures">{pictures}</div>'

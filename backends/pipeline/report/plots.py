@@ -1,4 +1,4 @@
-"""How do errors, profiles and the course of training look? Drawn with matplotlib, imported when something is drawn."""
+"""Charts of errors, profiles and training curves. Matplotlib is imported when the first is drawn."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-_COLOURS = (  # told apart by the colour-blind; 3:1 or more against white and against a dark page
+_COLOURS = (  # distinct for the colour-blind; contrast of 3:1 or more on white and on a dark page
     "#0969da",
     "#cf222e",
     "#1a7f37",
@@ -32,11 +32,11 @@ _COLOURS = (  # told apart by the colour-blind; 3:1 or more against white and ag
     "#6e7781",
 )
 
-_LONGEST, _LEGEND = 32, 64  # letters of a legend's label, and of a row of them
+_LONGEST, _LEGEND = 32, 64  # letters of a label, and of a row of a legend
 
 
 def figure(columns: int, *, size: tuple[float, float] = (6.4, 4.4)) -> "tuple[Figure, Sequence[Axes]]":
-    """A figure of so many panels in a row, each of ``size`` inches. Raises InputError where matplotlib is missing."""
+    """A figure with a row of panels, each of ``size`` inches. Raises InputError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -51,8 +51,10 @@ def save(drawn: "Figure", path: Path) -> None:
 
 
 def svg(drawn: "Figure", *, name: str) -> str:
-    """The figure as an element to put into a page: as wide as its place, in the page's ink; its ids begin with
-    ``name``, the page's for it alone."""
+    """The figure as an SVG element that scales to its container and takes the page's text colour.
+
+    Its ids begin with ``name``, which must be unique on the page.
+    """
     from matplotlib import rc_context
 
     text = StringIO()
@@ -63,14 +65,14 @@ def svg(drawn: "Figure", *, name: str) -> str:
     made = text.getvalue()
     made = made[made.index("<svg") :].replace("#000000", "currentColor").replace("xlink:href", "href")
     made = re.sub(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', made, count=1)
-    made = re.sub(r'<g id="[^"]*"', "<g", made)  # nothing refers to groups
+    made = re.sub(r'<g id="[^"]*"', "<g", made)  # never referred to
     made = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", made)
-    # a tenth of a point is less than a pixel
+    # one decimal is enough: a tenth of a point is less than a pixel
     return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), made)
 
 
 def palette(names: Iterable[_Name]) -> dict[_Name, str]:
-    """A colour for each, to keep it in all charts of a page."""
+    """A colour for each name, the same in all charts of a page."""
     return dict(zip(names, cycle(_COLOURS), strict=False))
 
 
@@ -80,7 +82,7 @@ def draw_errors(
     curves: Mapping[str, ReconstructionError],
     colours: Mapping[str, str] | None = None,
 ) -> None:
-    """Predicted errors over the length of the average wanted; dashed, the part that is storage rounding."""
+    """Predicted errors over the length of the reconstructed average; the part that is storage rounding is dashed."""
     colours = colours or palette(curves)
     for label, error in curves.items():
         axes.loglog(lengths, _visible(error.total), color=colours[label], label=_plain(label))
@@ -95,7 +97,7 @@ def draw_errors(
 
 
 def draw_profiles(axes: "Axes", t: np.ndarray, profiles: Mapping[float, tuple[np.ndarray, np.ndarray]]) -> None:
-    """Each length's wanted profile, dashed, over the one that stored averages add up to."""
+    """For each length the profile that stored averages add up to, and the wanted one dashed."""
     for colour, (length, (wanted, made)) in zip(cycle(_COLOURS), profiles.items(), strict=False):
         axes.plot(t, made, color=colour, label=f"{length:g}")
         axes.plot(t, wanted, color="black", linestyle="--", linewidth=1)
@@ -106,15 +108,15 @@ def draw_profiles(axes: "Axes", t: np.ndarray, profiles: Mapping[float, tuple[np
 
 
 def draw_curves(axes: "Axes", curves: Mapping[str, Curve], *, colours: Mapping[str, str]) -> None:
-    """Values over images seen; where a curve was thinned, its mean over the band of its extremes."""
+    """Values over images seen; a thinned curve is its mean, over a band between its extremes."""
     for label, curve in curves.items():
         _line(axes, curve, label=_plain(label), color=colours[label])
     _over_images(axes)
 
 
 def draw_places(axes: "Axes", curves: Mapping[Place, Curve], *, until: float, span: tuple[float, float]) -> None:
-    """Magnitudes over ``until`` images, on a logarithmic scale of ``span``: a colour for each resolution, the decoder
-    dashed."""
+    """Magnitudes over ``until`` images, on a logarithmic axis of range ``span``: a colour for each resolution, the
+    decoder dashed."""
     colours = palette(sorted({place.resolution for place in curves}, reverse=True))
     for place, curve in curves.items():
         style = "-" if place.role == "enc" else "--"
@@ -129,7 +131,7 @@ def draw_places(axes: "Axes", curves: Mapping[Place, Curve], *, until: float, sp
 def draw_by_noise(
     axes: "Axes", lines: Mapping[str, tuple[np.ndarray, np.ndarray]], *, colours: Mapping[str, str], log: bool
 ) -> None:
-    """Values over noise levels: pairs of them by label."""
+    """Lines over noise levels: by label, (sigma, values)."""
     for label, (sigma, values) in lines.items():
         axes.plot(sigma, values, color=colours[label], label=_plain(label), marker=".")
     axes.set_xscale("log")
@@ -143,7 +145,7 @@ def draw_by_noise(
 
 
 def limits(curves: Iterable[Curve]) -> tuple[float, float]:
-    """What a logarithmic axis must span to show all of these: at least a factor of 2."""
+    """The range of a logarithmic axis that shows all curves: at least a factor of 2."""
     values = np.concatenate([np.ravel((curve.low, curve.high)) for curve in curves])
     values = values[np.isfinite(values) & (values > 0)]
     if not len(values):
@@ -169,7 +171,7 @@ def _over_images(axes: "Axes") -> None:
 
 
 def _readable(axis: "Axis", span: tuple[float, float]) -> None:
-    """Labels 1, 2, 5, 10 where powers of ten alone would leave a logarithmic axis without any."""
+    """Ticks at 1, 2, 5, 10 where a logarithmic axis is too short for powers of ten alone."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     if span[1] / span[0] < 300:
@@ -179,8 +181,7 @@ def _readable(axis: "Axis", span: tuple[float, float]) -> None:
 
 
 def _plain(label: str) -> str:
-    """``label`` for a legend: no mathematics between dollars, not left out for a _ in front, and of a long one the
-    end."""
+    """``label`` for a legend: dollars are escaped, a leading _ does not hide it, and a long one keeps its end."""
     shown = label if len(label) <= _LONGEST else f"…{label[1 - _LONGEST :]}"
     return re.sub("^_", "\u200b_", shown.replace("$", r"\$"))
 
@@ -195,4 +196,4 @@ def _legend(axes: "Axes") -> None:
 
 
 def _visible(values: np.ndarray) -> Any:
-    return np.where(values > 1e-8, values, np.nan)  # exact, where stored: nothing to draw on a logarithmic scale
+    return np.where(values > 1e-8, values, np.nan)  # 0 where stored, which a logarithmic axis cannot show

@@ -1,22 +1,22 @@
-"""What does each section of the report show, and what does it say where there is nothing to show?
+"""The sections of the report, each a function from the runs to a :class:`~.page.Section`.
 
-Of one run or of several: then a line or a column for each, on the same axes.
+Several runs get a line or a column each, on the same axes. What is missing is replaced by a note that says why.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backends.pipeline.checkpoints.reconstruct import Recipe
-from backends.pipeline.runs.config import Settings
+from backends.pipeline.checkpoints.combination import Combination
+from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.pictures import save_rows
 from backends.pipeline.runs.progress import Progress
-from backends.pipeline.runs.sampling import OpenSampler
+from backends.ports import OpenSampler
 from edm2_core.ema import reconstruction_error
 from edm2_core.errors import InputError
 from edm2_core.network import parameter_count
@@ -25,12 +25,12 @@ from . import page
 from .history import POINTS, Curve, History, thin
 from .page import Chart, Section
 from .plots import draw_by_noise, draw_curves, draw_errors, draw_places, figure, limits, palette, save, svg
-from .strips import LENGTHS, WITHIN, Strip, draw_strips, possible, stored_averages, traditional
+from .strips import WITHIN, Strip, combine, draw_strips, traditional, within_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PANEL = (4.6, 3.2)  # inches: on a phone its letters can still be read
+_PANEL = (4.6, 3.2)  # inches, small enough for its text to be readable on a phone
 _ERRORS_AT = np.geomspace(0.01, 0.28, 120)
 _QUARTERS = 4
 _LOGGED = {"loss": "Training loss", "lr": "Learning rate", "images_per_s": "Images per second"}
@@ -48,9 +48,12 @@ Histories = Mapping[str, History]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """Which averages are sampled, and how. ``sigma_rels`` None: those that the snapshots give; ``open_port`` None:
-    nothing is sampled."""
+class Sampling:
+    """Which averages are sampled, and how.
+
+    ``sigma_rels`` None: the usual lengths, as far as their predicted error allows. ``open_port`` None: nothing is
+    sampled; otherwise it returns a port's name and sampler, or None where no port is installed.
+    """
 
     sigma_rels: Sequence[float] | None
     seeds: Sequence[int]
@@ -59,21 +62,21 @@ class Wanted:
 
 
 class Canvas:
-    """Draws charts for the page, and each into a PNG of its own in ``outdir``."""
+    """Draws charts for the page, and writes each as a PNG into ``outdir``. ``count`` is how many it has written."""
 
     def __init__(self, outdir: Path) -> None:
         self.outdir, self.count = outdir, 0
 
-    def chart(self, name: str, title: str, says: str, draw: "Callable[[Axes], None]") -> Chart:
+    def chart(self, name: str, title: str, description: str, draw: "Callable[[Axes], None]") -> Chart:
         drawn, (axes,) = figure(1, size=_PANEL)
         draw(axes)
         path = self._path(name)
         save(drawn, path)
-        drawn.set_layout_engine("none")  # laid out once is enough, and is a third of the time
-        return Chart(title=title, svg=svg(drawn, name=path.stem), says=says)
+        drawn.set_layout_engine("none")  # the first layout is kept: it takes a third of the time
+        return Chart(title=title, svg=svg(drawn, name=path.stem), description=description)
 
     def rows(self, name: str, strips: Sequence[Strip]) -> None:
-        save_rows(self._path(name), [(strip.made.partition(",")[0], strip.images) for strip in strips])
+        save_rows(self._path(name), [(str(strip.length), strip.images) for strip in strips])
 
     def _path(self, name: str) -> Path:
         self.count += 1
@@ -85,10 +88,10 @@ def summary(histories: Histories, /) -> str:
 
 
 def _facts(history: History) -> Iterator[str]:
-    settings, log = history.settings, history.log
-    size = parameter_count(settings.network) / 1e6
-    yield f"{settings.preset}, CONFIG {settings.network.ladder}, {size:.2f} M parameters"
-    yield f"{int(log['nimg'].max(initial=0)):,} of {settings.duration:,} images"
+    config, log = history.config, history.log
+    size = parameter_count(config.network) / 1e6
+    yield f"{config.preset}, CONFIG {config.network.ladder}, {size:.2f} M parameters"
+    yield f"{int(log['nimg'].max(initial=0)):,} of {config.hyper.duration:,} images"
     if len(log["nimg"]):
         yield f"loss {log['loss'][-1]:.4g} at the end, {np.median(log['images_per_s']):.4g} images/s"
     if zeroed := int(np.nansum(log["nonfinite"])):
@@ -100,10 +103,9 @@ def loss(histories: Histories, canvas: Canvas, /) -> Section:
     charts = []
     for column, title in _LOGGED.items() if logged else ():
         curves = {name: thin(log["nimg"], log[column]) for name, log in logged.items()}
-        says = f"{title} over images seen. {_ends(curves)}"
-        charts.append(
-            canvas.chart(column, title, says, partial(draw_curves, curves=curves, colours=palette(histories)))
-        )
+        description = f"{title} over images seen. {_ends(curves)}"
+        draw = partial(draw_curves, curves=curves, colours=palette(histories))
+        charts.append(canvas.chart(column, title, description, draw))
     text = (
         "The loss is the weighted total: lambda(sigma) / exp(u) times the mean square error, plus the learned u(sigma) "
         "(arXiv 2312.02696, Eq. 21). With learned weighting a negative loss is normal: small errors make u negative. "
@@ -132,9 +134,9 @@ def noise(histories: Histories, canvas: Canvas, /) -> Section:
         ("u-by-noise", "Uncertainty u(sigma)", uncertainties, False),
     ):
         if lines:
-            says = f"{title} by noise level, a line for each of {', '.join(lines)}"
+            description = f"{title} by noise level, a line for each of {', '.join(lines)}"
             draw = partial(draw_by_noise, lines=lines, colours=colours, log=log)
-            charts.append(canvas.chart(stem, title, says, draw))
+            charts.append(canvas.chart(stem, title, description, draw))
     which = "a line for each quarter of training" if alone else "the last quarter of each run's training"
     text = (
         f"By noise level, {which}. The unweighted loss is lambda(sigma) times the mean square error, without u. "
@@ -155,8 +157,9 @@ def magnitudes(histories: Histories, canvas: Canvas, /) -> Section:
         title = _MAGNITUDES[column] if len(histories) == 1 else f"{_MAGNITUDES[column]}: {name}"
         stem = column if len(histories) == 1 else f"{column}-{name}"
         span = limits([curve for other in measured for curve in curves[column, other].values()])
-        says = f"{title}, over images seen. {_ends({str(place): curve for place, curve in places.items()})}"
-        charts.append(canvas.chart(stem, title, says, partial(draw_places, curves=places, until=until, span=span)))
+        description = f"{title}, over images seen. {_ends({str(place): curve for place, curve in places.items()})}"
+        draw = partial(draw_places, curves=places, until=until, span=span)
+        charts.append(canvas.chart(stem, title, description, draw))
     text = (
         "By resolution of the U-Net's encoder and decoder, as in Figure 15 of the paper. The magnitude of a feature is "
         "its root mean square (Eq. 3); a maximum is over the features of all blocks there, a mean over them. The "
@@ -166,58 +169,60 @@ def magnitudes(histories: Histories, canvas: Canvas, /) -> Section:
     return Section(title="Magnitudes", text=text, body=body)
 
 
-def lengths(histories: Histories, canvas: Canvas, wanted: Wanted, /) -> Section:
+def lengths(histories: Histories, canvas: Canvas, sampling: Sampling, /) -> Section:
     notes: list[str] = []
-    recipes: dict[str, Recipe] = {}
+    combinations: dict[str, Combination] = {}
     for name, history in histories.items():
         try:
-            recipes[name] = stored_averages(history.run, wanted.sigma_rels or LENGTHS)
+            combinations[name] = combine(history, sampling.sigma_rels)
         except InputError as error:
             notes.append(f"{name}: {error}.")
-    strips, how = _sampled(recipes, wanted, notes) if recipes else ({}, "")
+    strips, how = _sample(combinations, sampling, notes) if combinations else ({}, "")
     for name, own in strips.items():
         canvas.rows("lengths" if len(histories) == 1 else f"lengths-{name}", own)
-    errors = {name: reconstruction_error(**recipe.solved(_ERRORS_AT)) for name, recipe in recipes.items()}
+    errors = {name: reconstruction_error(**made.arguments(_ERRORS_AT)) for name, made in combinations.items()}
     charts = []
     if errors:
         worst = (f"{name}: at most {error.total.max():.2g}" for name, error in errors.items())
-        says = f"Predicted error of an average, over its length. {'; '.join(worst)}"
+        description = f"Predicted error of an average, over its length. {'; '.join(worst)}"
         draw = partial(draw_errors, lengths=_ERRORS_AT, curves=errors, colours=palette(histories))
-        charts.append(canvas.chart("error", "Error of reconstruction", says, draw))
+        charts.append(canvas.chart("error", "Error of reconstruction", description, draw))
     text = f"The same seeds from averages of many lengths, reconstructed from the stored ones. {how}"
-    body = _notes(notes) + (page.slider(strips, wanted.seeds) if strips else "") + page.charts(charts)
+    body = _notes(notes) + (page.slider(strips, sampling.seeds) if strips else "") + page.charts(charts)
     return Section(title="Length of the average", text=text, body=body)
 
 
-def _sampled(recipes: Mapping[str, Recipe], wanted: Wanted, notes: list[str]) -> tuple[dict[str, list[Strip]], str]:
-    """Each run's strips, and how they came about; why there are none is added to ``notes``."""
-    if wanted.open_port is None:
+def _sample(
+    combinations: Mapping[str, Combination], sampling: Sampling, notes: list[str]
+) -> tuple[dict[str, list[Strip]], str]:
+    """Each run's strips, and how they were made; reasons why there are none are appended to ``notes``."""
+    if sampling.open_port is None:
         notes.append("No seeds were sampled, as asked.")
         return {}, ""
-    if (opened := wanted.open_port()) is None:
+    if (opened := sampling.open_port()) is None:
         notes.append("No port is installed to sample with, so there are no pictures: pip install 'edm2[torch]', say.")
         return {}, ""
     port, open_sampler = opened
     strips: dict[str, list[Strip]] = {}
-    for name, recipe in recipes.items():
-        chosen = replace(recipe, sigma_rels=tuple(wanted.sigma_rels or possible(recipe)))
+    for name, combination in combinations.items():
+        chosen = combination.only(sampling.sigma_rels or within_error(combination))
         try:
-            total = len(traditional(chosen)) + len(chosen.lengths)
+            total = len(traditional(chosen)) + len(chosen.sigma_rels)
             with Progress(total=total, unit="averages") as progress:
                 strips[name] = []
-                for strip in draw_strips(chosen, open_sampler, seeds=wanted.seeds, steps=wanted.steps):
+                for strip in draw_strips(chosen, open_sampler, seeds=sampling.seeds, steps=sampling.steps):
                     strips[name].append(strip)
                     progress.advance(1)
                 progress.report()
         except InputError as error:
             notes.append(f"{name}: {error}.")
             del strips[name]
-    left_out = "" if wanted.sigma_rels else f" Lengths whose predicted error is more than {WITHIN:.0%} are left out."
-    return strips, f"Sampled with {port} in {wanted.steps} steps.{left_out}"
+    left_out = "" if sampling.sigma_rels else f" Lengths whose predicted error is more than {WITHIN:.0%} are left out."
+    return strips, f"Sampled with {port} in {sampling.steps} steps.{left_out}"
 
 
 def differences(histories: Histories, /) -> list[Section]:
-    """Nothing for one run."""
+    """The options that differ between several runs; no section for one run."""
     if len(histories) == 1:
         return []
     differing, _ = _compared(histories)
@@ -235,19 +240,18 @@ def options(histories: Histories, /) -> Section:
 
 
 def _compared(histories: Histories) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Options that differ, with their values; those that do not, with the value."""
-    flat = [_flat(history.settings) for history in histories.values()]
+    """(options that differ, with a value for each run; options that are the same, with that value)."""
+    flat = [_flat(history.config) for history in histories.values()]
     names = dict.fromkeys(name for one in flat for name in one)
     rows = {name: [one.get(name, "") for one in flat] for name in names}
     differing = {name: values for name, values in rows.items() if len(set(values)) > 1}
     return differing, {name: values[:1] for name, values in rows.items() if name not in differing}
 
 
-def _flat(settings: Settings) -> dict[str, str]:
-    """Every option, by its path; a switch of the ladder that was not set by itself has its rung's value."""
-    values = asdict(settings)
-    values["network"] |= asdict(settings.network.switches)
-    return dict(_paths(values))
+def _flat(config: TrainConfig) -> dict[str, str]:
+    """Every option as text, by its path in config.json."""
+    paths = _paths(asdict(config))
+    return {path.removeprefix("hyper.").replace(".switches.", "."): text for path, text in paths}
 
 
 def _paths(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -270,7 +274,7 @@ def _ends(curves: Mapping[str, Curve]) -> str:
 
 def _unmeasured(histories: Histories) -> str:
     return _notes(
-        f"{name} has no telemetry: train with --telemetry 50, say, which measures every 50th step."
+        f"{name} has no telemetry: train with --telemetry 50 for example, which measures every 50th step."
         for name, history in histories.items()
         if history.telemetry is None
     )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from backends.pipeline.checkpoints.reconstruct import Recipe, reconstruct
+from backends.pipeline.checkpoints.combination import Combination
+from backends.pipeline.checkpoints.reconstruct import averages
 from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.checkpoints.sources import Source
 from backends.pipeline.data.datasets import Dataset, to_model
@@ -59,14 +60,13 @@ def draw_lengths(
 def _averages(sources: Sequence[Source]) -> dict[Length, tuple[Snapshot, str]]:
     """The averages to draw, each with whether it is stored or reconstructed."""
     kept = {source.length: source for source in sources if source.time == sources[-1].time}
-    averages = {length: (source.load(), "stored") for length, source in kept.items()}
+    drawn = {length: (source.load(), "stored") for length, source in kept.items()}
     wanted = [s for s in RECONSTRUCTED if Length.of(s) not in kept]
-    recipe = Recipe.of(sources, sigma_rels=wanted)
-    within = [
-        s for s, error in zip(wanted, recipe.error.profile if wanted else (), strict=True) if error <= _WORST_ERROR
-    ]
-    made = reconstruct(sources, sigma_rels=within) if within else []
-    return averages | {Length.of(s): (snapshot, "reconstructed") for s, snapshot in zip(within, made, strict=True)}
+    combination = Combination.of(sources, sigma_rels=wanted)
+    errors = combination.error.profile if wanted else ()
+    within = [sigma_rel for sigma_rel, error in zip(wanted, errors, strict=True) if error <= _WORST_ERROR]
+    made = zip(within, averages(combination.only(within)) if within else (), strict=True)
+    return drawn | {Length.of(sigma_rel): (snapshot, "reconstructed") for sigma_rel, snapshot in made}
 
 
 def _row(network: Snapshot, open_sampler: OpenSampler) -> np.ndarray:

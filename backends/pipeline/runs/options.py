@@ -131,7 +131,7 @@ def _by_type(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         return reader(read, " ".join([metavar] * count), f"{count} of: {rule}", nargs=count, optional=optional)  # type: ignore[no-any-return]
     if kind not in _READERS:
         return None
-    return reader(*_READERS[kind], optional=optional)  # type: ignore[no-any-return]
+    return reader(*_READERS[kind], optional=optional and kind in (int, float))  # type: ignore[no-any-return]
 
 
 def parse(
@@ -284,7 +284,6 @@ def _defaults(words: Sequence[str], *, prog: str) -> TrainOptions:
             preset=config.preset,
             ladder=config.network.ladder,
             dropout=config.network.dropout,
-            unconditional=config.network.label_dim == 0,
             config=config,
             previous=config,
         )

@@ -174,7 +174,8 @@ def _wishes(options: TrainOptions, previous: TrainConfig) -> Iterator[tuple[str,
     yield "--data", previous.data, data_spec(options, previous)
     yield "--dropout", network.dropout, options.dropout
     yield "--ladder", network.ladder, options.ladder
-    yield "--unconditional", network.label_dim == 0, options.unconditional
+    if options.unconditional:
+        yield "--unconditional", network.label_dim == 0, True
     for name, value in _switches(options).items():
         yield f"--switches {name}", getattr(network.switches, name), value
     if options.snapshot_plan is not None:
