@@ -121,14 +121,13 @@ def _jax() -> Callable[[], Any]:
 def _mlx() -> Callable[[], Any]:
     import mlx.core as mx
 
-    from backends.mlx.step import Batch, Training
-    from backends.mlx.weights import build, to_nhwc
+    from backends.mlx.step import Batch, Learner
+    from backends.mlx.weights import build, to_native
 
     mx.set_default_device(mx.cpu)
-    images, noise, sigma = _arrays()
-    training = Training(build(CONFIG, initialize(CONFIG, seed=0)))
-    batch = Batch(to_nhwc(images), to_nhwc(noise), mx.array(sigma))
-    return lambda: float(training.step(batch, lr=0.01)[0])
+    learner = Learner(build(CONFIG, initialize(CONFIG, seed=0)))
+    batch = Batch(*map(to_native, _arrays()))
+    return lambda: float(learner.step(batch, lr=0.01)[0].item())
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def advance(
     Raises:
         InputError: ``weights`` differ in names or shapes from the averages, or not 0 < t_delta <= t_next.
     """
-    _check_alike(averages, weights)
+    check_alike(averages, weights)
     shares = {length: 1 - Length.of(length).beta(t_next=t_next, t_delta=t_delta) for length in averages}
     return {
         length: {name: _lerp(array, weights[name], shares[length]) for name, array in average.items()}
@@ -106,7 +106,8 @@ def _values(x: Array) -> Array:
     return x if detach is None else cast(Array, detach())
 
 
-def _check_alike(averages: Mapping[LengthLike, Mapping[str, Array]], weights: Mapping[str, Array]) -> None:
+def check_alike(averages: Mapping[Any, Mapping[str, Array]], weights: Mapping[str, Array]) -> None:
+    """Raise InputError, naming the first that differs, unless ``weights`` have the names and shapes of all averages."""
     for average in averages.values():
         if odd := sorted(average.keys() ^ weights.keys()):
             side = "weights lack" if odd[0] in average else "averages lack"
