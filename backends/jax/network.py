@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from edm2_core import arrays, mp
+from edm2_core import mp
 from edm2_core.ladder import Attention, GroupNorm
 from edm2_core.network import GROUP_NORM_EPS, Block, NetworkConfig, plan
 
@@ -213,7 +213,7 @@ def attention(scope: Scope, block: Block, x: Array) -> Array:
     qkv = layer(scope, f"{name}.attn_qkv", y)  # [N, h, w, 3 C]
     qkv = qkv.reshape(n, h * w, heads, c // heads, 3)  # [N, h w, heads, C / heads, 3]
     # dot products of what is not normalized may be of any size
-    qkv = normalize(qkv, (3,)) if cosine else arrays.widened(qkv)
+    qkv = normalize(qkv, (3,)) if cosine else widened(qkv)
     q, k, v = (qkv[..., i] for i in range(3))  # [N, h w, heads, C / heads]
     scores = jnp.einsum("nqhc,nkhc->nhqk", q, k, preferred_element_type=jnp.float32) / sqrt(c // heads)
     attended = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [N, heads, h w, h w]
@@ -238,9 +238,14 @@ def layer(scope: Scope, name: str, x: Array, gain: Any = 1.0) -> Array:
     return y
 
 
+def widened(x: Array) -> Array:
+    """``x`` in float32, or in its own dtype where that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def normalize(x: Array, axes: tuple[int, ...]) -> Array:
     """Scale to unit root mean square over ``axes``, norms in float32. See :func:`edm2_core.mp.normalize`."""
-    wide = arrays.widened(x)
+    wide = widened(x)
     # the square root has no derivative at 0: there this is x / eps, as it nearly is for all small x
     square = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
     zero = square == 0
@@ -295,7 +300,7 @@ def group_norm(scope: Scope, name: str, x: Array) -> Array:
     grouped = x.reshape(*x.shape[:3], scope.config.groups(x.shape[3]), -1)  # [N, H, W, groups, C / groups]
     if kind is GroupNorm.PLAIN:
         return normalize(grouped, axes).reshape(x.shape)
-    y = arrays.widened(grouped)
+    y = widened(grouped)
     y = y - y.mean(axis=axes, keepdims=True)
     y = y * lax.rsqrt(jnp.square(y).mean(axis=axes, keepdims=True) + GROUP_NORM_EPS)
     y = y.reshape(x.shape) * scope.params[f"{name}.scale"] + scope.params[f"{name}.bias"]
