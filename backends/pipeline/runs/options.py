@@ -164,7 +164,7 @@ def flags_given(words: Sequence[str], /) -> set[str]:
 
 
 def _flag_before(values: Sequence[str], words: Sequence[str]) -> str:
-    """The flag that ``values`` stand after, as one word with it or as words of their own; all such flags, if several."""
+    """The flag that ``values`` stand after, as one word with it or as words of their own; several where they repeat."""
     flags = []
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
