@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from edm2_core import arrays, mp
+from edm2_core import mp
 from edm2_core.ladder import Attention, GroupNorm
 from edm2_core.network import GROUP_NORM_EPS, Block, NetworkConfig, plan
 
-from .denoiser import Denoise, denoiser
+from . import weights
+from .denoiser import Denoise, Network, denoiser
 
 Params = Mapping[str, Array]
 Activations = dict[str, Array]  # outputs of layers, by name of the weight, bias and gain included
@@ -68,6 +70,11 @@ def network_denoiser(config: NetworkConfig, dtype: Any = jnp.float32, /) -> Deno
         return output.astype(x.dtype)
 
     return _preconditioned(config, backbone)
+
+
+def load_network(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, dtype: Any = jnp.float32) -> Network:
+    """A network of canonical ``params``, on JAX's default device. Raises InputError unless they are the config's."""
+    return Network(network_denoiser(config, dtype), weights.load(config, params), config, config.label_dim)
 
 
 def denoise_with_activations(
@@ -213,7 +220,7 @@ def attention(scope: Scope, block: Block, x: Array) -> Array:
     qkv = layer(scope, f"{name}.attn_qkv", y)  # [N, h, w, 3 C]
     qkv = qkv.reshape(n, h * w, heads, c // heads, 3)  # [N, h w, heads, C / heads, 3]
     # dot products of what is not normalized may be of any size
-    qkv = normalize(qkv, (3,)) if cosine else arrays.widened(qkv)
+    qkv = normalize(qkv, (3,)) if cosine else _wide(qkv)
     q, k, v = (qkv[..., i] for i in range(3))  # [N, h w, heads, C / heads]
     scores = jnp.einsum("nqhc,nkhc->nhqk", q, k, preferred_element_type=jnp.float32) / sqrt(c // heads)
     attended = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [N, heads, h w, h w]
@@ -240,7 +247,7 @@ def layer(scope: Scope, name: str, x: Array, gain: Any = 1.0) -> Array:
 
 def normalize(x: Array, axes: tuple[int, ...]) -> Array:
     """Scale to unit root mean square over ``axes``, norms in float32. See :func:`edm2_core.mp.normalize`."""
-    wide = arrays.widened(x)
+    wide = _wide(x)
     # the square root has no derivative at 0: there this is x / eps, as it nearly is for all small x
     square = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
     zero = square == 0
@@ -295,7 +302,7 @@ def group_norm(scope: Scope, name: str, x: Array) -> Array:
     grouped = x.reshape(*x.shape[:3], scope.config.groups(x.shape[3]), -1)  # [N, H, W, groups, C / groups]
     if kind is GroupNorm.PLAIN:
         return normalize(grouped, axes).reshape(x.shape)
-    y = arrays.widened(grouped)
+    y = _wide(grouped)
     y = y - y.mean(axis=axes, keepdims=True)
     y = y * lax.rsqrt(jnp.square(y).mean(axis=axes, keepdims=True) + GROUP_NORM_EPS)
     y = y.reshape(x.shape) * scope.params[f"{name}.scale"] + scope.params[f"{name}.bias"]
@@ -346,3 +353,8 @@ def resample(x: Array, mode: str, taps: tuple[float, ...]) -> Array:
 
 def _fold(key: Array | None, index: int) -> Array | None:
     return None if key is None else jax.random.fold_in(key, index)
+
+
+def _wide(x: Array) -> Array:
+    """``x`` in float32 if its floating type is narrower."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
