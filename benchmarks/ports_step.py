@@ -127,7 +127,7 @@ def _mlx() -> Callable[[], Any]:
     mx.set_default_device(mx.cpu)
     learner = Learner(build(CONFIG, initialize(CONFIG, seed=0)))
     batch = Batch(*map(to_native, _arrays()))
-    return lambda: float(learner.step(batch, lr=0.01)[0].item())
+    return lambda: learner.step(batch, lr=0.01)[0].item()
 
 
 if __name__ == "__main__":

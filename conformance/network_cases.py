@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from backends.pipeline.data import seeds as streams
+from backends.pipeline.data.labels import one_hot
 from conformance import measure, oracle, tolerance
 from conformance import strategies as draw
 from conformance.contract import PortCase
@@ -181,7 +182,7 @@ def seeds(port: Subject, config: NetworkConfig, first: int) -> None:
     noise = draw.frozen(streams.noise(chosen, shape))
     labels = None
     if config.label_dim:
-        labels = draw.frozen(streams.one_hot(streams.labels(chosen, config.label_dim), config.label_dim))
+        labels = draw.frozen(one_hot(streams.labels(chosen, config.label_dim), config.label_dim))
     got = port.sample(config, params, noise, labels, num_steps=4)
     wanted = sampler.sample(oracle.denoiser(config, params, labels), wide(noise), num_steps=4)
     levels = [np.rint(np.clip(np.asarray(x, np.float64) * 127.5 + 128, 0, 255)) for x in (got, wanted)]

@@ -359,7 +359,9 @@ def test_compiled_with_its_state_a_step_is_the_same(monkeypatch):
     """All but the gradients, which take minutes where g++ compiles every kernel."""
     params, batch = arguments(SMALL)
     plain, _ = trained(SMALL, params, batch, steps=3)
-    monkeypatch.setattr(step, "compiled", lambda f, **state: f if state.keys() == {"inputs"} else mx.compile(f, **state))
+    monkeypatch.setattr(
+        step, "compiled", lambda f, **state: f if state.keys() == {"inputs"} else mx.compile(f, **state)
+    )
     compiled, _ = trained(SMALL, params, batch, steps=3)
     for part, arrays in parts(plain.state()).items():
         assert tolerance.relative_all(parts(compiled.state())[part], arrays, 1e-3)[0] < 1e-4, part

@@ -180,11 +180,11 @@ def _block(scope: Scope, block: Block, x: Array, emb: Array, key: Array | None) 
     def resampled(x: Array, *, now: bool) -> Array:
         return resample(x, block.resample, config.resample_filter) if now else x
 
-    def widened(x: Array, *, now: bool) -> Array:
+    def channels_changed(x: Array, *, now: bool) -> Array:
         return layer(scope, f"{name}.conv_skip", x) if block.has_conv_skip and now else x
 
     # x is [N, h, w, in_channels], of the resolution before the block
-    x = widened(resampled(x, now=has.resample_first), now=block.widens_first)
+    x = channels_changed(resampled(x, now=has.resample_first), now=block.widens_first)
     if block.role == "enc" and has.pixel_norm:
         x = normalize(x, (-1,))
     y = silu(config, group_norm(scope, f"{name}.norm_res0", x))
@@ -195,7 +195,9 @@ def _block(scope: Scope, block: Block, x: Array, emb: Array, key: Array | None) 
         kept = jax.random.bernoulli(key, 1 - config.dropout, y.shape)
         y = jnp.where(kept, y / (1 - config.dropout), 0).astype(y.dtype)
     y = layer(scope, f"{name}.conv_res1", y)
-    x = widened(resampled(x, now=not has.resample_first), now=not block.widens_first)  # [N, H, W, out_channels]
+    x = channels_changed(
+        resampled(x, now=not has.resample_first), now=not block.widens_first
+    )  # [N, H, W, out_channels]
     x = summed(config, x, y, config.res_balance)
     if block.heads:
         x = summed(config, x, attention(scope, block, x), config.attn_balance)
@@ -220,7 +222,7 @@ def attention(scope: Scope, block: Block, x: Array) -> Array:
     qkv = layer(scope, f"{name}.attn_qkv", y)  # [N, h, w, 3 C]
     qkv = qkv.reshape(n, h * w, heads, c // heads, 3)  # [N, h w, heads, C / heads, 3]
     # dot products of what is not normalized may be of any size
-    qkv = normalize(qkv, (3,)) if cosine else _wide(qkv)
+    qkv = normalize(qkv, (3,)) if cosine else widened(qkv)
     q, k, v = (qkv[..., i] for i in range(3))  # [N, h w, heads, C / heads]
     scores = jnp.einsum("nqhc,nkhc->nhqk", q, k, preferred_element_type=jnp.float32) / sqrt(c // heads)
     attended = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [N, heads, h w, h w]
@@ -245,9 +247,14 @@ def layer(scope: Scope, name: str, x: Array, gain: Any = 1.0) -> Array:
     return y
 
 
+def widened(x: Array) -> Array:
+    """``x`` in float32, or in its own dtype where that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def normalize(x: Array, axes: tuple[int, ...]) -> Array:
     """Scale to unit root mean square over ``axes``, norms in float32. See :func:`edm2_core.mp.normalize`."""
-    wide = _wide(x)
+    wide = widened(x)
     # the square root has no derivative at 0: there this is x / eps, as it nearly is for all small x
     square = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
     zero = square == 0
@@ -302,7 +309,7 @@ def group_norm(scope: Scope, name: str, x: Array) -> Array:
     grouped = x.reshape(*x.shape[:3], scope.config.groups(x.shape[3]), -1)  # [N, H, W, groups, C / groups]
     if kind is GroupNorm.PLAIN:
         return normalize(grouped, axes).reshape(x.shape)
-    y = _wide(grouped)
+    y = widened(grouped)
     y = y - y.mean(axis=axes, keepdims=True)
     y = y * lax.rsqrt(jnp.square(y).mean(axis=axes, keepdims=True) + GROUP_NORM_EPS)
     y = y.reshape(x.shape) * scope.params[f"{name}.scale"] + scope.params[f"{name}.bias"]
@@ -353,8 +360,3 @@ def resample(x: Array, mode: str, taps: tuple[float, ...]) -> Array:
 
 def _fold(key: Array | None, index: int) -> Array | None:
     return None if key is None else jax.random.fold_in(key, index)
-
-
-def _wide(x: Array) -> Array:
-    """``x`` in float32 if its floating type is narrower."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

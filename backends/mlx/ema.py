@@ -56,7 +56,7 @@ class PowerEMA:
         self._module = model if isinstance(model, nn.Module) else None
         self._trainable_only = trainable_only
         weights = _flat(model.trainable_parameters() if isinstance(model, nn.Module) else model)
-        averages = start(weights, sigma_rels=sigma_rels)
+        averages: Any = start(weights, sigma_rels=sigma_rels)
         self.averages: dict[Length, dict[str, mx.array]] = {Length.of(s): average for s, average in averages.items()}
         self._advance = compiled(advance)
         mx.eval(self.averages)

@@ -8,7 +8,7 @@ An update is avg + (1 - beta) (w - avg), Eq. 127. It is exact at any interval if
 """
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 from ..arrays import Array, in_dtype_of, namespace, widened
 from ..errors import InputError

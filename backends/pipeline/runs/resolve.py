@@ -122,7 +122,7 @@ def microbatches(batch: int, per_device: int | None, *, world: int) -> int:
 
 def _fresh(options: TrainOptions, dataset: Dataset) -> TrainConfig:
     own = _switches(options)
-    network = replace(options.config.network, dropout=options.dropout, **own)  # type: ignore[arg-type]
+    network = replace(options.config.network, dropout=options.dropout, **own)
     config = replace(options.config, network=network, data=data_spec(options))
     if options.snapshot_plan is not None:
         plan = _read_plan(options.snapshot_plan)
