@@ -1,9 +1,12 @@
-"""The JAX port: train, sample and average on CPU, GPU and TPU. Importing it loads no JAX.
+"""The JAX port: train, sample and average on CPU, GPU and TPU.
 
-``load(path)`` gives a network ready to use; :mod:`.api` has ``sample`` and ``train`` beside it.
+``backends.jax.load`` is that of :mod:`.api`, imported at first use: importing this package loads no JAX.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import load as load
 
 
 def __getattr__(name: str) -> Any:

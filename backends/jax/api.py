@@ -1,8 +1,9 @@
 """The Python face of this port: load a network, sample from it, train one.
 
     network = load("runs/00000-digits", sigma_rel=0.15)
-    noise = jax.random.normal(jax.random.key(0), (16, 8, 8, 1))              # NHWC
-    images = sample(network, noise, jax.nn.one_hot(range(16), 10), guidance=2.0, num_steps=16)
+    noise = jax.random.normal(jax.random.key(0), (10, 8, 8, 1))              # NHWC
+    images = sample(network, noise, jax.numpy.eye(10), guidance=2.0, num_steps=16)
+    denoised, logvar = network(images, jax.numpy.ones((10, 1, 1, 1)), jax.numpy.eye(10))
 
 Arrays are native, images NHWC: [N, H, W, C] for our own network, and whatever the backbone takes for any other.
 """
@@ -13,29 +14,35 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from backends.pipeline.data.datasets import Dataset
 from backends.pipeline.runs import sampling, training
-from backends.pipeline.runs.config import Precision, TrainConfig
+from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
-from backends.ports import LabelledDenoiser, Machine, guided_denoiser
+from backends.ports import Machine, guided_denoiser
 from edm2_core import sampler
 
 from . import device as devices
-from .denoiser import Network
+from .denoiser import Network, SamplingDenoiser
+from .network import load_network
 from .port import Port
 from .trainer import JaxTrainer
 
 
 def load(
-    path: str | Path, /, *, device: str | None = None, sigma_rel: float | None = None, dtype: Precision = "float32"
+    path: str | Path,
+    *,
+    device: str | jax.Device | None = None,
+    sigma_rel: float | None = None,
+    dtype: Any = jnp.float32,
 ) -> Network:
     """The network in a run folder or a snapshot file, ready to use, with its ``config``.
 
     Args:
         path: a run folder of any port, or one of its snapshots.
-        device: cpu, gpu or tpu, or one of them as in gpu:1; None: JAX's default device.
+        device: where its parameters are: a device, cpu, gpu or tpu, or one of them as in gpu:1; None: JAX's default.
         sigma_rel: length of the average, reconstructed where a run did not store it. None: see
             :func:`backends.pipeline.runs.sampling.stored_network`.
         dtype: of activations; parameters are float32.
@@ -44,17 +51,18 @@ def load(
         InputError: no such file, run, length or device.
     """
     stored = sampling.stored_network(path, sigma_rel=sigma_rel)
-    port = Port(device=None if device is None else devices.choose_one(device), precision=dtype)
-    with port.place():
-        return port.denoiser(stored.required_config(), stored.params)
+    place = devices.choose_one(device) if isinstance(device, str) else device
+    with jax.default_device(place):
+        network = load_network(stored.required_config(), stored.params, dtype=dtype)
+    return network if place is None else jax.device_put(network, place)
 
 
 def sample(
-    network: LabelledDenoiser,
+    network: Network,
     noise: Array,
     labels: Array | None = None,
     *,
-    guide: LabelledDenoiser | None = None,
+    guide: Network | None = None,
     guidance: float = 1.0,
     guide_interval: tuple[float, float] = (0.0, inf),
     churn_noise: Iterable[Array] | None = None,
@@ -76,7 +84,13 @@ def sample(
         InputError: as :func:`edm2_core.sampler.sample` and :func:`backends.ports.guided_denoiser`.
     """
     with jax.default_matmul_precision(devices.SAMPLING_MATMUL):
-        denoise = guided_denoiser(network, labels, guide=guide, guidance=guidance, guide_interval=guide_interval)
+        denoise = guided_denoiser(
+            SamplingDenoiser(network),
+            labels,
+            guide=None if guide is None else SamplingDenoiser(guide),
+            guidance=guidance,
+            guide_interval=guide_interval,
+        )
         images: Array = sampler.sample(denoise, noise, churn_noise=churn_noise, **solver)
         return images
 

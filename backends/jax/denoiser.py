@@ -68,9 +68,8 @@ def denoiser(
 class Network:
     """A network ready to use; a pytree, whose leaves are its parameters.
 
-    ``apply(params, x, sigma, labels=None) -> (denoised, logvar)`` is pure. ``network(x, sigma, labels)`` is the
-    denoised images alone, compiled. ``label_dim`` is 0 for a network without labels. ``config`` is None for a
-    backbone of one's own.
+    ``apply(params, x, sigma, labels=None) -> (denoised, logvar)`` is pure; calling the network is ``apply`` of its own
+    parameters. ``label_dim`` is 0 for a network without labels. ``config`` is None for a backbone of one's own.
     """
 
     apply: Denoise
@@ -78,14 +77,26 @@ class Network:
     config: NetworkConfig | None = None
     label_dim: int = 0
 
-    def __call__(self, x: Array, sigma: float | Array, labels: Array | None = None, /) -> Array:
-        """Images x [N, ...] (NHWC for our own network) denoised; ``sigma`` is a number, [N] or [N, 1, ...]."""
-        return _denoised(self.apply, self.params, x, sigma, labels)
+    def __call__(self, x: Array, sigma: Array, labels: Array | None = None) -> tuple[Array, Array]:
+        """See :class:`Denoise`. Our own network takes x [N, H, W, C], sigma [N, 1, 1, 1] and labels [N, label_dim]."""
+        return self.apply(self.params, x, sigma, labels)
+
+
+@dataclass(frozen=True)
+class SamplingDenoiser:
+    """A network as :func:`backends.ports.guided_denoiser` takes it, compiled once for each shape."""
+
+    network: Network
+
+    @property
+    def label_dim(self) -> int:
+        return self.network.label_dim
+
+    def __call__(self, x: Array, sigma: float, labels: Array | None, /) -> Array:
+        return _denoised(self.network.apply, self.network.params, x, sigma, labels)
 
 
 @partial(jax.jit, static_argnums=0)
 def _denoised(apply: Denoise, params: Tree, x: Array, sigma: Array, labels: Array | None) -> Array:
-    column = (len(x), *(1,) * (x.ndim - 1))
-    levels = jnp.asarray(sigma, jnp.float32)
-    levels = jnp.full(column, levels) if levels.ndim == 0 else levels.reshape(column)
+    levels = jnp.full((len(x), *(1,) * (x.ndim - 1)), sigma, jnp.float32)
     return apply(params, x, levels, labels)[0]

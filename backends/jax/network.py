@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -19,7 +20,8 @@ from edm2_core import mp
 from edm2_core.ladder import Attention, GroupNorm
 from edm2_core.network import GROUP_NORM_EPS, Block, NetworkConfig, plan
 
-from .denoiser import Denoise, denoiser
+from . import weights
+from .denoiser import Denoise, Network, denoiser
 
 Params = Mapping[str, Array]
 Activations = dict[str, Array]  # outputs of layers, by name of the weight, bias and gain included
@@ -68,6 +70,11 @@ def network_denoiser(config: NetworkConfig, dtype: Any = jnp.float32, /) -> Deno
         return output.astype(x.dtype)
 
     return _preconditioned(config, backbone)
+
+
+def load_network(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, dtype: Any = jnp.float32) -> Network:
+    """A network of canonical ``params``, on JAX's default device. Raises InputError unless they are the config's."""
+    return Network(network_denoiser(config, dtype), weights.load(config, params), config, config.label_dim)
 
 
 def denoise_with_activations(
@@ -173,11 +180,11 @@ def _block(scope: Scope, block: Block, x: Array, emb: Array, key: Array | None) 
     def resampled(x: Array, *, now: bool) -> Array:
         return resample(x, block.resample, config.resample_filter) if now else x
 
-    def widened(x: Array, *, now: bool) -> Array:
+    def channels_changed(x: Array, *, now: bool) -> Array:
         return layer(scope, f"{name}.conv_skip", x) if block.has_conv_skip and now else x
 
     # x is [N, h, w, in_channels], of the resolution before the block
-    x = widened(resampled(x, now=has.resample_first), now=block.widens_first)
+    x = channels_changed(resampled(x, now=has.resample_first), now=block.widens_first)
     if block.role == "enc" and has.pixel_norm:
         x = normalize(x, (-1,))
     y = silu(config, group_norm(scope, f"{name}.norm_res0", x))
@@ -188,7 +195,9 @@ def _block(scope: Scope, block: Block, x: Array, emb: Array, key: Array | None) 
         kept = jax.random.bernoulli(key, 1 - config.dropout, y.shape)
         y = jnp.where(kept, y / (1 - config.dropout), 0).astype(y.dtype)
     y = layer(scope, f"{name}.conv_res1", y)
-    x = widened(resampled(x, now=not has.resample_first), now=not block.widens_first)  # [N, H, W, out_channels]
+    x = channels_changed(
+        resampled(x, now=not has.resample_first), now=not block.widens_first
+    )  # [N, H, W, out_channels]
     x = summed(config, x, y, config.res_balance)
     if block.heads:
         x = summed(config, x, attention(scope, block, x), config.attn_balance)

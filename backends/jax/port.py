@@ -18,9 +18,9 @@ from edm2_core.network import NetworkConfig
 from edm2_core.state import State
 
 from . import weights
-from .denoiser import Network
+from .denoiser import SamplingDenoiser
 from .device import SAMPLING_MATMUL
-from .network import network_denoiser
+from .network import load_network, network_denoiser
 from .step import Batch, TrainState, batch_loss, from_state, make_network_step, to_state
 from .weights import to_nchw, to_nhwc
 
@@ -109,9 +109,8 @@ class Port(ports.Port):
             settings.enter_context(jax.disable_jit(not self.compiles))
             yield
 
-    def denoiser(self, config: NetworkConfig, params: Params) -> Network:
-        apply = network_denoiser(config, self.precision)
-        return Network(apply, weights.load(config, params), config, config.label_dim)
+    def denoiser(self, config: NetworkConfig, params: Params) -> SamplingDenoiser:
+        return SamplingDenoiser(load_network(config, params, dtype=self.precision))
 
     def to_native(self, array: np.ndarray, /) -> Array:
         return jnp.asarray(to_nhwc(array) if array.ndim == 4 else array, jnp.float32)
