@@ -1,12 +1,12 @@
-"""Reconstruction beside ema-pytorch's, and beside the time just to read the files; writes docs/benchmarks.md.
+"""Speed and memory of reconstruction, compared with ema-pytorch and with reading the files; writes docs/benchmarks.md.
 
     python -m benchmarks.ema_reconstruct [--folder FOLDER] [--repeats 3]
 
-64 snapshots of an 11M-parameter network in float16, the same values for both sides: ours in ``reconstruct``, theirs in
-``PostHocEMA.synthesize_ema_model``, called once per output; both end with the averages in memory. ``edm2 reconstruct``
-also writes them and waits for the disk. Each side runs in a process of its own, with what it needs imported before the
-clock starts. ``reading`` is safetensors' ``load_file`` of every file in turn. Files are in the page cache, but for
-``cold`` runs, which drop them from it first. Runs of all sides alternate, so that what else the machine does meets all.
+64 snapshots of an 11M-parameter network in float16, with the same values for both libraries: ``reconstruct`` of edm2,
+and ``PostHocEMA.synthesize_ema_model``, called once per output; both end with the averages in memory. ``edm2
+reconstruct`` also writes them and waits for the disk. Each job runs in a process of its own, which imports everything
+before the clock starts. ``reading`` is safetensors' ``load_file`` of every file in turn. Files are in the page cache;
+``cold`` runs drop them from it first. Jobs alternate, so that other load on the machine affects all alike.
 """
 
 import json
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main(*, folder: Path | None = None, repeats: int = 3) -> None:
-    """Measure in FOLDER (about 20 GB at most; none: a temporary one), each figure the median of REPEATS runs."""
+    """Measure in FOLDER (needs up to 20 GB; by default a temporary one); each figure is the median of REPEATS runs."""
     with TemporaryDirectory(prefix="edm2-bench-") as temporary:
         text = _report(Path(folder or temporary), repeats)
     print(text)
@@ -45,8 +45,9 @@ def _report(folder: Path, repeats: int) -> str:
     for n in (1, 25):
         jobs |= {("command", n, cold): ("command", stored, cold, n) for cold in (False, True)}
         jobs |= {("ours", n): ("ours", stored, False, n), ("theirs", n): ("theirs", torch_stored, False, n)}
-    found = _measure_all(repeats, jobs)
-    rows = ["\n".join(row(n, found) for n in (1, 25)) for row in (_memory_row, _file_row)]
+    measured = _measure_all(repeats, jobs)
+    reading = [measured["read", cold]["seconds"] for cold in (False, True)]
+    rows = ["\n".join(row(n, measured) for n in (1, 25)) for row in (_memory_row, _file_row)]
     files = _measure_all(repeats, {n: ("command", _make(folder / str(n), files=n), False, 25) for n in (16, 32, 64)})
     linear = "\n".join(
         f"| {n} | {row['seconds']:.2f} s | {1000 * row['seconds'] / n:.0f} ms |" for n, row in files.items()
@@ -66,18 +67,18 @@ Measured by `nox -s bench_ema` on {machine()}; medians of {repeats} runs, times 
 ## Reconstruction of averages
 
 64 snapshots of an 11M-parameter network in float16, 1.4 GB. Reading every file with safetensors takes
-{found["read", False]["seconds"]:.2f} s from the page cache and {found["read", True]["seconds"]:.2f} s from the disk;
+{reading[0]:.2f} s from the page cache and {reading[1]:.2f} s from the disk;
 `x reading` is the ratio to that.
 
-Averages in memory, from the page cache: `backends.pipeline.checkpoints.reconstruct.reconstruct` beside `synthesize_ema_model` of
-{_version("ema_pytorch")}, which is called once per output.
+Averages in memory, from the page cache: `reconstruct` (`backends.pipeline.checkpoints`) and `synthesize_ema_model` of
+{_version("ema_pytorch")}, which is called once per output. The peak is that of ema-pytorch.
 
-| outputs | ours | ema-pytorch | x faster | its peak |
+| outputs | edm2 | ema-pytorch | x faster | peak |
 |---|---|---|---|---|
 {rows[0]}
 
-Averages in files, on the disk at the end: `edm2 reconstruct --memory 1Gi`. Peak memory is that of the process, with
-Python and what it imports.
+Averages in files, flushed to the disk: `edm2 reconstruct --memory 1Gi`. Peak memory is that of the whole process,
+imported modules included.
 
 | outputs | cached | x reading | from disk | x reading | peak |
 |---|---|---|---|---|---|
@@ -91,28 +92,28 @@ Python and what it imports.
 
 4 outputs of 16 files, by the size of the network:
 
-| parameters | time | our peak |
+| parameters | time | peak |
 |---|---|---|
 {flat}
 """
 
 
-def _memory_row(n: int, found: dict[Any, dict[str, float]]) -> str:
-    ours, theirs = found["ours", n], found["theirs", n]
+def _memory_row(n: int, measured: dict[Any, dict[str, float]]) -> str:
+    ours, theirs = measured["ours", n], measured["theirs", n]
     ratio = theirs["seconds"] / ours["seconds"]
     return f"| {n} | {ours['seconds']:.2f} s | {theirs['seconds']:.1f} s | {ratio:.1f} | {theirs['peak']:.0f} MB |"
 
 
-def _file_row(n: int, found: dict[Any, dict[str, float]]) -> str:
+def _file_row(n: int, measured: dict[Any, dict[str, float]]) -> str:
     cells = [str(n)]
     for cold in (False, True):
-        seconds = found["command", n, cold]["seconds"]
-        cells += [f"{seconds:.2f} s", f"{seconds / found['read', cold]['seconds']:.2f}"]
-    return f"| {' | '.join(cells)} | {found['command', n, False]['peak']:.0f} MB |"
+        seconds = measured["command", n, cold]["seconds"]
+        cells += [f"{seconds:.2f} s", f"{seconds / measured['read', cold]['seconds']:.2f}"]
+    return f"| {' | '.join(cells)} | {measured['command', n, False]['peak']:.0f} MB |"
 
 
 def _measure_all(repeats: int, jobs: dict[Any, tuple[Any, ...]]) -> dict[Any, dict[str, float]]:
-    """Medians over ``repeats`` runs of each job, all jobs once before any again."""
+    """Medians over ``repeats`` rounds, in each of which every job runs once."""
     runs = [{key: _child(*job) for key, job in jobs.items()} for _ in range(repeats)]
     return {
         key: {what: statistics.median(run[key][what] for run in runs) for what in ("seconds", "peak")} for key in jobs
@@ -122,8 +123,8 @@ def _measure_all(repeats: int, jobs: dict[Any, tuple[Any, ...]]) -> dict[Any, di
 def _child(*job: Any) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.ema_reconstruct", "child", json.dumps([str(word) for word in job])]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(shown.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, float] = json.loads(shown.stdout.splitlines()[-1])
+    return measured
 
 
 def _run_child(kind: str, folder: str, cold: str, outputs: str = "1") -> None:
@@ -145,7 +146,7 @@ def _run_child(kind: str, folder: str, cold: str, outputs: str = "1") -> None:
 
 
 def _peak() -> float:
-    """Most memory this process had, in MB. Not getrusage's where there is better: that begins with the parent's."""
+    """Peak memory of this process in MB. Prefers /proc to getrusage, whose peak includes the parent's at the fork."""
     own = [line.split()[1] for line in _lines("/proc/self/status") if line.startswith("VmHWM")]
     return int(own[0]) / 1024 if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -169,7 +170,7 @@ def _read(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
 
 
 def _command(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
-    # what the command imports when it is called, and tyro when it first parses
+    # what the command and tyro import only when they run
     import array_api_compat.numpy  # noqa: F401
     import typeguard  # noqa: F401
 
@@ -189,9 +190,10 @@ def _ours(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
     import array_api_compat.numpy  # noqa: F401
 
     from backends.pipeline.checkpoints.reconstruct import reconstruct
+    from backends.pipeline.checkpoints.sources import open_sources
 
     def work() -> None:
-        reconstruct(folder, sigma_rels=targets)
+        reconstruct(open_sources(folder), sigma_rels=targets)
 
     return work
 
@@ -220,16 +222,17 @@ def _module() -> Any:
 
 
 def _make(folder: Path, *, files: int, times: int = 1) -> Path:
-    """Snapshots at equal intervals; ``times`` as many parameters."""
-    from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot
+    """Snapshots at equal intervals, of ``times`` as many parameters."""
+    from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, tracked_name
+    from edm2_core.ema import Length
 
     if not folder.exists():
         generator, shapes = np.random.default_rng(0), {n: (times * s[0], *s[1:]) for n, s in SHAPES.items()}
         params = {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
         for index in range(files):
-            step, sigma_rel = (index // 2 + 1) * 1000, LENGTHS[index % 2]
-            snapshot = Snapshot(params=params, config=None, nimg=step, sigma_rel=sigma_rel)
-            save_snapshot(folder / f"{step:012d}-{sigma_rel:.3f}.safetensors", snapshot)
+            step, length = (index // 2 + 1) * 1000, Length.of(LENGTHS[index % 2])
+            snapshot = Snapshot(params=params, config=None, nimg=step, length=length)
+            save_snapshot(folder / tracked_name(step, length), snapshot)
     return folder
 
 

@@ -85,26 +85,31 @@ def _arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _torch() -> Callable[[], Any]:
     import torch
 
-    from backends.torch.step import Batch, Training
+    from backends.torch.step import Batch, Learner
     from backends.torch.weights import build
 
-    training = Training(build(CONFIG, initialize(CONFIG, seed=0)))
+    learner = Learner(build(CONFIG, initialize(CONFIG, seed=0)))
     batch = Batch(*map(torch.from_numpy, _arrays()))
-    return lambda: float(training.step(batch, lr=0.01)[0])
+    return lambda: float(learner.step(batch, lr=0.01)[0])
 
 
 def _jax() -> Callable[[], Any]:
     import jax
 
-    from backends.jax.step import Batch, compiled, init, make_step, state_shapes
+    from backends.jax.step import Batch, compiled, init, make_network_step, state_shapes
     from backends.jax.weights import to_nhwc
 
     images, noise, sigma = _arrays()
     batch = Batch(*map(jax.device_put, (to_nhwc(images), to_nhwc(noise), sigma)))
-    rest = (batch, jax.numpy.float32(0.01), jax.random.key(0))
-    lengths = (0.05, 0.10)
-    step = compiled(make_step(CONFIG), state_shapes(CONFIG, sigma_rels=lengths), *rest, cpu=True)
-    state = [init(CONFIG, initialize(CONFIG, seed=0), sigma_rels=lengths)]
+    rest, lengths = (batch, jax.random.key(0), jax.numpy.float32(0.01)), (0.05, 0.10)
+    step_of = make_network_step(CONFIG, lengths=lengths)
+    step = compiled(
+        lambda state, batch, key, lr: step_of(state, batch, key, lr=lr),
+        state_shapes(CONFIG, lengths=lengths),
+        *rest,
+        cpu=True,
+    )
+    state = [init(CONFIG, initialize(CONFIG, seed=0), lengths=lengths)]
 
     def run() -> float:
         state[0], metrics = step(state[0], *rest)
@@ -116,14 +121,13 @@ def _jax() -> Callable[[], Any]:
 def _mlx() -> Callable[[], Any]:
     import mlx.core as mx
 
-    from backends.mlx.step import Batch, Training
-    from backends.mlx.weights import build, to_nhwc
+    from backends.mlx.step import Batch, Learner
+    from backends.mlx.weights import build, to_native
 
     mx.set_default_device(mx.cpu)
-    images, noise, sigma = _arrays()
-    training = Training(build(CONFIG, initialize(CONFIG, seed=0)))
-    batch = Batch(to_nhwc(images), to_nhwc(noise), mx.array(sigma))
-    return lambda: float(training.step(batch, lr=0.01)[0])
+    learner = Learner(build(CONFIG, initialize(CONFIG, seed=0)))
+    batch = Batch(*map(to_native, _arrays()))
+    return lambda: learner.step(batch, lr=0.01)[0].item()
 
 
 if __name__ == "__main__":

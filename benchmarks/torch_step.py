@@ -2,7 +2,7 @@
 
 The obvious step is written the way the paper reads: every function of Figure 22 as its own pass over the activations,
 Algorithm 1 in the forward, Adam and the two averages with their defaults, tensor by tensor. Steps of the two alternate,
-so that a busy machine slows both; medians are compared. So is the port with and without averages, and its peak memory.
+so that a busy machine slows both; medians are compared. The update of the two averages is timed by itself too.
 """
 
 import sys
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backends.torch.device import choose, describe
 from backends.torch.port import PORT
-from backends.torch.step import Batch, Training
+from backends.torch.step import Batch, Learner
 from backends.torch.weights import build
 from edm2_core.ema import beta
 from edm2_core.loss import loss as element_loss
@@ -155,7 +155,7 @@ def main(preset_name: str = "digits", batch: int = 128, steps: int = 30, device:
     """
     place, config = choose(device), preset(preset_name).network
     network = build(config, initialize(config, seed=0), device=place)
-    ours, obvious = Training(network), Obvious(config, place)
+    ours, obvious = Learner(network), Obvious(config, place)
     inputs = make_batch(config, batch, place)
     candidates: dict[str, Callable[[], object]] = {
         "obvious step": lambda: obvious.step(inputs, lr=0.01),
@@ -176,7 +176,7 @@ def main(preset_name: str = "digits", batch: int = 128, steps: int = 30, device:
     print(f"largest difference of a weight after these steps {difference:.2e}; port {PORT.name}")
 
 
-def _same(ours: Training, obvious: Obvious) -> list[tuple[np.ndarray, Tensor]]:
+def _same(ours: Learner, obvious: Obvious) -> list[tuple[np.ndarray, Tensor]]:
     return [(ours.weights[name].detach().cpu().numpy(), weight) for name, weight in obvious.trained.items()]
 
 

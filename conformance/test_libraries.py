@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_inputs_are_only_read(case: Case) -> None:
     check()
 
 
-HALF = {
+HALF: dict[str, Callable[..., Any]] = {
     "normalize": mp.normalize,
     "mp_silu": mp.mp_silu,
     "silu": mp.silu,

@@ -140,7 +140,9 @@ def test_attention_head_by_head(seed: int, heads: int, width: int) -> None:
             channels.extend(v @ (score / score.sum()))
         pixels.append(channels)
     wanted = reference.conv(np.asarray(pixels).T.reshape(1, c, 2, 2), proj_weight)
-    assert np.allclose(reference.attention(config, block, params, x), wanted, rtol=0, atol=1e-12)
+    assert np.allclose(
+        np.asarray(reference.attention(config, block, params, x)), np.asarray(wanted), rtol=0, atol=1e-12
+    )
 
 
 @proves("NET-5")
@@ -166,10 +168,10 @@ def block_outputs(config: NetworkConfig, params: Any, x: np.ndarray, c_noise: np
     x = np.concatenate([x, np.ones_like(x[:, :1])], axis=1)
     for block in (*walk.encoder, *walk.decoder):
         if block.role == "conv":
-            x = reference.conv(x, params[f"{block.name}.weight"])
+            x = np.asarray(reference.conv(x, params[f"{block.name}.weight"]))
         else:
             x = mp_cat(x, skips.pop(), axis=1, t=config.concat_balance) if block.takes_skip else x
-            x = reference.run_block(config, block, params, x, emb)
+            x = np.asarray(reference.run_block(config, block, params, x, emb))
         if block.role != "dec":
             skips.append(x)
         yield x

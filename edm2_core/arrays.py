@@ -1,37 +1,90 @@
-"""Which library do these arrays belong to, and how do they come to the host and back?
+"""Arrays of any library: their type, their namespace, and their way to the host and back.
 
-Everything that the array API standard leaves to the reader is here, once: Python floats, half precision, libraries
-without float64, and MLX, which array-api-compat does not know but which names its own namespace.
+Everything that the array API standard leaves open is here, once: Python floats, half precision, libraries without
+float64, and MLX, which array-api-compat does not know but which names its own namespace.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
 import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj, to_device
 
+
+class Array(Protocol):
+    """An array of any array API library: what this package asks of one.
+
+    ``np.ndarray``, ``torch.Tensor``, ``jax.Array`` and ``mx.array`` are such arrays to a type checker. The other
+    operand is an array of the same library or a Python number. Results are not ``Self``, because those of NumPy differ
+    from their operands in the parameters for shape and dtype.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def dtype(self) -> Any: ...
+    def __getitem__(self, key: Any, /) -> "Array": ...
+    def __neg__(self) -> "Array": ...
+    def __add__(self, other: Any, /) -> "Array": ...
+    def __radd__(self, other: Any, /) -> "Array": ...
+    def __sub__(self, other: Any, /) -> "Array": ...
+    def __rsub__(self, other: Any, /) -> "Array": ...
+    def __mul__(self, other: Any, /) -> "Array": ...
+    def __rmul__(self, other: Any, /) -> "Array": ...
+    def __truediv__(self, other: Any, /) -> "Array": ...
+    def __rtruediv__(self, other: Any, /) -> "Array": ...
+    def __pow__(self, other: Any, /) -> "Array": ...
+    def __lt__(self, other: Any, /) -> "Array": ...
+    def __ge__(self, other: Any, /) -> "Array": ...
+
+
+class Namespace(Protocol):
+    """The functions of an array API library."""
+
+    def finfo(self, dtype: Any, /) -> Any: ...
+    def isdtype(self, dtype: Any, kind: Any, /) -> bool: ...
+    def __array_namespace_info__(self) -> Any: ...
+    def __getattr__(self, name: str, /) -> Callable[..., Array]: ...
+
+
+A = TypeVar("A", bound=Array)
+"""The caller's own array type: a function of tensors that returns ``A`` returns a tensor."""
+Numbers = Array | float | Sequence[float]
+"""The arguments of functions that compute on the host in float64."""
 P = ParamSpec("P")
-Array = Any  # an array of any array API library; the standard has no common base class
 
 
-def is_array(value: Any, /) -> bool:
+class Elementwise(Protocol[P]):
+    """A function whose first argument may be a number, for which it returns a float."""
+
+    @overload
+    def __call__(self, x: float, /, *args: P.args, **kwargs: P.kwargs) -> float: ...
+    @overload
+    def __call__(self, x: A, /, *args: P.args, **kwargs: P.kwargs) -> A: ...
+
+
+def is_array(value: object, /) -> bool:
+    """Whether ``value`` is an array of any array API library."""
     return is_array_api_obj(value) or hasattr(value, "__array_namespace__")
 
 
-def namespace(*values: Any) -> Any:
+def namespace(*values: Any) -> Namespace:
     """The array namespace shared by those of ``values`` that are arrays. Raises TypeError if they are mixed."""
-    return array_namespace(*(value for value in values if is_array(value)))
+    xp: Namespace = array_namespace(*(value for value in values if is_array(value)))
+    return xp
 
 
-def scalars_too(function: Callable[P, Any], /) -> Callable[P, Any]:
-    """Let Python numbers come wherever arrays may: they are computed in float64 and a float goes back."""
+def scalars_too(function: Callable[Concatenate[Any, P], Any], /) -> Elementwise[P]:
+    """Let Python numbers stand wherever arrays may: they are computed in float64, and the result is a float."""
 
     @wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         if any(is_array(value) for value in (*args, *kwargs.values())):
             return function(*args, **kwargs)
-        wide: Any = [np.asarray(value, np.float64) if isinstance(value, int | float) else value for value in args]
+        wide: Any = (np.asarray(value, np.float64) if isinstance(value, int | float) else value for value in args)
         return float(function(*wide, **kwargs))
 
     return wrapper
@@ -43,9 +96,9 @@ def widened(x: Array, /) -> Array:
     return xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x
 
 
-def cast(x: Array, like: Array, /) -> Array:
-    """``x`` in the dtype of ``like``."""
-    return x if x.dtype == like.dtype else namespace(x).astype(x, like.dtype)
+def in_dtype_of(like: A, x: Array, /) -> A:
+    """``x``, of the library of ``like``, in its dtype."""
+    return cast(A, x if x.dtype == like.dtype else namespace(x).astype(x, like.dtype))
 
 
 def to_host(x: Any, /) -> np.ndarray:
@@ -59,8 +112,8 @@ def to_host(x: Any, /) -> np.ndarray:
         return np.asarray(to_device(x, home), dtype=np.float64)
 
 
-def from_host(x: np.ndarray, /, *, like: Any) -> Array:
-    """``x`` in the library, dtype and device of ``like``; as it is, where ``like`` is no array."""
+def from_host(x: np.ndarray, /, *, like: Any) -> Any:
+    """``x`` in the library, dtype and device of ``like``; ``x`` itself where ``like`` is not an array."""
     if not is_array(like):
         return x
     xp = namespace(like)

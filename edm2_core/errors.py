@@ -1,4 +1,4 @@
-"""What every error caused by a caller's input is, so that commands can tell it from a fault of ours."""
+"""The class of all errors caused by a caller's input, by which commands tell them from faults of this package."""
 
 
 class InputError(ValueError):

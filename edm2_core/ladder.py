@@ -1,7 +1,7 @@
 """The paper's ladder as data: CONFIG A to G, each rung the one before with some switches changed.
 
-A rung is a :class:`Switches`, what a network is made of; :class:`RungTraining` is how the paper trained it. A
-:class:`~edm2_core.network.NetworkConfig` is built on a rung and may set any switch by itself.
+The :class:`Switches` of a rung say what its network is made of, :class:`RungTraining` how the paper trained it. A
+:class:`~edm2_core.network.NetworkConfig` starts from a rung and may set any single switch.
 
 Source: arXiv 2312.02696 Section 2, Appendix B, Figures 16 to 22.
 """
@@ -37,6 +37,8 @@ class NoiseEmbedding(StrEnum):
 
 
 class Attention(StrEnum):
+    """How queries and keys are compared."""
+
     DOT = "dot"
     """Dot products of queries and keys (Eq. 11), a group norm before them."""
     COSINE = "cosine"
@@ -44,6 +46,8 @@ class Attention(StrEnum):
 
 
 class Initialization(StrEnum):
+    """The distribution of initial weights."""
+
     HE_ZERO = "he-zero"
     """He's uniform; N(0, 1) for classes; zeros for the last convolution of residual branches and of the network."""
     HE = "he"
@@ -54,7 +58,7 @@ class Initialization(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
-    """What distinguishes the networks of the ladder.
+    """The differences between the networks of the ladder.
 
     ``bias``: of convolutions and linear layers. ``ones_channel``: beside the image's. ``embedding_layers``: of the
     noise level, 1 or 2. ``shift``: the embedding adds to activations as well as scaling them. ``label_scaling``:
@@ -202,7 +206,7 @@ def rung(name: str, /) -> Switches:
 
 
 def with_switches(switches: Switches, /, **own: Any) -> Switches:
-    """``switches`` with some set by themselves; enums may be given by their values, as JSON has them.
+    """``switches`` with some of them replaced; members of enums may be given by their values, as JSON has them.
 
     Raises:
         InputError: a value that the switch does not have.

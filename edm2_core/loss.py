@@ -1,30 +1,57 @@
 """The training objective: at which noise levels, with which weight, and with how much uncertainty.
 
-sigma ~ exp(N(P_mean, P_std^2))                                                                         (Eq. 16)
-L = lambda(sigma) / exp(u(sigma)) |D(y + n; sigma) - y|^2 + u(sigma)                                    (Eq. 21)
+    sigma ~ exp(N(P_mean, P_std^2))                                                                         (Eq. 16)
+    L = lambda(sigma) / exp(u(sigma)) |D(y + n; sigma) - y|^2 + u(sigma)                                    (Eq. 21)
+
+D may be any denoiser. Source: arXiv 2312.02696. None of the functions departs from it.
 """
 
-from .arrays import Array, namespace, scalars_too
+from typing import cast
+
+from .arrays import A, Array, namespace, scalars_too
 
 
 @scalars_too
 def noise_level(normal: Array, /, *, P_mean: float = -0.4, P_std: float = 1.0) -> Array:
-    """sigma from standard normal draws, elementwise. Source: Eq. 16; the defaults are CONFIG B to G's."""
+    """Noise levels sigma = exp(P_mean + P_std z) from standard normal draws z, elementwise.
+
+    Shapes: any, kept. Floats give floats. Source: Eq. 16; the defaults are those of CONFIG B to G.
+
+    >>> noise_level(0.4)
+    1.0
+    """
     return namespace(normal).exp(normal * P_std + P_mean)
 
 
 @scalars_too
 def weight(sigma: Array, /, *, sigma_data: float = 0.5) -> Array:
-    """lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. Source: Eq. 15."""
+    """lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, elementwise.
+
+    Shapes: any, kept. Floats give floats. Source: Eq. 15.
+
+    >>> weight(0.5)
+    8.0
+    """
     product = sigma * sigma_data
     return (sigma * sigma + sigma_data**2) / (product * product)
 
 
-def loss(denoised: Array, images: Array, sigma: Array, logvar: Array, /, *, sigma_data: float = 0.5) -> Array:
-    """The loss of each element, not reduced. Source: Eq. 21, with u = ``logvar``.
+def loss(denoised: A, images: A, sigma: Array, logvar: Array, /, *, sigma_data: float = 0.5) -> A:
+    """The loss of each element, not reduced. Training takes the gradient of its sum, divided by N.
 
-    Shapes: ``denoised`` and ``images`` [N, C, H, W]; ``sigma`` and ``logvar`` [N, 1, 1, 1]. Departs from the paper:
-    nothing; like there u is added once per element, so sums over elements weigh it by their number.
+    Args:
+        denoised: D(images + noise; sigma), [N, ...].
+        images: [N, ...].
+        sigma: noise levels, [N, 1, ...].
+        logvar: the uncertainty u(sigma), [N, 1, ...]; zeros where none is learned.
+        sigma_data: standard deviation of the data.
+
+    Returns:
+        [N, ...], in the library and dtype of ``denoised``. u is added once per element, as in the paper, so a sum over
+        elements weighs it by their number.
+
+    Source: Eq. 21.
     """
     error = denoised - images
-    return weight(sigma, sigma_data=sigma_data) / namespace(logvar).exp(logvar) * (error * error) + logvar
+    scale = weight(sigma, sigma_data=sigma_data) / namespace(logvar).exp(logvar)
+    return cast(A, scale * (error * error) + logvar)

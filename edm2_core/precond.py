@@ -1,42 +1,85 @@
-"""EDM preconditioning: how any network F becomes a denoiser D at any noise level.
+"""EDM preconditioning, by which any network F becomes a denoiser D at any noise level.
 
-D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)                                                        (Eq. 4)
+    D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)                                                        (Eq. 4)
+
+``denoise(backbone, x, sigma)`` computes it; the network may be ours or any other.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast, overload
 
-from .arrays import Array, namespace, scalars_too
+from .arrays import A, Array, namespace, scalars_too
 
-
-class Preconditioning(NamedTuple):
-    c_skip: Array
-    c_out: Array
-    c_in: Array
-    c_noise: Array
+S = TypeVar("S", bound=Array | float)
 
 
-def precondition(sigma: Array, /, *, sigma_data: float = 0.5) -> Preconditioning:
-    """c_skip, c_out, c_in and c_noise at noise level ``sigma``, elementwise. Source: Eqs. 5-8. Floats give floats."""
+class Preconditioning(NamedTuple, Generic[S]):
+    """The four coefficients at one noise level, or at each of an array of them."""
+
+    c_skip: S
+    """Factor of the noisy input in the result."""
+    c_out: S
+    """Factor of the network's output in the result."""
+    c_in: S
+    """Factor of the network's input, which then has unit variance."""
+    c_noise: S
+    """The noise level as the network sees it, ln(sigma) / 4."""
+
+
+@overload
+def precondition(sigma: float, /, *, sigma_data: float = 0.5) -> Preconditioning[float]: ...
+@overload
+def precondition(sigma: A, /, *, sigma_data: float = 0.5) -> Preconditioning[A]: ...
+def precondition(sigma: Array | float, /, *, sigma_data: float = 0.5) -> Preconditioning[Any]:
+    """The coefficients of preconditioning at noise level ``sigma``, elementwise.
+
+    Args:
+        sigma: noise levels, positive; an array of any shape, or a number.
+        sigma_data: standard deviation of the data.
+
+    Returns:
+        Four arrays like ``sigma``, or four floats for a number.
+
+    Source: Eqs. 5-8. Departs from the paper: nothing.
+
+    >>> precondition(0.5).c_skip
+    0.5
+    """
     variance = sigma * sigma + sigma_data**2
     root = _sqrt(variance)
     return Preconditioning(sigma_data**2 / variance, sigma * sigma_data / root, 1 / root, _log(sigma) / 4)
 
 
-def denoise(backbone: Callable[[Array, Array], Array], x: Array, sigma: Array, /, *, sigma_data: float = 0.5) -> Array:
-    """D(x; sigma) of any network F: ``backbone(c_in x, c_noise)``. Source: Eq. 4.
+def denoise(backbone: Callable[[A, A], A], x: A, sigma: A, /, *, sigma_data: float = 0.5) -> A:
+    """D(x; sigma) of any network F.
 
-    Shapes: x [N, ...]; sigma [N, 1, ...], with as many axes as x; c_noise [N]. Returns: like x.
+    Args:
+        backbone: F as a function ``(c_in x, c_noise)`` of arrays [N, ...] and [N], which returns one like the first.
+        x: noisy inputs, [N, ...].
+        sigma: their noise levels, [N, 1, ...], with as many axes as ``x``.
+        sigma_data: standard deviation of the data.
+
+    Returns:
+        The denoised inputs, [N, ...], in the library, dtype and device of ``x``.
+
+    Source: Eq. 4. Departs from the paper: nothing.
+
+    >>> import numpy as np
+    >>> x, sigma = np.ones((2, 3)), np.full((2, 1), 0.5)
+    >>> denoise(lambda scaled, c_noise: scaled * 0, x, sigma)[0]  # a network that answers 0 leaves c_skip x
+    array([0.5, 0.5, 0.5])
     """
     c = precondition(sigma, sigma_data=sigma_data)
-    return c.c_skip * x + c.c_out * backbone(x * c.c_in, namespace(sigma).reshape(c.c_noise, (-1,)))
+    c_noise = namespace(sigma).reshape(c.c_noise, (-1,))  # [N, 1, ...] -> [N]
+    answer = backbone(cast(A, x * c.c_in), cast(A, c_noise))
+    return cast(A, c.c_skip * x + c.c_out * answer)
 
 
 @scalars_too
-def _sqrt(x: Array) -> Array:
+def _sqrt(x: Array, /) -> Array:
     return namespace(x).sqrt(x)
 
 
 @scalars_too
-def _log(x: Array) -> Array:
+def _log(x: Array, /) -> Array:
     return namespace(x).log(x)

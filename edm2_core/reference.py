@@ -1,17 +1,22 @@
-"""The whole network over the array API, slow and plain: with float64 NumPy arrays it is the oracle of every port.
+"""The whole network over the array API, written for clarity: on float64 NumPy arrays it is the reference of every port.
 
-The walk is that of :mod:`edm2_core.network`, with the switches of its rung; each layer is one of :mod:`edm2_core.mp`,
-or what stood in its place before the paper changed it. Source: arXiv 2312.02696 Figures 16 to 22. Nothing here writes
-in place, so libraries with automatic differentiation differentiate it. Dropout, which acts in training only, is not
-part of it.
+It follows the plan of :mod:`edm2_core.network`, with the switches of the config's rung. Each layer is a function of
+:mod:`edm2_core.mp`, or what the paper had before it. Nothing writes in place, so libraries with automatic
+differentiation can differentiate it. Dropout, which acts in training only, is left out. ``params`` are arrays by
+canonical name, with the shapes of ``plan(config).parameters``; every result has the library and dtype of ``x``.
+
+Source: arXiv 2312.02696 Figures 16 to 22. Departs from the paper: where a function says so, and see docs/departures.md.
 """
 
+import operator
 from collections.abc import Mapping
+from functools import reduce
 from math import prod, sqrt
+from typing import cast
 
 from . import loss as objective
 from . import precond
-from .arrays import Array, namespace
+from .arrays import A, Array, namespace
 from .ladder import Attention, GroupNorm
 from .mp import mp_cat, mp_fourier, mp_silu, mp_sum, mp_weight, normalize, resample
 from .mp import silu as plain_silu
@@ -20,80 +25,108 @@ from .network import GROUP_NORM_EPS, Block, NetworkConfig, plan
 Params = Mapping[str, Array]
 
 
-def denoise(
-    config: NetworkConfig, params: Params, x: Array, sigma: Array, labels: Array | None = None, /
-) -> tuple[Array, Array]:
-    """Denoise ``x`` at noise level ``sigma``; also the uncertainty u(sigma), 0 where none is learned.
+def denoise(config: NetworkConfig, params: Params, x: A, sigma: A, one_hot: Array | None = None, /) -> tuple[A, A]:
+    """Denoise images at any noise levels.
 
-    Shapes: x [N, C, H, W]; sigma [N, 1, 1, 1]; labels [N, label_dim], one-hot, or None for the unconditional answer.
-    Returns: denoised [N, C, H, W] and logvar [N, 1, 1, 1], in the library and dtype of ``x``. Source: Eqs. 4-8, 21.
+    Args:
+        config: the network.
+        params: its parameters, as :func:`~edm2_core.network.initialize` makes them.
+        x: noisy images, [N, C, H, W].
+        sigma: their noise levels, [N, 1, 1, 1].
+        one_hot: one-hot labels, [N, label_dim]; None: unconditional.
+
+    Returns:
+        The denoised images [N, C, H, W], and the uncertainty u(sigma) [N, 1, 1, 1], 0 where none is learned.
+
+    Source: Eqs. 4-8, 21.
+
+    >>> import numpy as np
+    >>> from edm2_core.network import initialize
+    >>> config = NetworkConfig(img_resolution=4, img_channels=1, model_channels=4, channel_mult=(1,), num_blocks=1,
+    ...                        attn_resolutions=(), channels_per_head=4)
+    >>> denoised, logvar = denoise(config, initialize(config, seed=0), np.ones((2, 1, 4, 4)), np.ones((2, 1, 1, 1)))
+    >>> denoised.shape, logvar.shape
+    ((2, 1, 4, 4), (2, 1, 1, 1))
     """
 
-    def backbone(scaled: Array, c_noise: Array) -> Array:
-        return unet(config, params, scaled, c_noise, labels)
+    def backbone(scaled: A, c_noise: A) -> A:
+        return cast(A, unet(config, params, scaled, c_noise, one_hot))
 
     denoised = precond.denoise(backbone, x, sigma, sigma_data=config.sigma_data)
     c_noise = precond.precondition(sigma, sigma_data=config.sigma_data).c_noise
-    return denoised, uncertainty(config, params, namespace(x).reshape(c_noise, (-1,)))
+    return denoised, cast(A, uncertainty(config, params, namespace(x).reshape(c_noise, (-1,))))
 
 
 def loss(
     config: NetworkConfig,
     params: Params,
-    images: Array,
-    unit_noise: Array,
-    sigma: Array,
-    labels: Array | None = None,
+    images: A,
+    unit_noise: A,
+    sigma: A,
+    one_hot: Array | None = None,
     /,
-) -> Array:
-    """The loss of each element, [N, C, H, W], of denoising ``images + sigma unit_noise``. Source: Eqs. 14, 21."""
-    denoised, logvar = denoise(config, params, images + unit_noise * sigma, sigma, labels)
+) -> A:
+    """The loss of each element of denoising ``images + sigma unit_noise``.
+
+    Shapes: images and unit_noise [N, C, H, W]; sigma [N, 1, 1, 1]; one_hot [N, label_dim] or None; the result
+    [N, C, H, W]. Source: Eqs. 14, 21.
+    """
+    noisy = cast(A, images + unit_noise * sigma)
+    denoised, logvar = denoise(config, params, noisy, sigma, one_hot)
     return objective.loss(denoised, images, sigma, logvar, sigma_data=config.sigma_data)
 
 
 def uncertainty(config: NetworkConfig, params: Params, c_noise: Array, /) -> Array:
-    """u(sigma), [N, 1, 1, 1], from c_noise [N]. Source: Eq. 21 and Appendix B.2."""
+    """u(sigma) from c_noise: [N] to [N, 1, 1, 1]; 0 where none is learned. Source: Eq. 21 and Appendix B.2."""
     xp = namespace(c_noise)
     if not config.switches.uncertainty:
         return xp.reshape(xp.zeros_like(c_noise), (-1, 1, 1, 1))
-    features = fourier(config, params, "logvar_fourier", c_noise)
+    features = fourier(config, params, "logvar_fourier", c_noise)  # [N, logvar_channels]
     return xp.reshape(layer(config, params, "logvar_linear", features), (-1, 1, 1, 1))
 
 
-def unet(config: NetworkConfig, params: Params, x: Array, c_noise: Array, labels: Array | None, /) -> Array:
-    """The raw network F: x [N, C, H, W] already scaled by c_in, c_noise [N] to [N, C, H, W]."""
+def unet(config: NetworkConfig, params: Params, x: Array, c_noise: Array, one_hot: Array | None, /) -> Array:
+    """The raw network F.
+
+    Shapes: x [N, C, H, W], already scaled by c_in; c_noise [N]; one_hot [N, label_dim] or None. Returns [N, C, H, W].
+    Source: Figures 16 to 22.
+    """
     xp, walk = namespace(x), plan(config)
-    emb = embedding(config, params, c_noise, labels)
+    emb = embedding(config, params, c_noise, one_hot)
     if walk.switches.ones_channel:
-        x = xp.concat([x, xp.ones_like(x[:, :1, ...])], axis=1)
+        x = xp.concat([x, xp.ones_like(x[:, :1, ...])], axis=1)  # (N, C + 1, H, W)
     skips = []
     for block in walk.encoder:
         x = layer(config, params, block.name, x) if block.role == "conv" else run_block(config, block, params, x, emb)
         skips.append(x)
     for block in walk.decoder:
         if block.takes_skip:
-            x = joined(config, x, skips.pop())
+            x = joined(config, x, skips.pop())  # (N, block.in_channels, h, w)
         x = run_block(config, block, params, x, emb)
     if walk.switches.output_norm:
         x = silu(config, group_norm(config, params, "unet.out_norm", x))
     return layer(config, params, "unet.out_conv", x, gain=params["unet.out_gain"] if walk.switches.gains else 1.0)
 
 
-def embedding(config: NetworkConfig, params: Params, c_noise: Array, labels: Array | None, /) -> Array:
-    """The conditioning vector, [N, emb_channels]. No labels are all-zero labels."""
+def embedding(config: NetworkConfig, params: Params, c_noise: Array, one_hot: Array | None, /) -> Array:
+    """The conditioning vector: c_noise [N] and one_hot [N, label_dim] to [N, emb_channels]; None stands for zeros.
+
+    Source: Figures 16 to 22.
+    """
     has = config.switches
     emb = layer(config, params, "unet.emb_noise", fourier(config, params, "unet.emb_fourier", c_noise))
     if has.embedding_layers == 2:
         emb = layer(config, params, "unet.emb_noise1", silu(config, emb))
     if config.label_dim:
         scale = sqrt(config.label_dim) if has.label_scaling else 1.0
-        label = emb * 0 if labels is None else layer(config, params, "unet.emb_label", labels * scale)
+        label = emb * 0 if one_hot is None else layer(config, params, "unet.emb_label", one_hot * scale)
         emb = summed(config, emb, label, t=config.label_balance)
     return silu(config, emb)
 
 
 def run_block(config: NetworkConfig, block: Block, params: Params, x: Array, emb: Array, /) -> Array:
-    """One encoder or decoder block. Source: Figures 16 to 22."""
+    """One encoder or decoder block: x [N, in_channels, h, w] and emb [N, emb_channels] to [N, out_channels, h', w'], at
+    the resolution of the block. Source: Figures 16 to 22."""
     name, has = block.name, config.switches
 
     def resampled(x: Array, *, now: bool) -> Array:
@@ -118,7 +151,8 @@ def run_block(config: NetworkConfig, block: Block, params: Params, x: Array, emb
 
 
 def conditioning(config: NetworkConfig, block: Block, params: Params, emb: Array, /) -> tuple[Array, Array | float]:
-    """By what the residual branch is scaled, [N, C, 1, 1], and what is added to it: the same, or 0."""
+    """Scale and shift of the residual branch, each [N, out_channels, 1, 1], from emb [N, emb_channels]; the shift is 0
+    where the rung has none. Source: Figures 16 to 22."""
     has, name = config.switches, block.name
     y = layer(config, params, f"{name}.emb_linear", emb, gain=params[f"{name}.emb_gain"] if has.gains else 1.0)
     scale, shift = y[:, : block.out_channels, None, None], y[:, block.out_channels :, None, None]
@@ -126,28 +160,30 @@ def conditioning(config: NetworkConfig, block: Block, params: Params, emb: Array
 
 
 def attention(config: NetworkConfig, block: Block, params: Params, x: Array, /) -> Array:
-    """Self-attention over the pixels of x, [N, C, H, W]. Source: Eqs. 10-12, 30-34; in cosine attention values are
-    normalized too.
+    """Self-attention over the pixels of x: [N, C, H, W] to the same, before the sum with x.
 
-    The channels of the 1x1 convolution's output are read as [heads, channels per head, 3 (q, k, v)].
+    The channels of the 1x1 convolution's output are read as [heads, channels per head, 3 (q, k, v)]. In cosine
+    attention, values are normalized as well as queries and keys. Source: Eqs. 10-12, 30-34.
     """
     xp, (n, c, h, w) = namespace(x), x.shape
     cosine = config.switches.attention is Attention.COSINE
     y = x if cosine else group_norm(config, params, f"{block.name}.norm_attn", x)
-    qkv = xp.reshape(layer(config, params, f"{block.name}.attn_qkv", y), (n, block.heads, c // block.heads, 3, h * w))
+    qkv = layer(config, params, f"{block.name}.attn_qkv", y)  # (N, 3 C, H, W)
+    qkv = xp.reshape(qkv, (n, block.heads, c // block.heads, 3, h * w))
     qkv = normalize(qkv, axis=2) if cosine else qkv
-    q, k, v = (qkv[:, :, :, i, :] for i in range(3))
-    logits = xp.matmul(xp.permute_dims(q, (0, 1, 3, 2)), k) * (1 / sqrt(c // block.heads))
+    q, k, v = (qkv[:, :, :, i, :] for i in range(3))  # (N, heads, C / heads, H W)
+    logits = xp.matmul(xp.permute_dims(q, (0, 1, 3, 2)), k) * (1 / sqrt(c // block.heads))  # (N, heads, H W, H W)
     weights = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
     weights = weights / xp.sum(weights, axis=-1, keepdims=True)
-    y = xp.matmul(v, xp.permute_dims(weights, (0, 1, 3, 2)))
+    y = xp.matmul(v, xp.permute_dims(weights, (0, 1, 3, 2)))  # (N, heads, C / heads, H W)
     return layer(config, params, f"{block.name}.attn_proj", xp.reshape(y, (n, c, h, w)))
 
 
 def group_norm(config: NetworkConfig, params: Params, name: str, x: Array, /) -> Array:
-    """x [N, C, H, W] normalized over groups of channels and all pixels. Source: Eq. 29 (plain), Appendix B.1 (affine).
+    """x [N, C, H, W] normalized over groups of channels and all pixels; x itself where the rung has no group norm.
 
-    Departs from the paper: in the plain one eps is added to the root mean square, as in pixel norm.
+    Source: Eq. 29 (plain), Appendix B.1 (affine). Departs from the paper: the plain one adds eps to the root mean
+    square, as pixel norm does.
     """
     kind = config.switches.group_norm
     if kind is GroupNorm.NONE:
@@ -163,29 +199,32 @@ def group_norm(config: NetworkConfig, params: Params, name: str, x: Array, /) ->
 
 
 def silu(config: NetworkConfig, x: Array, /) -> Array:
-    """Source: Eq. 81, or 9."""
+    """SiLU, divided by its root mean square where the rung preserves magnitude. Shapes: kept. Source: Eq. 81, or 9."""
     return mp_silu(x) if config.switches.mp_functions else plain_silu(x)
 
 
 def fourier(config: NetworkConfig, params: Params, name: str, x: Array, /) -> Array:
-    """Features of x, [N], to [N, channels]. Source: Eq. 75, or 35."""
+    """Fourier features: x [N] to [N, channels]. Source: Eq. 75, or 35 without the factor sqrt(2)."""
     return mp_fourier(x, params[f"{name}.freqs"], params[f"{name}.phases"]) * (config.fourier_scale / sqrt(2))
 
 
 def summed(config: NetworkConfig, a: Array, b: Array, /, *, t: float) -> Array:
-    """Source: Eq. 88, or a plain sum."""
+    """The sum of two branches of equal shape, ``t`` the share of b. Source: Eq. 88, or a plain sum."""
     return mp_sum(a, b, t=t) if config.switches.mp_functions else a + b
 
 
 def joined(config: NetworkConfig, x: Array, skip: Array, /) -> Array:
-    """Source: Eq. 103, or plain concatenation."""
+    """x [N, C, h, w] and a skip [N, S, h, w] to [N, C + S, h, w]. Source: Eq. 103, or plain concatenation."""
     if config.switches.mp_functions:
         return mp_cat(x, skip, axis=1, t=config.concat_balance)
     return namespace(x).concat([x, skip], axis=1)
 
 
 def layer(config: NetworkConfig, params: Params, name: str, x: Array, /, *, gain: float | Array = 1.0) -> Array:
-    """The linear layer or convolution ``name``: its weight normalized (Eq. 47) or of the rung's scale, and its bias."""
+    """The linear layer ([N, in] to [N, out]) or convolution ([N, in, h, w] to [N, out, h, w]) of that name.
+
+    The weight is normalized, or scaled as the rung says; the bias is added where the plan has one. Source: Eq. 47.
+    """
     w = params[f"{name}.weight"]
     if config.switches.weight_norm:
         y = (linear if w.ndim == 2 else conv)(x, w, gain=gain)
@@ -196,31 +235,34 @@ def layer(config: NetworkConfig, params: Params, name: str, x: Array, /, *, gain
     return y + namespace(x).reshape(params[f"{name}.bias"], (1, -1, *[1] * (w.ndim - 2)))
 
 
-def linear(x: Array, w: Array, /, *, gain: float | Array = 1.0) -> Array:
+def linear(x: A, w: Array, /, *, gain: float | Array = 1.0) -> A:
     """Magnitude-preserving linear layer: x [N, in], w [out, in] to [N, out]. Source: Eq. 46."""
     return products(x, mp_weight(w, gain=gain))
 
 
-def conv(x: Array, w: Array, /, *, gain: float | Array = 1.0) -> Array:
-    """Magnitude-preserving convolution, zeros beyond the border: [N, in, H, W], w [out, in, k, k] to [N, out, H, W]."""
+def conv(x: A, w: Array, /, *, gain: float | Array = 1.0) -> A:
+    """Magnitude-preserving convolution, zeros beyond the border: x [N, in, H, W], w [out, in, k, k] to [N, out, H, W].
+    Source: Eq. 46."""
     return products(x, mp_weight(w, gain=gain))
 
 
-def products(x: Array, w: Array, /) -> Array:
+def products(x: A, w: Array, /) -> A:
     """x [N, in] times w [out, in]; or [N, in, H, W] convolved with w [out, in, k, k], zeros beyond the border."""
     xp = namespace(x)
     if w.ndim == 2:
-        return xp.matmul(x, xp.permute_dims(w, (1, 0)))
+        return cast(A, xp.matmul(x, xp.permute_dims(w, (1, 0))))
     n, c, height, width = x.shape
     size, pad = w.shape[-1], w.shape[-1] // 2
+    padded: Array = x
     if pad:
         column = xp.zeros_like(x[:, :, :, :pad])
-        x = xp.concat([column, x, column], axis=3)
-        row = xp.zeros_like(x[:, :, :pad, :])
-        x = xp.concat([row, x, row], axis=2)
+        padded = xp.concat([column, x, column], axis=3)  # (N, in, H, W + 2 pad)
+        row = xp.zeros_like(padded[:, :, :pad, :])
+        padded = xp.concat([row, padded, row], axis=2)  # (N, in, H + 2 pad, W + 2 pad)
     shifted = (
-        (w[:, :, i, j], xp.reshape(x[:, :, i : i + height, j : j + width], (n, c, height * width)))
+        (w[:, :, i, j], xp.reshape(padded[:, :, i : i + height, j : j + width], (n, c, height * width)))
         for i in range(size)
         for j in range(size)
     )
-    return xp.reshape(sum(xp.matmul(tap, pixels) for tap, pixels in shifted), (n, w.shape[0], height, width))
+    total = reduce(operator.add, (xp.matmul(tap, pixels) for tap, pixels in shifted))  # (N, out, H W)
+    return cast(A, xp.reshape(total, (n, w.shape[0], height, width)))

@@ -2,29 +2,35 @@
 
     dx/dsigma = (x - D(x; sigma)) / sigma
 
-A denoiser is any function ``(x, sigma) -> denoised`` of an array and a float. 32 Heun steps make 63 evaluations, for
-the last step, to sigma 0, is Euler's. Source: arXiv 2206.00364 Algorithm 2 and Eq. 5, as used in 2312.02696.
+A denoiser is any function ``(x, sigma) -> denoised`` of an array and a float. 32 Heun steps take 63 evaluations,
+because the last step, to sigma 0, is Euler's. Source: arXiv 2206.00364 Algorithm 2 and Eq. 5, as used in 2312.02696.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, sqrt
-from typing import Literal
+from typing import Any, Generic, Literal, cast
 
-from .arrays import Array
+from .arrays import A
 from .errors import InputError
 
-Denoiser = Callable[[Array, float], Array]
+Denoiser = Callable[[A, float], A]
+"""``(x, sigma) -> denoised``, of the shape of x; ``Denoiser[torch.Tensor]`` is one of tensors."""
 
 
 def noise_levels(
     num_steps: int, /, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> list[float]:
-    """``num_steps`` noise levels from sigma_max down to sigma_min, and 0. Source: arXiv 2206.00364 Eq. 5.
+    """``num_steps`` noise levels from sigma_max down to sigma_min, then 0.
+
+    Source: arXiv 2206.00364 Eq. 5. Departs from the paper: nothing.
 
     Raises:
         InputError: fewer than one step, or not 0 < sigma_min < sigma_max, or rho not positive.
+
+    >>> noise_levels(3, sigma_min=1, sigma_max=9, rho=2)
+    [9.0, 4.0, 1.0, 0.0]
     """
     if num_steps < 1 or not 0 < sigma_min < sigma_max or rho <= 0:
         raise InputError(
@@ -36,46 +42,57 @@ def noise_levels(
 
 
 def guided(
-    net: Denoiser, guide: Denoiser, /, *, guidance: float, interval: tuple[float, float] = (0.0, inf)
-) -> Denoiser:
-    """The denoiser guide + guidance (net - guide) where ``interval`` holds sigma, ``net`` elsewhere.
+    net: Denoiser[A], guide: Denoiser[A], /, *, guidance: float, interval: tuple[float, float] = (0.0, inf)
+) -> Denoiser[A]:
+    """The denoiser ``guide + guidance (net - guide)``.
 
-    The guide is any denoiser: the network without its label (classifier-free), a smaller one, a worse version of
-    itself (autoguidance, arXiv 2406.02507). An interval is arXiv 2404.07724's. The guide is skipped where it has no
-    effect (guidance 1, or sigma outside ``interval``).
+    Args:
+        net: the denoiser that is guided.
+        guide: any other: the network without its label (classifier-free guidance), a smaller network, or a worse
+            version of the same (autoguidance, arXiv 2406.02507).
+        guidance: 1 is ``net`` alone; larger values move further away from the guide.
+        interval: noise levels, ends included, at which guidance acts (arXiv 2404.07724); ``net`` alone elsewhere.
+
+    The guide is skipped where it has no effect (guidance 1, or sigma outside ``interval``).
+
+    >>> guided(lambda x, sigma: 3.0, lambda x, sigma: 1.0, guidance=2.0)(0.0, 1.0)
+    5.0
     """
 
-    def denoise(x: Array, sigma: float) -> Array:
+    def denoise(x: A, sigma: float) -> A:
         if guidance == 1 or not interval[0] <= sigma <= interval[1]:
             return net(x, sigma)
         away = guide(x, sigma)
-        return away + guidance * (net(x, sigma) - away)
+        return cast(A, away + guidance * (net(x, sigma) - away))
 
     return denoise
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a callback is told after each step: ``x`` at noise level ``sigma``, and the denoised images that the step
-    was taken with (at the level where it began)."""
+class Step(Generic[A]):
+    """What a callback receives after each step."""
 
     index: int
+    """The number of the step, from 0."""
     sigma: float
-    x: Array
-    denoised: Array
+    """The noise level that the step reached."""
+    x: A
+    """The noisy images at that level."""
+    denoised: A
+    """The denoiser's answer at the level where the step began."""
 
 
 class Stop(Exception):
     """Raised by a callback to end sampling; :func:`sample` returns the ``x`` of that step."""
 
 
-Callback = Callable[[Step], Array | None]
+Callback = Callable[[Step[A]], A | None]
 """Called after each step. Returns None, or an array that takes the place of ``x``; may raise :class:`Stop`."""
 
 
 def sample(
-    denoise: Denoiser,
-    noise: Array,
+    denoise: Denoiser[A],
+    noise: A,
     /,
     *,
     num_steps: int = 32,
@@ -87,28 +104,38 @@ def sample(
     S_min: float = 0.0,
     S_max: float = inf,
     S_noise: float = 1.0,
-    churn_noise: Iterable[Array] | None = None,
+    churn_noise: Iterable[A] | None = None,
     method: Literal["heun", "euler"] = "heun",
-    callback: Callback | None = None,
-) -> Array:
-    """Images from standard normal ``noise``, of its shape, library, dtype and device.
-
-    Source: arXiv 2206.00364 Algorithm 2. Departs from the paper: nothing. Step sizes are computed in float64.
+    callback: Callback[A] | None = None,
+) -> A:
+    """Images from standard normal ``noise``, by Heun's or Euler's steps from the highest noise level to the lowest.
 
     Args:
         denoise: ``(x, sigma) -> denoised``, sigma a float.
         noise: standard normal, of any shape.
-        num_steps, sigma_min, sigma_max, rho: of :func:`noise_levels`; not looked at where ``sigmas`` are given.
-        sigmas: the noise levels themselves, decreasing; the last may be 0, and usually is. Sampling starts from
-            ``noise * sigmas[0]``.
-        S_churn: with S_churn > 0, each step at a level within [S_min, S_max] first raises the noise by a factor of at
-            most sqrt(2), with the next array of ``churn_noise`` (standard normal, shaped like ``noise``) times S_noise.
-        method: Heun's second-order steps, or Euler's.
-        callback: see :data:`Callback`.
+        num_steps, sigma_min, sigma_max, rho: as in :func:`noise_levels`; ignored where ``sigmas`` are given.
+        sigmas: the noise levels themselves, decreasing. The last is usually 0; above 0 the result is still noisy.
+            Sampling starts from ``noise * sigmas[0]``.
+        S_churn: above 0, each step from a level within [S_min, S_max] first raises the noise level by the factor
+            1 + min(S_churn / steps, sqrt(2) - 1), with the next array of ``churn_noise`` times S_noise.
+        churn_noise: standard normal arrays of the shape of ``noise``, one for each step with churn.
+        method: ``"heun"`` is of second order, ``"euler"`` of first.
+        callback: called with a :class:`Step` after each step. Returns None, or an array that takes the place of ``x``;
+            may raise :class:`Stop` to end sampling.
+
+    Returns:
+        Images of the shape, library, dtype and device of ``noise``; after :class:`Stop`, the ``x`` of that step.
+
+    Source: arXiv 2206.00364 Algorithm 2. Departs from the paper: nothing. Step sizes are computed in float64.
 
     Raises:
-        InputError: as :func:`noise_levels`; ``sigmas`` that do not decrease; unknown method; or ``churn_noise`` ends
-            before the steps that need it.
+        InputError: as :func:`noise_levels`; ``sigmas`` that do not decrease or are fewer than two; an unknown method;
+            or ``churn_noise`` ends before the steps that need it.
+
+    >>> import numpy as np
+    >>> data = np.array([1.0, -1.0])  # a distribution of one point, which its denoiser knows
+    >>> sample(lambda x, sigma: data, np.array([0.3, 0.2]), num_steps=4)
+    array([ 1., -1.])
     """
     if method not in ("heun", "euler"):
         raise InputError(f"method must be 'heun' or 'euler', got {method!r}")
@@ -118,7 +145,7 @@ def sample(
         levels = _checked(sigmas)
     churn = min(S_churn / (len(levels) - 1), sqrt(2) - 1)
     fresh = iter(churn_noise if churn_noise is not None else ())
-    x = noise * levels[0]
+    x: Any = noise * levels[0]
     for index, (level, target) in enumerate(pairwise(levels)):
         sigma = level
         if churn > 0 and S_min <= level <= S_max:
@@ -135,12 +162,13 @@ def sample(
             try:
                 changed = callback(Step(index, target, x, denoised))
             except Stop:
-                return x
+                break
             x = x if changed is None else changed
-    return x
+    return cast(A, x)
 
 
 def _checked(sigmas: Sequence[float]) -> list[float]:
+    """The noise levels as floats. Raises InputError unless there are two or more, finite, and decreasing."""
     levels = [float(sigma) for sigma in sigmas]
     falls = all(high > low for high, low in pairwise(levels))
     if len(levels) < 2 or not falls or not levels[-1] >= 0 or levels[0] == inf:
@@ -148,7 +176,7 @@ def _checked(sigmas: Sequence[float]) -> list[float]:
     return levels
 
 
-def _next(fresh: Iterator[Array]) -> Array:
+def _next(fresh: Iterator[A]) -> A:
     try:
         return next(fresh)
     except StopIteration:

@@ -1,4 +1,4 @@
-"""The learning rate over training."""
+"""The learning rate over training: a linear ramp-up, then a constant, then the inverse square root of time."""
 
 from math import sqrt
 
@@ -6,13 +6,24 @@ from .errors import InputError
 
 
 def learning_rate(nimg: float, /, *, batch: int, ref_lr: float, ref_batches: float, rampup_nimg: float) -> float:
-    """ref_lr / sqrt(max(nimg / (ref_batches batch), 1)) * min(nimg / rampup_nimg, 1) after ``nimg`` images.
+    """The learning rate after ``nimg`` images:
 
-    ``ref_batches`` is t_ref in training iterations (0 or inf: no decay); ``rampup_nimg`` in images (0: none). Source:
-    Eq. 67 and Appendix B.1 (ramp-up). Departs from the paper: nothing.
+        ref_lr / sqrt(max(nimg / (ref_batches batch), 1)) * min(nimg / rampup_nimg, 1)
+
+    Args:
+        nimg: images seen since the start of training.
+        batch: images per step.
+        ref_lr: the highest learning rate.
+        ref_batches: t_ref, the number of steps after which the rate falls as 1 / sqrt; 0 or inf: never.
+        rampup_nimg: images over which the rate rises from 0; 0: none.
+
+    Source: Eq. 67 and Appendix B.1 (ramp-up). Departs from the paper: nothing.
 
     Raises:
         InputError: a negative count, or a batch below 1.
+
+    >>> learning_rate(400, batch=1, ref_lr=0.01, ref_batches=100, rampup_nimg=0)
+    0.005
     """
     if min(nimg, ref_batches, rampup_nimg) < 0 or batch < 1:
         raise InputError(

@@ -39,7 +39,7 @@ def ema_tensors(
     least = study.denoising_loss(base, held_out=True)
     print(f"\nloss {least:.5f} with all at {length:g}; percent more with one tensor's average at")
     print(f"{SHORT:>8} {LONG:>8}  tensor")
-    table = plan(base.network).parameters
+    table = plan(base.required_config()).parameters
     weights = [name for name, parameter in table.items() if parameter.kind == "weight" and tensors in name]
     changes = {
         name: [

@@ -1,7 +1,7 @@
 """Post-hoc EMA in an MLX loop of one's own: train once, then choose how long to average the weights.
 
-The network is an ordinary one that reads digits under noise, at a constant learning rate so high that its weights never
-come to rest. Averaging calms them; the best length is found after training, from stored averages of two lengths.
+A small network classifies noisy digits. Its learning rate is constant and so high that the weights keep fluctuating;
+averaging removes that. The best length is found after training, from stored averages of two lengths.
 """
 
 from pathlib import Path
@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten
 from backends.mlx.ema import PowerEMA, reconstruct
 from backends.pipeline.data.datasets import open_dataset, to_model
 
-BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images a step, from snapshot to snapshot, and to learn from
-LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.10, 0.13, 0.17, 0.22, 0.28)  # shares of training that averages reach back
+BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images a step, between snapshots, and for training
+LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.10, 0.13, 0.17, 0.22, 0.28)  # sigma_rels to compare
 
 
 def loss(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:
@@ -25,7 +25,7 @@ def loss(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:
 
 
 def main(*, images: int = 32_000, folder: Path | None = None) -> None:
-    """Train on IMAGES images, with snapshots in FOLDER (an empty one; none: a temporary one); then compare lengths."""
+    """Train on IMAGES images, with snapshots in FOLDER, an empty one (default: a temporary one); compare lengths."""
     mx.random.seed(0)
     data, rng = open_dataset("digits"), np.random.default_rng(0)
     order = rng.permutation(1797)

@@ -1,8 +1,8 @@
-"""Post-hoc EMA in a training loop of one's own: train once, then choose how long to average the weights.
+"""Post-hoc EMA in a training loop of one's own: train once, then choose the averaging length.
 
-The network is an ordinary one that reads digits under noise, at a constant learning rate so high that its weights never
-come to rest. Averaging calms them; over too long, it brings back what had not been learned yet. The best length lies
-in between, and nobody has to know it before training: stored averages of two lengths give all others afterwards.
+The network is an ordinary classifier of noisy digits, trained at a constant learning rate that is too high for its
+weights to converge. Averaging removes that noise; an average over too long includes weights from early in training. The
+best length is in between, and need not be known before training: snapshots of two averages give any other length.
 """
 
 from pathlib import Path
@@ -17,14 +17,14 @@ from torch.nn.functional import cross_entropy
 from backends.pipeline.data.datasets import open_dataset, to_model
 from backends.torch.ema import PowerEMA, reconstruct
 
-BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images a step, from snapshot to snapshot, and to learn from
-LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.10, 0.13, 0.17, 0.22, 0.28)  # shares of training that averages reach back
+BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images per step, between snapshots, and to train on
+LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.10, 0.13, 0.17, 0.22, 0.28)  # sigma_rel
 
 
 def main(*, images: int = 32_000, folder: Path | None = None) -> None:
-    """Train on IMAGES images, with snapshots in FOLDER (an empty one; none: a temporary one); then compare lengths."""
+    """Train on IMAGES images, with snapshots in FOLDER (empty; by default a temporary one); then compare lengths."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # more would only wait for each other, the network is so small
+    torch.set_num_threads(1)  # the network is too small for more
     data, order = open_dataset("digits"), np.random.default_rng(0).permutation(1797)
     x, y = torch.from_numpy(to_model(data.images(order))).flatten(1), torch.from_numpy(data.labels(order))
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -38,7 +38,7 @@ def main(*, images: int = 32_000, folder: Path | None = None) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            ema.update(time=seen, delta=BATCH)  # exact for any delta: every k-th step, with delta=k * BATCH, will do
+            ema.update(time=seen, delta=BATCH)  # exact for any delta: or every k steps, with delta=k * BATCH
             if seen % SAVE_EVERY == 0:
                 ema.save(folder)
         choices = {"raw": model.state_dict()} | {f"{s:.2f}": reconstruct(folder, sigma_rel=s) for s in LENGTHS}

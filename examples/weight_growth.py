@@ -29,7 +29,7 @@ def weight_growth(
     port: Literal["torch", "jax", "mlx"] = "torch", duration: str = "40Ki", folder: Path = Path("weight-growth")
 ) -> None:
     """Train CONFIG D and E for DURATION images each."""
-    every = max(1, parse_count(duration) // preset("digits").batch // 8)
+    every = max(1, parse_count(duration) // preset("digits").hyper.batch // 8)
     study, options = Study(folder, port=port), ("--duration", duration, "--decay", 0, "--telemetry", every)
     lines = [list(study.train(rung, "--ladder", rung, *options).telemetry())[1:] for rung in "DE"]
     print("\nimages  weights D        E  updates D        E")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from backends.pipeline.checkpoints.snapshots import load_snapshot
+from edm2_core.ema import Length, profile, sigma_rel_to_gamma
 from edm2_core.ema import beta as exact_beta
-from edm2_core.ema import profile, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
@@ -40,11 +40,25 @@ def test_updating_every_k_steps_converges_to_the_integral(sigma_rel):
 
 
 @pytest.mark.parametrize("time", [4096, 10**6, 2 * 10**9, 2**32 - 2048])
-def test_shares_are_right_to_a_few_roundings_however_small(time):
-    stay, go = ema._shares(0.05, jnp.uint32(time), 2048)
-    exact = exact_beta(0.05, t_next=time, t_delta=2048)
-    assert float(stay) == pytest.approx(exact, rel=1e-5)
-    assert float(go) == pytest.approx(-np.expm1((sigma_rel_to_gamma(0.05) + 1) * np.log1p(-2048 / time)), rel=1e-6)
+def test_the_share_of_the_weights_is_right_to_a_few_roundings_however_small(time):
+    """From 0 to 1 an average moves by 1 - beta; from 1 to 0, beta remains."""
+
+    def moved(start, end):
+        state = ema.init({"w": jnp.full((), start)}, sigma_rels=(0.05,))
+        state = ema.update(state, {"w": jnp.full((), end)}, time=jnp.uint32(time), delta=2048)
+        return float(state.averages["0.05"]["w"])
+
+    share = -np.expm1((sigma_rel_to_gamma(0.05) + 1) * np.log1p(-2048 / time))
+    assert moved(0.0, 1.0) == pytest.approx(share, rel=1e-6)
+    assert moved(1.0, 0.0) == pytest.approx(exact_beta(0.05, t_next=time, t_delta=2048), rel=1e-5)
+
+
+def test_a_half_life_is_averaged_under_its_key():
+    life = Length.half_life(100)
+    state = ema.init({"w": jnp.zeros(())}, sigma_rels=(life,))
+    moved = ema.update(state, {"w": jnp.ones(())}, time=300, delta=50).averages
+    assert list(moved) == [life.key]
+    assert float(moved[life.key]["w"]) == pytest.approx(1 - life.beta(t_next=300, t_delta=50), rel=1e-6)
 
 
 def loop(steps, state=None, jit=True):

@@ -9,24 +9,34 @@ from socket import socket
 
 import numpy as np
 import pytest
-from toy_port import train
+from toy_port import PRESET, config_of, train
 
-from backends.pipeline.data.datasets import open_dataset
-from backends.pipeline.runs.config import resolve
-from backends.pipeline.runs.options import TrainOptions
+from backends.ports import Machine
 from conformance import oracle, tolerance
 from conformance import strategies as draw
-from edm2_core import reference
+from edm2_core import precond, reference
+from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.ladder import RUNGS
-from edm2_core.network import NetworkConfig
+from edm2_core.network import NetworkConfig, initialize, plan
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
-pytest.importorskip("optax", reason="optax is not installed")
+optax = pytest.importorskip("optax", reason="optax is not installed")
 
-from backends.jax import network, weights  # noqa: E402
+from backends.jax import api, device, network, weights  # noqa: E402
+from backends.jax.denoiser import Network, denoiser  # noqa: E402
+from backends.jax.ema import power_ema  # noqa: E402
 from backends.jax.port import PORT  # noqa: E402
-from backends.jax.step import Batch, force_weight_norm, init, make_step, to_stored  # noqa: E402
+from backends.jax.step import (  # noqa: E402
+    Batch,
+    TrainState,
+    draw_batch,
+    force_weight_norm,
+    init,
+    make_network_step,
+    make_step,
+    to_state,
+)
 from backends.jax.trainer import JaxTrainer  # noqa: E402
 
 LADDER = {
@@ -102,12 +112,129 @@ def test_layouts_go_there_and_back():
         assert np.array_equal(weights.to_canonical(native), array)
 
 
+@pytest.mark.parametrize("rung", ["B", "G"])
+def test_activations_are_returned_under_jit_at_every_call(rung):
+    """One for each weight of the U-Net, the same at both calls; the result is that without them."""
+    config = LADDER[rung]
+    params, batch = weights.init_params(config, seed=0), draw.random_batch(config, 3)
+    x = weights.to_nhwc(batch.noisy)
+    compiled = jax.jit(lambda params, x: network.denoise_with_activations(config, params, x, batch.sigma, batch.labels))
+    first, second = compiled(params, x), compiled(params, x)
+    names = {n for n, p in plan(config).parameters.items() if p.kind == "weight" and n.startswith("unet.")}
+    assert first[2].keys() == names
+    assert all(np.array_equal(second[2][name], array) for name, array in first[2].items())
+    assert all(np.ptp(array) > 0 for name, array in first[2].items() if not weight_or_gain_is_0(config, params, name))
+    for got, wanted in zip(first, network.denoise(config, params, x, batch.sigma, batch.labels), strict=False):
+        assert tolerance.relative(got, wanted) < tolerance.network(config)
+
+
+def weight_or_gain_is_0(config, params, name):
+    gains = ("emb_linear.weight", "out_conv.weight") if config.switches.gains else ()
+    return name.endswith(gains) or not np.any(params[name])
+
+
+def test_gradients_flow_through_activations():
+    """Blocks are rematerialized in the backward pass; what they collect is a result like any other."""
+    config = LADDER["G"]
+    params, batch = weights.init_params(config, seed=0), draw.random_batch(config, 3)
+    name = "unet.enc.4x4_block0.conv_res0.weight"
+
+    def size(params):
+        _, _, activations = network.denoise_with_activations(config, params, weights.to_nhwc(batch.noisy), batch.sigma)
+        return (activations[name] ** 2).sum()
+
+    gradients = jax.jit(jax.grad(size))(params)
+    later = "unet.dec.4x4_block0.conv_res0.weight"
+    assert np.any(gradients["unet.enc.4x4_conv.weight"])
+    assert not np.any(gradients[later])
+
+
+def own_backbone(params, x, c_noise, labels, *, key):
+    """Two layers on 2-D data, which see the noise level and, where there are some, labels."""
+    y = jax.numpy.concatenate([x, c_noise[:, None]], axis=1) @ params["in"]
+    y = y if labels is None else y + labels @ params["label"]
+    return jax.nn.silu(y) @ params["out"]
+
+
+def own_params(seed=0):
+    shapes = {"in": (3, 16), "label": (4, 16), "out": (16, 2)}
+    return {n: jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), s) / s[0] ** 0.5
+            for i, (n, s) in enumerate(shapes.items())}  # fmt: skip
+
+
+def test_the_denoiser_of_any_backbone_is_the_preconditioning_around_it():
+    x, sigma, params = np.ones((5, 2), np.float32), np.geomspace(0.01, 80, 5, dtype=np.float32)[:, None], own_params()
+    denoise = denoiser(own_backbone, sigma_data=0.7, uncertainty=lambda params, c_noise: 3 * c_noise)
+    denoised, logvar = jax.jit(denoise)(params, x, sigma)
+    c = precond.precondition(sigma, sigma_data=0.7)
+    raw = own_backbone(params, x * c.c_in, c.c_noise[:, 0], None, key=None)
+    assert tolerance.relative(denoised, c.c_skip * x + c.c_out * raw) < 1e-6
+    assert np.allclose(logvar, 3 * c.c_noise, rtol=1e-6)
+    assert not np.any(denoiser(own_backbone)(params, x, sigma)[1])
+
+
+def test_any_backbone_and_optimizer_train_with_the_step():
+    """The first update copies what the weights become; losses fall; averages lag behind."""
+    denoise, optimizer = denoiser(own_backbone), optax.chain(optax.adam(1e-2), power_ema())
+    step = jax.jit(make_step(denoise, optimizer), donate_argnums=0)
+    params, key = own_params(), jax.random.key(1)
+    state, losses = TrainState(params, optimizer.init(params)), []
+    for i in range(60):
+        points = 0.5 * jax.random.normal(jax.random.fold_in(key, i), (64, 2)) + jax.numpy.array([1.0, -1.0])
+        batch, _ = draw_batch(points, None, jax.random.fold_in(key, 1000 + i), P_mean=-0.5, P_std=1.0)
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+        averages = state.opt_state[-1]
+        if i == 0:
+            assert np.array_equal(averages.averages["0.05"]["in"], state.params["in"])
+    assert int(averages.time) == 60 * 64
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    assert not np.array_equal(averages.averages["0.05"]["in"], state.params["in"])
+
+
+def test_any_denoiser_is_sampled_from_with_levels_and_a_callback_of_ones_own():
+    """A point mass at m: D is m, so one Euler step from any level to 0 is m. Guidance goes past it."""
+    middle = jax.numpy.array([1.0, 2.0])
+
+    def to_point(params, x, sigma, labels=None, *, key=None):
+        shift = 0 if labels is None else labels @ params
+        return middle + shift + 0 * x, jax.numpy.zeros_like(sigma)
+
+    point, seen = Network(to_point, jax.numpy.eye(2), label_dim=2), []
+    noise, labels = jax.random.normal(jax.random.key(0), (3, 2)), jax.numpy.eye(2)[jax.numpy.array([0, 1, 0])]
+    images = api.sample(point, noise, sigmas=(5.0, 1.0, 0.0), callback=lambda step: seen.append(step.sigma))
+    assert np.allclose(images, np.broadcast_to(middle, (3, 2)), atol=1e-6)
+    assert seen == [1.0, 0.0]
+    guided = api.sample(point, noise, labels, guidance=3.0, num_steps=4)
+    assert np.allclose(guided, middle + 3 * labels, atol=1e-5)
+
+
+def test_the_python_face_loads_what_a_run_stored_and_samples_as_the_port(toy):
+    """Alike to the bit: the command and the face share their precision and their programs."""
+    train(JaxTrainer, "run", 1024)
+    net = api.load(toy / "run", sigma_rel=0.05, device="cpu")
+    assert net.config == PRESET.network
+    labels = np.eye(10, dtype=np.float32)[:4]
+    noise = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)
+    stored = weights.dump(net.params)
+    wanted = PORT.sample(net.config, stored, noise, labels, guidance=2.0, num_steps=3)
+    got = api.sample(net, jax.numpy.asarray(weights.to_nhwc(noise)), labels, guidance=2.0, num_steps=3)
+    assert np.array_equal(weights.to_nchw(got), wanted)
+    denoised, logvar = net.apply(net.params, weights.to_nhwc(noise), np.ones((4, 1, 1, 1), np.float32), labels)
+    assert (denoised.shape, logvar.shape) == ((4, 8, 8, 1), (4, 1, 1, 1))
+    assert jax.tree.leaves(jax.tree.map(lambda x: 2 * x, net))[0].dtype == np.float32  # a pytree
+
+
+def test_importing_the_port_imports_no_jax():
+    code = "import sys, backends.jax; assert 'jax' not in sys.modules; backends.jax.load; assert 'jax' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def one_step(config, params, batch, **options):
-    step = jax.jit(make_step(config, **options))
-    state = init(config, params, sigma_rels=(0.05,))
+    step = jax.jit(make_network_step(config, lengths=(0.05,), **options))
     native = Batch(weights.to_nhwc(batch.images), weights.to_nhwc(batch.unit_noise), batch.sigma, batch.labels)
-    state, metrics = step(state, native, np.float32(0.01), jax.random.key(0))
-    return to_stored(state), metrics
+    state, metrics = step(init(config, params, lengths=(0.05,)), native, jax.random.key(0), lr=np.float32(0.01))
+    return to_state(state), metrics
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
@@ -179,7 +306,8 @@ train(JaxTrainer, "{name}", {duration})
 
 def train_elsewhere(name, duration, **environment):
     """A run on the toy's network, begun in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
     command = [sys.executable, "-c", SCRIPT.format(name=name, duration=duration)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -224,21 +352,49 @@ def test_processes_that_cannot_meet_are_one_line(tmp_path):
 
 
 def test_too_little_memory_names_the_batch_to_try(monkeypatch):
-    """Where the device says so; a CPU's memory is never said to be exhausted."""
+    """Where the device reports it; a CPU never does."""
     from backends.jax import trainer as room
 
     def exhausted(*args, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
 
-    dataset, options, line = open_dataset("digits"), TrainOptions(batch=64), r"must fit.*try --batch-per-device 32"
+    config, line = config_of(batch=64), r"must fit.*try --batch-per-device 32"
     images, labels = np.zeros((64, 1, 8, 8), np.float32), np.zeros((64, 10), np.float32)
     monkeypatch.setattr(room, "compiled", lambda *shapes, cpu: exhausted)
-    trainer = room.JaxTrainer(resolve(options, dataset), options)
+    trainer = room.JaxTrainer(config, Machine())
     with pytest.raises(InputError, match=line):
-        trainer.step(images, labels, nimg=0, lr=0.01)
+        trainer.step(images, labels, lr=0.01)
     monkeypatch.setattr(room, "compiled", exhausted)
     with pytest.raises(InputError, match=line):
-        room.JaxTrainer(resolve(options, dataset), options)
+        room.JaxTrainer(config, Machine())
+
+
+def test_only_what_is_asked_for_is_gathered_array_by_array(toy, monkeypatch):
+    """Bytes: an average or the weights, those of one network; a state, four times as many: the weights, Adam's two
+    moments, and the one average that this run keeps. No array is larger than the largest weight."""
+    config = config_of(preset="toy", data="digits", sigma_rels=(0.10,))
+    trainer, sizes, gather = JaxTrainer(config, Machine()), [], device.gathered
+
+    def counted(array):
+        sizes.append(np.asarray(array).nbytes)
+        return gather(array)
+
+    def gathered(ask):
+        sizes.clear()
+        ask()
+        return sum(sizes)
+
+    monkeypatch.setattr(device, "gathered", counted)
+    params = {name: array.nbytes for name, array in initialize(config.network, seed=0).items()}
+    assert gathered(trainer.parameters) == sum(params.values())
+    assert gathered(lambda: trainer.average(Length.of(0.10))) == sum(params.values())
+    assert len(sizes) == len(params)
+    assert max(sizes) == max(params.values())
+    constants = sum(
+        params[name] for name, parameter in plan(config.network).parameters.items() if not parameter.trained
+    )
+    counters = 2 * 4
+    assert gathered(trainer.state) == 4 * sum(params.values()) - 3 * constants + counters
 
 
 def test_other_precision_dropout_and_parts_of_a_batch_run(toy):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from backends.pipeline.checkpoints.snapshots import load_snapshot
-from edm2_core.ema import profile
+from edm2_core.ema import Length, profile
 from edm2_core.errors import InputError
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
@@ -52,7 +52,7 @@ def test_the_module_is_untouched_and_what_is_frozen_is_kept():
     tracker.update(time=1, delta=1)
     assert all(np.array_equal(before[n], x) for n, x in host(dict(utils.tree_flatten(made.parameters()))).items())
     assert tracker.arrays(0.05).keys() == before.keys()
-    assert "layers.1.running_mean" not in tracker.averages[0.05]
+    assert "layers.1.running_mean" not in tracker.averages[Length.of(0.05)]
 
 
 def test_only_what_trains_can_be_kept():
@@ -84,10 +84,10 @@ def test_stopping_and_going_on_is_not_stopping(tmp_path):
 
 def test_a_state_of_another_model_is_refused_and_changes_nothing():
     tracker = ema.PowerEMA(model())
-    before = host(tracker.averages[0.05])
+    before = host(tracker.averages[Length.of(0.05)])
     with pytest.raises(InputError, match="must track the same lengths"):
         tracker.load_state_dict(ema.PowerEMA(model(), sigma_rels=(0.2,)).state_dict())
-    assert all(np.array_equal(before[n], x) for n, x in host(tracker.averages[0.05]).items())
+    assert all(np.array_equal(before[n], x) for n, x in host(tracker.averages[Length.of(0.05)]).items())
 
 
 def test_memory_does_not_grow_with_updates():
@@ -114,10 +114,21 @@ def test_reconstruction_loads_into_the_module_and_follows_a_tracked_length(tmp_p
             paths = stored.save(tmp_path)
     got = ema.reconstruct(tmp_path, sigma_rel=0.15)
     made.load_weights(list(got.items()))
-    want = np.array(truth.averages[0.15]["layers.0.weight"])
-    near, far = np.array(made.layers[0].weight), np.array(stored.averages[0.05]["layers.0.weight"])
+    want = np.array(truth.arrays(0.15)["layers.0.weight"])
+    near, far = np.array(made.layers[0].weight), np.array(stored.arrays(0.05)["layers.0.weight"])
     assert np.abs(near - want).max() < 0.15 * np.abs(far - want).max()
     assert load_snapshot(paths[0]).nimg == 1600
+
+
+def test_inside_a_compiled_function_the_averages_are_those_of_update():
+    first, second = ({"w": mx.array([1.0, -2.0, 3.0]) + k, "n": mx.array(k)} for k in (0, 1))
+    tracker = ema.PowerEMA(first, sigma_rels=(0.05, Length.half_life(3)))
+    start = list(tracker.averages.values())
+    tracker.update(second, time=8, delta=2)
+    shares = mx.array([1 - length.beta(t_next=8, t_delta=2) for length in tracker.averages])
+    for got, wanted in zip(mx.compile(ema.advance)(start, second, shares), tracker.averages.values(), strict=True):
+        assert np.array(got["w"]) == pytest.approx(np.array(wanted["w"]), rel=1e-6)
+        assert got["n"].item() == wanted["n"].item() == 1
 
 
 def test_bfloat16_is_averaged_in_float32():

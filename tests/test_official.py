@@ -16,6 +16,7 @@ import pytest
 from backends.commands.cli import main
 from backends.pipeline.checkpoints.official import LICENCE, read_official
 from backends.pipeline.checkpoints.snapshots import load_snapshot
+from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, initialize
 
@@ -117,13 +118,13 @@ def write(path, make, **others):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 def test_a_network_comes_out_as_it_went_in(tmp_path, dtype):
     path = write(tmp_path / NAME, lambda: network(dtype=getattr(torch, dtype)))
-    found = read_official(path)
-    assert (found.nimg, found.sigma_rel, found.config) == (16777000, 0.05, CONFIG)
-    assert found.params.keys() == PARAMS.keys()
+    read = read_official(path)
+    assert (read.nimg, read.length, read.config) == (16777000, Length.of(0.05), CONFIG)
+    assert read.params.keys() == PARAMS.keys()
     for name, array in PARAMS.items():
         wanted = array if name.endswith(("freqs", "phases")) else torch.from_numpy(array).to(getattr(torch, dtype))
-        assert found.params[name].dtype == np.float32
-        assert np.array_equal(found.params[name], np.asarray(torch.as_tensor(wanted).float()))
+        assert read.params[name].dtype == np.float32
+        assert np.array_equal(read.params[name], np.asarray(torch.as_tensor(wanted).float()))
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
@@ -145,7 +146,8 @@ def test_the_command_writes_a_snapshot_and_names_the_licence(tmp_path, capsys):
     assert main(["import", str(path)]) == 2
     assert "must not take another file's place" in capsys.readouterr().err
     assert main(["import", str(path), "--out", str(tmp_path / "b"), "--nimg", "1Mi", "--sigma-rel", "0.1"]) == 0
-    assert (load_snapshot(tmp_path / "b").nimg, load_snapshot(tmp_path / "b").sigma_rel) == (1 << 20, 0.1)
+    made = load_snapshot(tmp_path / "b")
+    assert (made.nimg, made.length) == (1 << 20, Length.of(0.1))
 
 
 def test_a_folder_of_pickles_is_reconstructed_from(tmp_path, capsys):

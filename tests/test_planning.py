@@ -27,25 +27,25 @@ RANGE = (0.015, 0.25)
 
 @pytest.mark.parametrize("files", [4, 16, 32, 64])
 def test_a_plan_is_better_than_four_times_as_many_uniform_files(files):
-    plan = plan_snapshots(files=files, sigma_rel_range=RANGE, duration=2 * Gi, batch=2048)
-    assert plan.files <= files
-    assert len(plan.sigma_rels) <= 3
+    snapshot_plan = plan_snapshots(files=files, sigma_rel_range=RANGE, duration=2 * Gi, batch=2048)
+    assert snapshot_plan.files <= files
+    assert len(snapshot_plan.sigma_rels) <= 3
     usual = uniform_plan(files=4 * files, duration=2 * Gi)
     assert usual.files == 4 * files
-    ours, theirs = plan.error(DENSE).total.max(), usual.error(DENSE).total.max()
+    ours, theirs = snapshot_plan.error(DENSE).total.max(), usual.error(DENSE).total.max()
     assert ours < 0.4 * theirs  # seen: 0.13 to 0.36 of it
-    assert ours == pytest.approx(worst_error(plan), rel=0.1)
+    assert ours == pytest.approx(worst_error(snapshot_plan), rel=0.1)
 
 
 def test_the_error_of_a_plan_is_that_of_what_it_stores():
-    plan = plan_snapshots(files=16, sigma_rel_range=RANGE, duration=100_000_000, batch=512)
-    times, lengths = plan.stored_at(plan.duration)
-    assert len(times) == plan.files
-    assert (times % 512 == 0).all() or (times[times % 512 != 0] == plan.duration).all()
+    snapshot_plan = plan_snapshots(files=16, sigma_rel_range=RANGE, duration=100_000_000, batch=512)
+    times, lengths = snapshot_plan.stored_at(snapshot_plan.duration)
+    assert len(times) == snapshot_plan.files
+    assert (times % 512 == 0).all() or (times[times % 512 != 0] == snapshot_plan.duration).all()
     error = reconstruction_error(
-        in_time=times, in_sigma_rel=lengths, out_time=float(plan.duration), out_sigma_rel=DENSE
+        in_time=times, in_sigma_rel=lengths, out_time=float(snapshot_plan.duration), out_sigma_rel=DENSE
     )
-    assert np.array_equal(error.total, plan.error(DENSE).total)
+    assert np.array_equal(error.total, snapshot_plan.error(DENSE).total)
 
 
 def test_more_files_and_more_lengths_do_not_harm():
@@ -74,38 +74,40 @@ def test_the_greedy_choice_is_near_the_best_of_all():
 
 @pytest.mark.parametrize("batch", [1, 128, 5000])
 def test_every_planned_file_is_due_once_at_any_step_size(batch):
-    plan = plan_snapshots(files=12, sigma_rel_range=RANGE, duration=1_000_000, batch=5000)
-    steps = range(0, plan.duration + batch, batch)
-    due = [(now, s) for before, now in pairwise(steps) for s in plan.due(before, now)]
-    assert len(due) == plan.files
-    planned = sorted((t, s) for s, times in zip(plan.sigma_rels, plan.times, strict=True) for t in times)
+    snapshot_plan = plan_snapshots(files=12, sigma_rel_range=RANGE, duration=1_000_000, batch=5000)
+    steps = range(0, snapshot_plan.duration + batch, batch)
+    due = [(now, s) for before, now in pairwise(steps) for s in snapshot_plan.due(before, now)]
+    assert len(due) == snapshot_plan.files
+    planned = sorted(
+        (t, s) for s, times in zip(snapshot_plan.sigma_rels, snapshot_plan.times, strict=True) for t in times
+    )
     assert all(0 <= now - t < batch and s == s_ for (now, s), (t, s_) in zip(sorted(due), planned, strict=True))
     names = [(now // 1000, s) for now, s in due]
     assert len(set(names)) == len(names)  # each a file of its own
-    assert plan.stale(due) == []
+    assert snapshot_plan.stale(due) == []
 
 
 def test_an_open_plan_keeps_within_its_budget_and_is_good_wherever_the_run_ends():
     """Compared with uniform files of twice the budget at the very end, which no run of unknown end could have had."""
     files = 32
-    plan = plan_snapshots(files=files, sigma_rel_range=RANGE)
-    assert plan.files <= files
+    snapshot_plan = plan_snapshots(files=files, sigma_rel_range=RANGE)
+    assert snapshot_plan.files <= files
     generator, stored, now, batch = np.random.default_rng(0), [], 0, 2048
     bar = uniform_plan(files=2 * files, duration=Gi).error(DENSE).total.max()
     checked = 0
     for _ in range(4000):
         before, now = now, now + batch
-        stored += [(now, s) for s in plan.due(before, now)]
-        stored = [pair for pair in stored if pair not in plan.stale(stored)]
+        stored += [(now, s) for s in snapshot_plan.due(before, now)]
+        stored = [pair for pair in stored if pair not in snapshot_plan.stale(stored)]
         assert len(stored) <= files
         if now > 2_000_000 and generator.random() < 0.01:
-            final = stored + [(now, s) for s in plan.due(now - batch, now, end=True) if (now, s) not in stored]
-            final = [pair for pair in final if pair not in plan.stale(final)]
+            final = stored + [(now, s) for s in snapshot_plan.due(now - batch, now, end=True) if (now, s) not in stored]
+            final = [pair for pair in final if pair not in snapshot_plan.stale(final)]
             assert len(final) <= files
             t, s = np.array(final, np.float64).T
             error = reconstruction_error(in_time=t, in_sigma_rel=s, out_time=float(now), out_sigma_rel=DENSE)
             assert error.total.max() < bar
-            assert error.total.max() < 1.5 * worst_error(plan)
+            assert error.total.max() < 1.5 * worst_error(snapshot_plan)
             checked += 1
     assert checked > 10
 
@@ -113,9 +115,9 @@ def test_an_open_plan_keeps_within_its_budget_and_is_good_wherever_the_run_ends(
 @pytest.mark.parametrize("duration", [None, 1500, 90_000])
 def test_a_plan_survives_its_file_and_is_made_the_same_again(duration):
     make = {"files": 9, "sigma_rel_range": (0.03, 0.2), "duration": duration, "batch": 128}
-    plan = plan_snapshots(**make)
-    assert plan_from_json(plan.to_json(), name="plan.json") == plan == plan_snapshots(**make)
-    assert isinstance(plan, OpenPlan if duration is None else TimedPlan)
+    snapshot_plan = plan_snapshots(**make)
+    assert plan_from_json(snapshot_plan.to_json(), name="plan.json") == snapshot_plan == plan_snapshots(**make)
+    assert isinstance(snapshot_plan, OpenPlan if duration is None else TimedPlan)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +138,8 @@ def test_impossible_requests_are_refused(change, message):
 
 
 def changed(**values):
-    plan = TimedPlan(duration=9000, sigma_rels=(0.05, 0.1), times=((5000, 9000), (9000,)), range=(0.03, 0.2))
-    return json.dumps(json.loads(plan.to_json()) | values)
+    snapshot_plan = TimedPlan(duration=9000, sigma_rels=(0.05, 0.1), times=((5000, 9000), (9000,)), range=(0.03, 0.2))
+    return json.dumps(json.loads(snapshot_plan.to_json()) | values)
 
 
 @pytest.mark.parametrize(
@@ -181,10 +183,10 @@ def test_the_command_prints_a_table_draws_it_and_writes_the_plan(tmp_path, capsy
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "--files", "12", "--range", "0.02-0.25", "--duration", "1Gi", "--parameters", "1000000"]) == 0
     out = capsys.readouterr().out
-    plan = plan_from_json((tmp_path / "snapshot-plan.json").read_text(), name="")
-    assert isinstance(plan, TimedPlan)
-    assert plan.duration == Gi
-    assert re.search(rf"^plan +{plan.files} +24 MB +{worst_error(plan):.4f}$", out, re.MULTILINE)
+    snapshot_plan = plan_from_json((tmp_path / "snapshot-plan.json").read_text(), name="")
+    assert isinstance(snapshot_plan, TimedPlan)
+    assert snapshot_plan.duration == Gi
+    assert re.search(rf"^plan +{snapshot_plan.files} +24 MB +{worst_error(snapshot_plan):.4f}$", out, re.MULTILINE)
     assert "uniform, 48 files" in out
     assert (tmp_path / "snapshot-plan.png").stat().st_size > 10_000
     assert main(["plan", "--files", "12", "--duration", "any", "--out", "open.json"]) == 0

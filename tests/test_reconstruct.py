@@ -5,11 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backends.pipeline.checkpoints.reconstruct import Recipe, reconstruct, run
+from backends.pipeline.checkpoints import safetensors_io
+from backends.pipeline.checkpoints.combination import Combination
+from backends.pipeline.checkpoints.described import Described
+from backends.pipeline.checkpoints.reconstruct import averages, reconstruct
 from backends.pipeline.checkpoints.safetensors_io import DTYPES, TensorFile, layout
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_name
-from backends.pipeline.checkpoints.sources import Described, open_sources
-from edm2_core.ema import beta, coefficients
+from backends.pipeline.checkpoints.sources import open_sources
+from edm2_core.ema import Length, beta, coefficients
 from edm2_core.errors import InputError
 
 STEP, STEPS, EVERY = 128, 400, 25
@@ -30,37 +33,41 @@ def tracked(sigma_rel, until=STEPS):
     return average
 
 
+def name_of(step, sigma_rel):
+    return snapshot_name(step * STEP, Length.of(sigma_rel))
+
+
 @pytest.fixture
 def folder(tmp_path):
     for sigma_rel in (0.05, 0.10):
         for step in range(EVERY, STEPS + 1, EVERY):
             params = {"w": tracked(sigma_rel, step).astype(np.float32), "steps": np.array(step)}
-            path = tmp_path / "snapshots" / snapshot_name(step * STEP, sigma_rel)
-            save_snapshot(path, Snapshot(params=params, config=None, nimg=step * STEP, sigma_rel=sigma_rel))
+            path, length = tmp_path / "snapshots" / name_of(step, sigma_rel), Length.of(sigma_rel)
+            save_snapshot(path, Snapshot(params=params, config=None, nimg=step * STEP, length=length))
     return tmp_path
 
 
 def test_other_lengths_come_close_to_what_tracking_them_would_have_given(folder):
     lengths = [0.04, 0.07, 0.10, 0.15, 0.20]
-    for sigma_rel, snapshot in zip(lengths, reconstruct(folder, sigma_rels=lengths), strict=True):
+    for sigma_rel, snapshot in zip(lengths, reconstruct(open_sources(folder), sigma_rels=lengths), strict=True):
         truth = tracked(sigma_rel)
-        assert (snapshot.nimg, snapshot.sigma_rel) == (STEPS * STEP, sigma_rel)
+        assert (snapshot.nimg, snapshot.length) == (STEPS * STEP, Length.of(sigma_rel))
         assert snapshot.params["w"].dtype == np.float32
         assert np.linalg.norm(snapshot.params["w"] - truth) < 0.01 * np.linalg.norm(truth)
 
 
 def test_a_stored_average_comes_as_it_is_stored(folder):
-    path = folder / "snapshots" / snapshot_name(200 * STEP, 0.05)
-    (snapshot,) = reconstruct(folder, nimg=200 * STEP, sigma_rels=[0.05])
+    path = folder / "snapshots" / name_of(200, 0.05)
+    (snapshot,) = reconstruct(open_sources(folder), time=200 * STEP, sigma_rels=[0.05])
     assert np.array_equal(snapshot.params["w"], load_snapshot(path).params["w"])
 
 
 def test_the_result_is_the_least_squares_combination_of_what_was_stored_up_to_then(folder):
     nimg = 210 * STEP
-    (snapshot,) = reconstruct(folder, nimg=nimg, sigma_rels=[0.08])
+    (snapshot,) = reconstruct(open_sources(folder), time=nimg, sigma_rels=[0.08])
     stored = [load_snapshot(path) for path in sorted(folder.glob("snapshots/*"))]
     weights = coefficients(
-        in_time=[s.nimg for s in stored], in_sigma_rel=[s.sigma_rel for s in stored], out_time=nimg, out_sigma_rel=0.08
+        in_time=[s.nimg for s in stored], in_sigma_rel=[s.length for s in stored], out_time=nimg, out_sigma_rel=0.08
     )
     wanted = sum(w * s.params["w"].astype(np.float64) for w, s in zip(weights[:, 0], stored, strict=True))
     assert np.count_nonzero(weights) == 16
@@ -73,26 +80,33 @@ def test_snapshots_after_the_target_are_not_even_read(folder):
         if load_snapshot(path).nimg > 200 * STEP:
             damaged = replace(load_snapshot(path), params={"w": np.full(7, 999, np.float32), "steps": np.array(0)})
             save_snapshot(path, damaged)
-    (snapshot,) = reconstruct(folder, nimg=200 * STEP, sigma_rels=[0.07])
+    (snapshot,) = reconstruct(open_sources(folder), time=200 * STEP, sigma_rels=[0.07])
     assert np.linalg.norm(snapshot.params["w"] - tracked(0.07, 200)) < 0.02
 
 
 def test_however_many_are_wanted_every_file_is_read_once(folder, monkeypatch):
-    read = []
-    fill = TensorFile.fill
+    read, opened = [], []
+    fill, read_header = TensorFile.fill, safetensors_io.read_header
 
-    def noting(file, room, name, start):
-        read.append((file.path, name, start))
-        fill(file, room, name, start)
+    def spying_fill(file, out, name, start):
+        read.append((file.path, name))
+        fill(file, out, name, start)
 
-    monkeypatch.setattr(TensorFile, "fill", noting)
-    reconstruct(folder, sigma_rels=[0.03, 0.07, 0.2])
-    assert sorted(path for path, name, *_ in read if name == "w") == sorted((folder / "snapshots").glob("*"))
+    def spying_read_header(path):
+        opened.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr(TensorFile, "fill", spying_fill)
+    monkeypatch.setattr(safetensors_io, "read_header", spying_read_header)
+    reconstruct(open_sources(folder), sigma_rels=[0.03, 0.07, 0.2])
+    paths = sorted((folder / "snapshots").glob("*"))
+    assert sorted(path for path, name in read if name == "w") == paths
+    assert sorted(opened) == paths
 
 
 def test_a_run_its_snapshots_folder_and_their_paths_are_the_same_source(folder):
     sources = (folder, folder / "snapshots", sorted((folder / "snapshots").glob("*"))[::-1], str(folder))
-    results = [reconstruct(source, sigma_rels=[0.13])[0].params["w"] for source in sources]
+    results = [reconstruct(open_sources(source), sigma_rels=[0.13])[0].params["w"] for source in sources]
     assert all(np.array_equal(result, results[0]) for result in results)
 
 
@@ -100,27 +114,28 @@ def test_a_run_its_snapshots_folder_and_their_paths_are_the_same_source(folder):
     ("options", "message"),
     [
         ({"sigma_rels": [0.3]}, r"sigma_rel must be within \(0, 0\.2887\), got 0\.3"),
-        ({"sigma_rels": [0.1], "nimg": 100}, "must be from 3200 to 51200 images, got 100"),
-        ({"sigma_rels": [0.1], "nimg": 51201}, "must be from 3200 to 51200 images, got 51201"),
+        ({"sigma_rels": [0.1], "time": 100}, "must be from 3200 to 51200 images, got 100"),
+        ({"sigma_rels": [0.1], "time": 51201}, "must be from 3200 to 51200 images, got 51201"),
     ],
 )
 def test_what_cannot_be_reconstructed_is_refused(folder, options, message):
     with pytest.raises(InputError, match=message):
-        reconstruct(folder, **options)
+        reconstruct(open_sources(folder), **options)
 
 
 def test_without_snapshots_there_is_nothing_to_reconstruct_from(tmp_path):
     with pytest.raises(InputError, match="must hold snapshots, got none"):
-        reconstruct(tmp_path, sigma_rels=[0.1])
-    with pytest.raises(InputError, match="one or more, got none"):
-        reconstruct([], sigma_rels=[0.1])
+        open_sources(tmp_path)
+    for nothing in (lambda: open_sources([]), lambda: reconstruct([], sigma_rels=[0.1])):
+        with pytest.raises(InputError, match=r"must be one or more.*, got none"):
+            nothing()
 
 
 def test_raw_weights_are_no_average_to_reconstruct_from(folder):
     raw = folder / "snapshots" / "raw.safetensors"
-    save_snapshot(raw, Snapshot(params={"w": np.zeros(7)}, config=None, nimg=128, sigma_rel=None))
+    save_snapshot(raw, Snapshot(params={"w": np.zeros(7)}, config=None, nimg=128, length=None))
     with pytest.raises(InputError, match=f"{raw} does not say what was averaged"):
-        reconstruct(folder, sigma_rels=[0.1])
+        open_sources(folder)
 
 
 def test_files_of_several_dtypes_are_added_up(tmp_path):
@@ -129,15 +144,16 @@ def test_files_of_several_dtypes_are_added_up(tmp_path):
         bits = (array.view(np.uint32) >> 16).astype("<u2") if code == "BF16" else array.astype(DTYPES[code])
         text, _ = layout({"w": (code, (5000,))}, {})
         (tmp_path / f"{step}000.safetensors").write_bytes(text + bits.tobytes())
-    sources = open_sources(tmp_path, described=Described(sigma_rels=(0.1,)))
-    recipe = Recipe.of(sources, sigma_rels=[0.2, 0.07])
-    found = recipe.empty(), recipe.empty()
-    for _ in run(
-        recipe,
-        lambda block, values: [
-            f["w"].__setitem__(slice(block.start, block.stop), v) for f, v in zip(found, values, strict=True)
-        ],
-    ):
-        pass
-    for one, row in zip(found, recipe.weights("w"), strict=True):
-        assert np.allclose(one["w"], row @ arrays, atol=0.02 * np.abs(row).sum())
+    sources = open_sources(tmp_path, described=Described(lengths=(Length.of(0.1),)))
+    combination = Combination.of(sources, sigma_rels=[0.2, 0.07])
+    for average, row in zip(averages(combination), combination.weights_of("w"), strict=True):
+        assert np.allclose(average.params["w"], row @ arrays, atol=0.02 * np.abs(row).sum())
+
+
+def test_a_source_is_loaded_from_the_file_that_is_open(folder):
+    first, *_ = open_sources(folder)
+    expected = load_snapshot(first.path)
+    loaded = first.load()
+    assert (loaded.config, loaded.nimg, loaded.length) == (None, expected.nimg, expected.length)
+    assert loaded.params.keys() == expected.params.keys()
+    assert all(np.array_equal(array, expected.params[name]) for name, array in loaded.params.items())

@@ -13,10 +13,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from backends.commands.cli import main
-from backends.pipeline.checkpoints.reconstruct import Recipe, reconstruct, run
+from backends.pipeline.checkpoints import safetensors_io
+from backends.pipeline.checkpoints.combination import Combination
+from backends.pipeline.checkpoints.described import Described
+from backends.pipeline.checkpoints.reconstruct import averages, reconstruct
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, save_snapshot
-from backends.pipeline.checkpoints.sources import Described, open_sources
-from edm2_core.ema import beta, coefficients, gamma_to_sigma_rel, sigma_rel_to_gamma
+from backends.pipeline.checkpoints.sources import open_sources
+from edm2_core.ema import Length, beta, coefficients, gamma_to_sigma_rel, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 
 SHAPES = {"enc.w": (40, 50), "dec.w": (70, 33), "gain": (), "none": (0, 3)}
@@ -39,7 +42,7 @@ def fill(folder, shapes=SHAPES):
 
 
 def snapshot(params, nimg, sigma_rel):
-    return Snapshot(params=params, config=None, nimg=nimg, sigma_rel=sigma_rel)
+    return Snapshot(params=params, config=None, nimg=nimg, length=Length.of(sigma_rel))
 
 
 @pytest.fixture
@@ -49,6 +52,10 @@ def folder(tmp_path):
 
 def command(*words):
     return main([str(word) for word in ("reconstruct", *words)])
+
+
+def reconstructed(source, **options):
+    return reconstruct(open_sources(source), **options)
 
 
 def contents(folder):
@@ -67,10 +74,10 @@ def test_every_float16_is_read_and_written_exactly(tmp_path):
 
 def test_many_averages_are_written_in_one_pass_and_are_the_functions(folder, tmp_path, capsys):
     assert command(folder, "--sigma-rels", 0.03, 0.05, 0.2, "--outdir", tmp_path / "out", "--dtype", "float32") == 0
-    expected = reconstruct(folder, sigma_rels=[0.03, 0.05, 0.2])
+    expected = reconstructed(folder, sigma_rels=[0.03, 0.05, 0.2])
     for s, wanted in zip((0.03, 0.05, 0.2), expected, strict=True):
         made = load_snapshot(tmp_path / "out" / f"000000008000-{s:.3f}.safetensors")
-        assert (made.nimg, made.sigma_rel) == (8000, s)
+        assert (made.nimg, made.length) == (8000, Length.of(s))
         assert all(np.array_equal(made.params[name], array) for name, array in wanted.params.items())
         assert made.params["count"].tolist() == [14, 7] or made.params["count"].tolist() == [15, 7]
     out = capsys.readouterr().out
@@ -82,7 +89,7 @@ def test_many_averages_are_written_in_one_pass_and_are_the_functions(folder, tmp
 def test_default_outputs_are_float16_in_a_folder_beside(folder):
     command(folder, "--sigma-rels", 0.2, "--at", 4500)
     (path,) = (folder / "reconstructed").iterdir()
-    made, (wanted,) = load_snapshot(path), reconstruct(folder, sigma_rels=[0.2], nimg=4500)
+    made, (wanted,) = load_snapshot(path), reconstructed(folder, sigma_rels=[0.2], time=4500)
     assert path.name == "000000004500-0.200.safetensors"
     for name, array in wanted.params.items():
         as_stored = (
@@ -94,30 +101,21 @@ def test_default_outputs_are_float16_in_a_folder_beside(folder):
 def test_arrays_may_have_lengths_of_their_own(folder, tmp_path):
     command(folder, "--sigma-rels", 0.2, "--override", "enc.*=0.03", "--outdir", tmp_path, "--dtype", "float32")
     made = load_snapshot(tmp_path / "000000008000-0.200.safetensors").params
-    plain, short = reconstruct(folder, sigma_rels=[0.2, 0.03])
+    plain, short = reconstructed(folder, sigma_rels=[0.2, 0.03])
     assert np.allclose(made["enc.w"], short.params["enc.w"], rtol=1e-5, atol=1e-5)
     assert np.allclose(made["dec.w"], plain.params["dec.w"], rtol=1e-5, atol=1e-5)
 
 
 def test_memory_and_threads_do_not_change_the_result(folder, monkeypatch):
-    sources = open_sources(folder)
-    recipe = Recipe.of(sources, sigma_rels=[0.03, 0.2])
+    combination = Combination.of(open_sources(folder), sigma_rels=[0.03, 0.2])
     results = []
     for threads, most in ((1, 1 << 16), (4, 1 << 16), (4, 1 << 9)):
         monkeypatch.setattr("backends.pipeline.checkpoints.reconstruct.THREADS", threads)
         monkeypatch.setattr("backends.pipeline.checkpoints.reconstruct._BLOCKS", (1 << 8, most))
-        made = recipe.empty(), recipe.empty()
-
-        def keep(block, values, made=made):
-            for arrays, row in zip(made, values, strict=True):
-                arrays[block.name].reshape(-1)[block.start : block.stop] = row
-
-        for _ in run(recipe, keep):
-            pass
-        results.append(made)
+        results.append(averages(combination))
     for other in results[1:]:
         for one, same in zip(results[0], other, strict=True):
-            assert all(np.array_equal(one[name], same[name]) for name in one)
+            assert all(np.array_equal(array, same.params[name]) for name, array in one.params.items())
 
 
 def test_too_little_memory_is_refused(folder, capsys):
@@ -179,7 +177,7 @@ def test_a_broken_file_is_named_and_may_be_left_out(folder, tmp_path, way, capsy
     BREAKS[way](broken)
     names = [path for path in sorted(folder.iterdir()) if path != broken]
     with pytest.raises(InputError, match=WHY[way] if way != "nonfinite" else "must be finite"):
-        reconstruct(folder, sigma_rels=[0.2])
+        reconstructed(folder, sigma_rels=[0.2])
     assert command(folder, "--sigma-rels", 0.2, "--outdir", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert str(broken) in said
@@ -189,7 +187,7 @@ def test_a_broken_file_is_named_and_may_be_left_out(folder, tmp_path, way, capsy
         command(folder, "--sigma-rels", 0.2, "--outdir", tmp_path / "out", "--skip-broken", "--dtype", "float32") == 0
     )
     assert f"skipped   {broken}" in capsys.readouterr().out
-    (wanted,) = reconstruct(names, sigma_rels=[0.2])
+    (wanted,) = reconstructed(names, sigma_rels=[0.2])
     made = load_snapshot(tmp_path / "out" / "000000008000-0.200.safetensors")
     assert np.array_equal(made.params["enc.w"], wanted.params["enc.w"])
 
@@ -202,11 +200,11 @@ def test_a_broken_file_is_named_and_may_be_left_out(folder, tmp_path, way, capsy
         (["--sigma-rels", 0.1, "--at", 500], "must be from 1000 to 8000 images, got 500"),
         (["--sigma-rels", 0.1, "--at", 9000], "must be from 1000 to 8000 images, got 9000"),
         (["--sigma-rels", 0.1, "--override", "nope*=0.1"], "must match an array, got 'nope*'"),
-        (["--sigma-rels", 0.1, "--override", "0.1"], "--override must be PATTERN=LENGTH"),
+        (["--sigma-rels", 0.1, "--override", "0.2"], "--override must be PATTERN=LENGTH"),
         (["--sigma-rels", 0.1, 0.1001], "must differ in their first three digits"),
-        (["--sigma-rels", 0.1, "--source-raw", 1, "--source-half-life", 2], "say one"),
+        (["--sigma-rels", 0.1, "--source-raw", 1, "--source-half-life", 2], "say one of these"),
         (["--sigma-rels", 0.1, "--source-update-every", 0], "must be at least 1, got 0"),
-        (["--sigma-rels", 0.1, "--memory", "much"], "--memory must be a whole number of bytes"),
+        (["--sigma-rels", 0.1, "--memory", "much"], "--memory must be a whole number"),
     ],
 )
 def test_bad_options_are_one_line(folder, options, message, capsys):
@@ -231,10 +229,10 @@ START = [sys.executable, "-c", "import sys; from backends.commands.cli import ma
 def test_what_was_stopped_goes_on_and_ends_the_same(tmp_path, signum):
     stored = fill(tmp_path / "stored", BIG)
     slow = (
-        "import sys, time; from backends.commands import reconstruct as r; r._EVERY = 0.05\n"
-        "from backends.pipeline.checkpoints.outputs import Writer; write = Writer.write\n"
+        "import sys, time; from backends.pipeline.checkpoints import outputs; outputs._JOURNAL_EVERY = 0.05\n"
+        "write = outputs.Writer._write\n"
         "def slowly(*a): time.sleep(0.05); write(*a)\n"
-        "Writer.write = slowly\n"
+        "outputs.Writer._write = slowly\n"
         "from backends.commands.cli import main; sys.exit(main())"
     )
     words = [str(stored), "--sigma-rels", "0.03", "0.2", "--outdir"]
@@ -289,29 +287,33 @@ def truth(sigma_rel):
 
 
 @pytest.mark.parametrize(
-    ("history", "described"),
+    ("history", "length"),
     [
-        (lambda: average_of(walk(), lambda step: beta(0.08, t_next=step, t_delta=1)), {"sigma_rels": (0.08,)}),
-        (lambda: average_of(walk(), lambda step: 0.95), {"half_life": np.log(2) / -np.log(0.95)}),
-        (lambda: list(walk()), {"raw_step": 1.0}),
+        (lambda: average_of(walk(), lambda step: beta(0.08, t_next=step, t_delta=1)), Length.of(0.08)),
+        (lambda: average_of(walk(), lambda step: 0.95), Length.half_life(np.log(2) / -np.log(0.95))),
+        (lambda: list(walk()), Length.raw(1.0)),
     ],
     ids=["power", "traditional", "raw"],
 )
-def test_plain_files_named_by_step_are_rebuilt_from(tmp_path, history, described):
+def test_plain_files_named_by_step_are_rebuilt_from(tmp_path, history, length):
     for step, w in enumerate(history(), 1):
         if step % EVERY == 0:
             save_file({"w": w}, tmp_path / f"model-{step:06d}.safetensors")
     with pytest.raises(InputError, match="does not say what was averaged: add --source-sigma-rels"):
         open_sources(tmp_path)
-    recipe = Recipe.of(open_sources(tmp_path, described=Described(**described)), sigma_rels=[0.15])
-    made = recipe.empty()
-    for _ in run(recipe, lambda block, values: made["w"].__setitem__(slice(block.start, block.stop), values[0])):
-        pass
-    assert np.linalg.norm(made["w"] - truth(0.15)) < 0.08 * np.linalg.norm(truth(0.15))
-    assert recipe.error.profile[0] > 0.01  # and says that it is no more than near
+    sources = open_sources(tmp_path, described=Described(lengths=(length,)))
+    combination = Combination.of(sources, sigma_rels=[0.15])
+    assert distance(averages(combination)) < 0.08
+    assert combination.error.profile[0] > 0.01  # the prediction says that it is not exact
 
 
-def test_files_of_ema_pytorch_are_read_and_its_interval_is_made_good(tmp_path):
+def distance(reconstructed):
+    """Of the one average reconstructed from the true one, of length 0.15, relatively."""
+    (average,) = reconstructed
+    return np.linalg.norm(average.params["w"] - truth(0.15)) / np.linalg.norm(truth(0.15))
+
+
+def test_files_of_ema_pytorch_are_read_and_its_interval_is_corrected_for(tmp_path):
     torch = pytest.importorskip("torch")
     every, requested = 2, (0.05, 0.2)
     for index, s in enumerate(requested):
@@ -326,36 +328,37 @@ def test_files_of_ema_pytorch_are_read_and_its_interval_is_made_good(tmp_path):
                 torch.save({n: t.to(torch.float16) for n, t in state.items()}, tmp_path / f"{index}.{step + 1}.pt")
     with pytest.raises(InputError, match="does not say what was averaged"):
         open_sources(tmp_path)
-    described = Described(sigma_rels=requested, update_every=every)
-    sources = open_sources(tmp_path, described=described)
-    assert sources[0].sigma_rel == pytest.approx(gamma_to_sigma_rel((sigma_rel_to_gamma(0.05) + 1) / 2 - 1))
-    results = {}
-    for name, opened in (
-        ("made good", sources),
-        ("ignored", open_sources(tmp_path, described=Described(sigma_rels=requested))),
-    ):
-        recipe = Recipe.of(opened, sigma_rels=[0.15])
-        made = recipe.empty()
-        for _ in run(
-            recipe, lambda block, values, made=made: made["w"].__setitem__(slice(block.start, block.stop), values[0])
-        ):
-            pass
-        results[name] = np.linalg.norm(made["w"] - truth(0.15)) / np.linalg.norm(truth(0.15))
-    assert results["made good"] < 0.02
-    assert results["ignored"] > 5 * results["made good"]
+    lengths = tuple(map(Length.of, requested))
+    sources = open_sources(tmp_path, described=Described(lengths=lengths, update_every=every))
+    assert sources[0].length.value == pytest.approx(gamma_to_sigma_rel((sigma_rel_to_gamma(0.05) + 1) / 2 - 1))
+    corrected = distance(reconstruct(sources, sigma_rels=[0.15]))
+    assert corrected < 0.02
+    ignored = open_sources(tmp_path, described=Described(lengths=lengths))
+    assert distance(reconstruct(ignored, sigma_rels=[0.15])) > 5 * corrected
     with pytest.raises(InputError, match="nothing shorter can be made of it"):
-        open_sources(tmp_path, described=Described(sigma_rels=requested, update_every=100))
+        open_sources(tmp_path, described=Described(lengths=lengths, update_every=100))
 
 
 def test_a_torch_file_with_code_in_it_is_refused(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"ema_model.w": torch.zeros(2), "evil": Path("x")}, tmp_path / "0.100.pt")
     with pytest.raises(InputError, match=r"0\.100\.pt must be a state of PostHocEMA"):
-        open_sources(tmp_path, described=Described(sigma_rels=(0.05,)))
+        open_sources(tmp_path, described=Described(lengths=(Length.of(0.05),)))
 
 
 def test_coefficients_are_those_of_the_core(folder):
-    recipe = Recipe.of(open_sources(folder), sigma_rels=[0.2], time=4500)
-    t_in, s_in = np.array([s.time for s in recipe.sources]), np.array([s.sigma_rel for s in recipe.sources])
+    sources = open_sources(folder)
+    t_in, s_in = np.array([s.time for s in sources]), np.array([s.length.value for s in sources])
     wanted = coefficients(in_time=t_in, in_sigma_rel=s_in, out_time=4500, out_sigma_rel=0.2)
-    assert np.array_equal(recipe.weights("enc.w"), wanted.T.astype(np.float32))
+    combination = Combination.of(sources, sigma_rels=[0.2], time=4500)
+    assert np.array_equal(combination.weights_of("enc.w"), wanted.T.astype(np.float32))
+
+
+@pytest.mark.parametrize("command_name", ["reconstruct", "ema-plot"])
+def test_a_command_reads_each_header_once(folder, monkeypatch, command_name):
+    opened, read_header = [], safetensors_io.read_header
+    monkeypatch.setattr(safetensors_io, "read_header", lambda path: opened.append(path) or read_header(path))
+    stored = sorted(folder.iterdir())
+    poison(stored[4])  # found while averages are computed
+    assert main([command_name, str(folder), "--sigma-rels", "0.03", "0.2", "--skip-broken"]) == 0
+    assert sorted(opened) == stored

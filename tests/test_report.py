@@ -6,25 +6,23 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
-from toy_port import PRESET, ToySampler, ToyTrainer
+from report_runs import COLUMNS, measurement
+from toy_port import PRESET, ToySampler, ToyTrainer, run_toy
 
-from backends.commands import sections, strips
 from backends.commands.cli import main
+from backends.pipeline.checkpoints import safetensors_io
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
-from backends.pipeline.report.history import POINTS, History, thin
+from backends.pipeline.report import strips
+from backends.pipeline.report.history import History
 from backends.pipeline.runs.folder import Run
-from backends.pipeline.runs.options import TrainOptions
-from backends.pipeline.runs.training import run_training
-from edm2_core.ema import HalfLife
+from edm2_core.ema import Length
 from edm2_core.network import initialize
 from edm2_core.presets import PRESETS
 
+TENTH = Length.of(0.1)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-BLOCKS = {"unet.enc.8x8_block0": ("enc", 8), "unet.enc.4x4_block0": ("enc", 4), "unet.dec.8x8_block0": ("dec", 8)}
-COLUMNS = [f"{kind}_{part}" for kind in ("activation", "weight", "gradient") for part in ("max", "mean")] + ["update"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +36,7 @@ def trained(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "trained"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "toy", PRESET)
-        options = TrainOptions(outdir=path, preset="toy", data="digits", status=256)
-        assert run_training(options, ToyTrainer, ToySampler(), prog="train") == 0
+        assert run_toy(ToyTrainer, ToySampler(), outdir=path, preset="toy", data="digits", status=256) == 0
     for nimg in range(0, 4096, 256):
         Run(path).append_telemetry(measurement(nimg))
     return path
@@ -58,17 +55,6 @@ def page(trained):
         patch.setattr("backends.commands.report.open_port", lambda name: ("toy", ToySampler()))
         assert report(trained) == 0
     return Page(trained / "report/report.html")
-
-
-def measurement(nimg, *, value=1.0, u=0.5, blocks=BLOCKS):
-    return {
-        "nimg": nimg,
-        "blocks": {
-            name: {"role": role, "resolution": resolution, **dict.fromkeys(COLUMNS, value)}
-            for name, (role, resolution) in blocks.items()
-        },
-        "noise": {"sigma": [0.1, 1.0, 10.0], "loss": [value, 0.5, None], "u": [u, u, None], "count": [3, 4, 0]},
-    }
 
 
 def edit_config(run, **values):
@@ -137,52 +123,6 @@ def test_who_cannot_see_is_told_and_nothing_is_wider_than_a_phone(page):
     assert not any("width" in svg or "height" in svg for svg in page.all("svg"))
 
 
-def test_thinning_keeps_extremes_and_where_they_were():
-    x, y = np.arange(100_000.0), np.zeros(100_000)
-    y[61_803], y[31_415], y[50_000] = 9.0, -7.0, np.nan
-    curve = thin(x, y)
-    assert len(curve.x) == POINTS
-    assert curve.thinned
-    width = len(x) / POINTS
-    assert curve.high.max() == 9
-    assert abs(curve.x[curve.high.argmax()] - 61_803) <= width
-    assert curve.low.min() == -7
-    assert abs(curve.x[curve.low.argmin()] - 31_415) <= width
-    assert curve.mean.max() == pytest.approx(9 / width, rel=0.01)
-    assert np.isfinite(curve.mean).all()
-
-
-def test_a_short_curve_is_not_thinned_and_a_gap_stays_a_gap():
-    y = np.array([1.0, np.nan, 3.0])
-    curve = thin(np.arange(3.0), y)
-    assert not curve.thinned
-    assert np.array_equal(curve.mean, y, equal_nan=True)
-    gap = thin(np.arange(1000.0), np.where(np.arange(1000) < 500, np.nan, 1.0))
-    assert np.isnan(gap.mean[: POINTS // 2]).all()
-    assert np.isnan(gap.high[0])
-    assert (gap.mean[POINTS // 2 :] == 1).all()
-
-
-def test_maxima_are_over_blocks_and_means_too_and_noise_is_weighed_by_images(run):
-    run.telemetry_path.unlink()
-    two = {"unet.enc.8x8_block0": ("enc", 8), "unet.enc.8x8_block1": ("enc", 8), "unet.dec.4x4_in0": ("dec", 4)}
-    for nimg, value, count in ((0, 1.0, 1), (64, 3.0, 3)):
-        line = measurement(nimg, value=value, blocks=two)
-        line["blocks"]["unet.enc.8x8_block1"] |= dict.fromkeys(COLUMNS, 10 * value)
-        line["noise"]["count"] = [count, 0, 0]
-        run.append_telemetry(line)
-    found = History.of(run).telemetry
-    encoder, decoder = found.magnitudes["activation_max"]
-    assert (str(encoder), str(decoder)) == ("Enc 8x8", "Dec 4x4")
-    assert found.magnitudes["activation_max"][encoder].tolist() == [10, 30]
-    assert found.magnitudes["update"][encoder].tolist() == [5.5, 16.5]
-    ((part, loss, u),) = found.parts(1)
-    assert part == "0-100%"
-    assert loss[0] == (1 * 1.0 + 3 * 3.0) / 4
-    assert u[0] == 0.5
-    assert np.isnan(loss[1:]).all()
-
-
 def test_a_very_long_run_is_a_small_page(run):
     with open(run.log_path, "w") as file:
         for i in range(100_000):
@@ -194,39 +134,6 @@ def test_a_very_long_run_is_a_small_page(run):
     assert report(run.path, "--no-samples") == 0
     assert Path("run/report/report.html").stat().st_size < 1_000_000
     assert History.of(run).log["loss"].max() == 500
-
-
-def test_a_line_that_a_killed_run_left_torn_is_left_out(run):
-    before = History.of(run)
-    for path in (run.log_path, run.telemetry_path):
-        with open(path, "a") as file:
-            file.write('{"nimg": 4160, "blo')
-    after = History.of(run)
-    assert np.array_equal(before.log["nimg"], after.log["nimg"])
-    assert np.array_equal(before.telemetry.nimg, after.telemetry.nimg)
-    assert report(run.path, "--no-samples") == 0
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        {"nimg": 4160},
-        {"nimg": 4160, "blocks": None, "noise": {}},
-        measurement(4160, blocks={"other": ("enc", 8)}),
-        measurement(4160) | {"noise": {"sigma": [1.0], "loss": [1.0], "u": [1.0], "count": [1]}},
-    ],
-)
-def test_a_measurement_of_another_shape_is_left_out(run, line):
-    before = len(History.of(run).telemetry.nimg)
-    run.append_telemetry(line)
-    assert len(History.of(run).telemetry.nimg) == before
-
-
-def test_what_was_not_finite_is_a_gap_and_is_counted(run):
-    run.append_log({"nimg": 4160, "loss": float("nan"), "lr": 0.1, "images_per_s": 1.0, "nonfinite": 7})
-    history = History.of(run)
-    assert "7 gradients were not finite, and taken as 0" in sections.summary({"run": history})
-    assert np.isnan(history.log["loss"][-1])
 
 
 def test_a_run_with_nothing_yet_says_what_is_missing_and_how_to_get_it(run):
@@ -266,7 +173,7 @@ def test_latents_get_no_pictures_and_the_page_says_so(run):
 def test_a_traditional_average_is_shown_beside_the_slider(run):
     shutil.rmtree(run.snapshots_path)
     run.telemetry_path.unlink()
-    store_one(run, HalfLife(20.0))
+    store_one(run, Length.half_life(20))
     for words in ((), ("--sigma-rels", 0.1)):
         assert report(run.path, "--seeds", "3", *words) == 0
         made = Page("run/report/report.html")
@@ -275,9 +182,9 @@ def test_a_traditional_average_is_shown_beside_the_slider(run):
         assert len(made.all("img")) == 1 + len(words[1:])
 
 
-def store_one(run, length=0.1):
-    config = run.settings().network
-    snapshot = Snapshot(params=initialize(config, seed=0), config=config, nimg=2048, sigma_rel=length)
+def store_one(run, length=TENTH):
+    config = run.config().network
+    snapshot = Snapshot(params=initialize(config, seed=0), config=config, nimg=2048, length=length)
     save_snapshot(run.snapshots_path / snapshot_name(2048, length), snapshot)
 
 
@@ -320,6 +227,16 @@ def test_lengths_are_what_was_asked_for_or_those_that_snapshots_give(run, page, 
     assert "0.02" not in lengths_shown(page)  # eight snapshots do not tell
 
 
+def test_each_snapshot_is_opened_once(run, monkeypatch):
+    opened, read_header = [], safetensors_io.read_header
+    monkeypatch.setattr(safetensors_io, "read_header", lambda path: opened.append(path) or read_header(path))
+    for path in sorted(run.snapshots_path.iterdir())[:-4]:
+        path.unlink()
+    assert report(run.path, "--seeds", "0") == 0
+    assert sorted(opened) == sorted(run.snapshots_path.iterdir())
+    assert len(opened) == 4
+
+
 def test_several_runs_lie_side_by_side_with_what_differs_first(run, trained, tmp_path):
     other = Run(shutil.copytree(trained, tmp_path / "a & <b>$x$"))
     edit_config(other, lr=0.25, dropout=0.5)
@@ -347,7 +264,7 @@ def test_several_runs_lie_side_by_side_with_what_differs_first(run, trained, tmp
     ("words", "says"),
     [
         (["nowhere"], "a run must be a folder with a config.json, got nowhere"),
-        ([], "--runs must be one or more run folders"),
+        ([], "runs must be one or more run folders"),
         (["run", "./run"], "runs must differ, got"),
         (["run", "--sigma-rels", "0.3"], "within (0, 0.2887), got 0.3"),
         (["run", "--seeds", "x"], "seeds must be numbers and ranges"),
@@ -389,7 +306,7 @@ def test_in_a_browser_the_slider_moves_the_pictures_and_nothing_sticks_out(
     tab.goto(f"file://{tmp_path}/report/report.html")
 
     def shown():
-        return tab.locator("[data-length]:visible").evaluate_all("found => found.map(e => e.dataset.length)")
+        return tab.locator("[data-length]:visible").evaluate_all("elements => elements.map(e => e.dataset.length)")
 
     assert shown() == ["0.1", "0.1"]
     slider = tab.locator("#length")

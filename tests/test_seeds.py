@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.pipeline.data import seeds
+from backends.pipeline.data.labels import one_hot
+from backends.pipeline.runs.options import parse_seeds
 from edm2_core.errors import InputError
 
 SHAPE = (2, 3, 4)
@@ -60,7 +62,7 @@ def test_streams_are_the_same_as_ever() -> None:
 
 
 def test_one_hot_has_a_single_one_at_the_label() -> None:
-    rows = seeds.one_hot(np.array([2, 0]), 3)
+    rows = one_hot(np.array([2, 0]), 3)
     assert rows.dtype == np.float32
     assert rows.tolist() == [[0, 0, 1], [1, 0, 0]]
 
@@ -68,7 +70,7 @@ def test_one_hot_has_a_single_one_at_the_label() -> None:
 @pytest.mark.parametrize("label", [-1, 3])
 def test_a_label_that_is_no_class_is_refused(label: int) -> None:
     with pytest.raises(InputError, match=f"^a class must be from 0 to 2, got {label}: "):
-        seeds.one_hot(np.array([0, label]), 3)
+        one_hot(np.array([0, label]), 3)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_a_label_that_is_no_class_is_refused(label: int) -> None:
     ],
 )
 def test_a_list_of_seeds_is_read_in_its_order(text: str, meaning: list[int]) -> None:
-    assert seeds.parse_seeds(text) == meaning
+    assert parse_seeds(text) == meaning
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,6 @@ def test_any_other_text_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(
         InputError, match=r"^seeds must be numbers and ranges such as 0-63,70, got .+: correct the list$"
     ) as e:
-        seeds.parse_seeds(text)
+        parse_seeds(text)
     assert "\n" not in str(e.value)
     assert len(str(e.value)) < 250

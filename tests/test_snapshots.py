@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from backends.pipeline import snapshots, tensorfiles
-from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, read_metadata, save_snapshot, snapshot_name
+from backends.pipeline.checkpoints import safetensors_io
+from backends.pipeline.checkpoints.safetensors_io import TensorFile
+from backends.pipeline.checkpoints.snapshots import (
+    Metadata,
+    Snapshot,
+    load_snapshot,
+    metadata_of,
+    save_snapshot,
+    snapshot_name,
+)
+from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, initialize
 
@@ -24,7 +33,7 @@ CONFIG = NetworkConfig(
     logvar_channels=4,
 )
 PARAMS = initialize(CONFIG, seed=1) | {"unet.out_gain": np.float32(1 / 3)}
-SNAPSHOT = Snapshot(params=PARAMS, config=CONFIG, nimg=8192, sigma_rel=0.05)
+SNAPSHOT = Snapshot(params=PARAMS, config=CONFIG, nimg=8192, length=Length.of(0.05))
 
 
 @pytest.fixture
@@ -34,8 +43,8 @@ def path(tmp_path):
 
 
 def refused(path, message):
-    """Both readers refuse the file in one line that names it."""
-    for read in (read_metadata, load_snapshot):
+    """With its arrays or without them, the file is refused in one line that names it."""
+    for read in (lambda path: metadata_of(TensorFile(path)), load_snapshot):
         with pytest.raises(InputError, match=message) as caught:
             read(path)
         assert str(path) in str(caught.value)
@@ -44,7 +53,7 @@ def refused(path, message):
 
 def test_a_snapshot_comes_back_rounded_to_float16_with_its_gains_exact(path):
     loaded = load_snapshot(path)
-    assert (loaded.config, loaded.nimg, loaded.sigma_rel) == (CONFIG, 8192, 0.05)
+    assert (loaded.config, loaded.nimg, loaded.length) == (CONFIG, 8192, Length.of(0.05))
     assert set(loaded.params) == set(PARAMS)
     for name, array in PARAMS.items():
         kept = array.astype(np.float16) if array.ndim else array
@@ -62,11 +71,13 @@ def test_the_library_reads_the_same_arrays(path):
 
 
 def test_metadata_is_read_without_the_arrays(path):
-    assert read_metadata(path) == snapshots.Metadata(config=CONFIG, nimg=8192, sigma_rel=0.05)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100] + b"\xff" * 100)
+    assert metadata_of(TensorFile(path)) == Metadata(config=CONFIG, nimg=8192, length=Length.of(0.05))
 
 
 def test_metadata_is_text_that_says_what_it_is(path):
-    _, metadata = tensorfiles.read_header(path)
+    _, metadata = safetensors_io.read_header(path)
     assert metadata["format"] == "edm2-snapshot"
     assert (metadata["version"], metadata["nimg"], metadata["sigma_rel"]) == ("1", "8192", "0.05")
     assert json.loads(metadata["config"])["model_channels"] == 4
@@ -83,24 +94,31 @@ def test_transposed_and_strided_arrays_are_stored_by_value(tmp_path):
 
 def test_big_endian_arrays_are_stored_by_value(tmp_path):
     numbers = np.arange(6).reshape(2, 3)
-    tensorfiles.write_tensors(tmp_path / "b", {code: numbers.astype(code) for code in (">f4", ">f2", ">i8", "<f4")}, {})
+    safetensors_io.write_tensors(
+        tmp_path / "b", {code: numbers.astype(code) for code in (">f4", ">f2", ">i8", "<f4")}, {}
+    )
     assert all(np.array_equal(array, numbers) for array in load_file(tmp_path / "b").values())
 
 
-def test_raw_weights_have_no_length(tmp_path):
-    save_snapshot(tmp_path / "raw", replace(SNAPSHOT, sigma_rel=None))
-    assert load_snapshot(tmp_path / "raw").sigma_rel is None
+@pytest.mark.parametrize(
+    ("length", "text"), [(None, ("", "")), (Length.of(0.1), ("0.1", "")), (Length.half_life(700), ("", "700.0"))]
+)
+def test_the_length_is_one_thing_in_memory_and_two_keys_in_the_file(tmp_path, length, text):
+    save_snapshot(tmp_path / "s", replace(SNAPSHOT, length=length))
+    assert load_snapshot(tmp_path / "s").length == length
+    metadata = TensorFile(tmp_path / "s").metadata
+    assert (metadata["sigma_rel"], metadata["half_life"]) == text
 
 
 def test_someone_else_s_network_keeps_its_names_and_counters(tmp_path):
     theirs = {"head.weight": np.ones((2, 3), np.float32), "steps": np.array(2**40), "mask": np.array([True, False])}
-    save_snapshot(tmp_path / "t", Snapshot(params=theirs, config=None, nimg=1, sigma_rel=0.1))
+    save_snapshot(tmp_path / "t", Snapshot(params=theirs, config=None, nimg=1, length=Length.of(0.1)))
     loaded = load_snapshot(tmp_path / "t")
     assert loaded.config is None
     assert loaded.params["steps"] == 2**40
     assert loaded.params["mask"].tolist() == [True, False]
     with pytest.raises(InputError, match="must be one of edm2's"):
-        _ = loaded.network
+        loaded.required_config()
 
 
 @pytest.mark.parametrize("value", [65520.0, -1e6, np.inf, np.nan])
@@ -122,14 +140,14 @@ def test_parameters_that_are_not_the_config_s_are_refused_both_ways(tmp_path, pa
     fewer = {name: array for name, array in PARAMS.items() if name != "unet.out_gain"}
     with pytest.raises(InputError, match=r"unet\.out_gain is missing"):
         save_snapshot(tmp_path / "s", replace(SNAPSHOT, params=fewer))
-    arrays, (_, metadata) = load_file(path), tensorfiles.read_header(path)
+    arrays, (_, metadata) = load_file(path), safetensors_io.read_header(path)
     save_file({name: arrays[name] for name in fewer}, path, metadata)
     with pytest.raises(InputError, match=r"unet\.out_gain is missing"):
         load_snapshot(path)
 
 
 def test_a_file_cut_short_names_the_array_and_how_many_bytes_there_are(path):
-    whole, (entries, _) = path.read_bytes(), tensorfiles.read_header(path)
+    whole, (entries, _) = path.read_bytes(), safetensors_io.read_header(path)
     last = max(entries, key=lambda name: entries[name].offset)
     need = entries[last].nbytes
     path.write_bytes(whole[:-2])
@@ -185,7 +203,7 @@ def test_another_kind_of_safetensors_file_is_refused(path):
     ],
 )
 def test_metadata_that_cannot_be_understood_is_refused(path, change, message):
-    arrays, (_, metadata) = load_file(path), tensorfiles.read_header(path)
+    arrays, (_, metadata) = load_file(path), safetensors_io.read_header(path)
     save_file(arrays, path, metadata | change)
     refused(path, message)
 
@@ -200,20 +218,20 @@ def test_an_array_of_a_kind_we_never_store_is_refused_by_name(path):
 def test_bfloat16_is_read_as_float32(tmp_path):
     values = np.array([1.0, -2.5, 3e38, 1e-40], np.float32)
     upper = (values.view(np.uint32) >> 16).astype("<u2")
-    text, _ = tensorfiles.layout({"w": ("BF16", (4,))}, {})
+    text, _ = safetensors_io.layout({"w": ("BF16", (4,))}, {})
     (tmp_path / "b.safetensors").write_bytes(text + upper.tobytes())
-    read = tensorfiles.TensorFile(tmp_path / "b.safetensors").read("w")
+    read = safetensors_io.read_array(TensorFile(tmp_path / "b.safetensors"), "w")
     assert read.dtype == np.float32
     assert np.array_equal(read, (upper.astype(np.uint32) << 16).view(np.float32))
 
 
 def test_parts_are_parts_of_the_whole(path):
-    file = tensorfiles.TensorFile(path)
+    file = TensorFile(path)
     for name, whole in load_file(path).items():
         flat = whole.reshape(-1)
         for start, stop in ((0, flat.size), (flat.size // 3, flat.size // 2), (flat.size, flat.size)):
-            file.fill(room := np.empty(stop - start, flat.dtype), name, start)
-            assert np.array_equal(room, flat[start:stop])
+            file.fill(out := np.empty(stop - start, flat.dtype), name, start)
+            assert np.array_equal(out, flat[start:stop])
 
 
 def test_arrays_that_overlap_or_leave_holes_are_refused(path):
@@ -241,5 +259,6 @@ def test_a_failed_write_leaves_the_snapshot_that_was_there(path, monkeypatch):
 
 
 def test_names_are_thousands_of_images_and_three_digits_of_length():
-    assert snapshot_name(196608, 0.05) == "0000196-0.050.safetensors"
-    assert snapshot_name(2 << 30, 0.1) == "2147483-0.100.safetensors"
+    assert snapshot_name(196608, Length.of(0.05)) == "0000196-0.050.safetensors"
+    assert snapshot_name(2 << 30, Length.of(0.1)) == "2147483-0.100.safetensors"
+    assert snapshot_name(1 << 20, Length.half_life(2500)) == "0001048-h2.5.safetensors"

@@ -7,11 +7,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from toy_port import CONFIG
 
-from backends.pipeline.checkpoints import safetensors_io as tensorfiles
-from backends.pipeline.checkpoints.states import State, load_state, read_counters, save_state
+from backends.pipeline.checkpoints.safetensors_io import TensorFile
+from backends.pipeline.checkpoints.states import load_state, parts, read_counters, save_state
+from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import initialize, plan
+from edm2_core.state import State
 
+LENGTHS = (Length.of(0.05), Length.of(0.1), Length.half_life(700))
 TRAINED = [name for name, parameter in plan(CONFIG).parameters.items() if parameter.trained]
 
 
@@ -24,7 +27,7 @@ STATE = State(
     params=part(1),
     moments1=part(2, TRAINED),
     moments2=part(3, TRAINED),
-    averages={0.05: part(4), 0.1: part(5)},
+    averages=dict(zip(LENGTHS, (part(4), part(5), part(6)), strict=True)),
     nimg=12345,
     steps=99,
 )
@@ -37,11 +40,11 @@ def path(tmp_path):
 
 
 def test_every_part_comes_back_bit_for_bit_and_as_itself(path):
-    loaded = load_state(path, CONFIG, (0.05, 0.1))
+    loaded = load_state(path, CONFIG, LENGTHS)
     assert (loaded.nimg, loaded.steps) == (12345, 99)
-    assert list(loaded.averages) == [0.05, 0.1]
-    for prefix, arrays in STATE.parts().items():
-        again = loaded.parts()[prefix]
+    assert tuple(loaded.averages) == LENGTHS
+    for prefix, arrays in parts(STATE).items():
+        again = parts(loaded)[prefix]
         assert set(again) == set(arrays)
         for name, array in arrays.items():
             assert again[name].dtype == np.float32
@@ -50,10 +53,11 @@ def test_every_part_comes_back_bit_for_bit_and_as_itself(path):
 
 def test_the_file_names_its_parts(path):
     arrays, name = load_file(path), "unet.out_conv.weight"
-    parts = {"params": STATE.params, "adam1": STATE.moments1, "adam2": STATE.moments2}
-    parts |= {"ema/0.05": STATE.averages[0.05], "ema/0.1": STATE.averages[0.1]}
-    assert all(np.array_equal(arrays[f"{prefix}/{name}"], part[name]) for prefix, part in parts.items())
-    assert len(arrays) == sum(map(len, parts.values()))
+    stored = {"params": STATE.params, "adam1": STATE.moments1, "adam2": STATE.moments2}
+    keys = ("ema/0.05", "ema/0.1", "ema/HalfLife(700.0)")
+    stored |= {key: STATE.averages[length] for key, length in zip(keys, LENGTHS, strict=True)}
+    assert all(np.array_equal(arrays[f"{prefix}/{name}"], part[name]) for prefix, part in stored.items())
+    assert len(arrays) == sum(map(len, stored.values()))
     assert "adam1/unet.emb_fourier.freqs" not in arrays
 
 
@@ -62,25 +66,25 @@ def test_counters_are_read_without_the_arrays(path):
 
 
 def test_a_state_of_other_lengths_is_refused(path):
-    with pytest.raises(InputError, match=r"must hold .*ema/0\.2, got ema/0\.1/"):
-        load_state(path, CONFIG, (0.05, 0.2))
+    with pytest.raises(InputError, match=r"must hold .*ema/0\.2, ema/HalfLife\(700\.0\), got ema/0\.1/"):
+        load_state(path, CONFIG, (0.05, 0.2, LENGTHS[2]))
     with pytest.raises(InputError, match=r"ema/0\.2: parameters must be those of the config, .* is missing"):
-        load_state(path, CONFIG, (0.05, 0.1, 0.2))
+        load_state(path, CONFIG, (*LENGTHS, 0.2))
 
 
 def test_a_state_of_another_network_is_refused(path):
     with pytest.raises(InputError, match=r"params: .* must have shape"):
-        load_state(path, replace(CONFIG, model_channels=8), (0.05, 0.1))
+        load_state(path, replace(CONFIG, model_channels=8), LENGTHS)
 
 
 @pytest.mark.parametrize("name", ["params/unet.out_gain", "adam2/unet.out_gain", "ema/0.1/unet.out_conv.weight"])
 def test_a_state_that_lacks_an_array_is_refused_by_part_and_name(path, name):
-    arrays, (_, metadata) = load_file(path), tensorfiles.read_header(path)
+    arrays, metadata = load_file(path), TensorFile(path).metadata
     del arrays[name]
     save_file(arrays, path, metadata)
     prefix, _, parameter = name.rpartition("/")
     with pytest.raises(InputError, match=f"{path}: {prefix}: .*{parameter} is missing"):
-        load_state(path, CONFIG, (0.05, 0.1))
+        load_state(path, CONFIG, LENGTHS)
 
 
 def test_every_cut_and_trailing_bytes_are_refused_in_one_line(path):
@@ -88,7 +92,7 @@ def test_every_cut_and_trailing_bytes_are_refused_in_one_line(path):
     for damaged in (*(whole[:end] for end in range(0, len(whole), 4001)), whole + b"x"):
         path.write_bytes(damaged)
         with pytest.raises(InputError) as caught:
-            load_state(path, CONFIG, (0.05, 0.1))
+            load_state(path, CONFIG, LENGTHS)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -102,10 +106,10 @@ def test_every_cut_and_trailing_bytes_are_refused_in_one_line(path):
     ],
 )
 def test_metadata_of_something_else_is_refused(path, change, message):
-    arrays, (_, metadata) = load_file(path), tensorfiles.read_header(path)
+    arrays, metadata = load_file(path), TensorFile(path).metadata
     save_file(arrays, path, metadata | change)
     with pytest.raises(InputError, match=message):
-        load_state(path, CONFIG, (0.05, 0.1))
+        load_state(path, CONFIG, LENGTHS)
 
 
 def test_a_failed_write_leaves_the_state_that_was_there(path, monkeypatch):

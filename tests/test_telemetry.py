@@ -113,7 +113,8 @@ def test_a_line_holds_blocks_and_noise_levels():
     edge = np.exp(config.hyper.P_mean + 3 * config.hyper.P_std)
     measured = Measurement(
         activations=rows, weights=rows, gradients=rows, updates={name: np.array([3.0, 4.0]) for name in flat},
-        sigma=np.array([1e-9, np.exp(config.hyper.P_mean + 0.01), 2 * edge, 3 * edge]), loss=np.array([1.0, 2.0, 3.0, 5.0]),
+        sigma=np.array([1e-9, np.exp(config.hyper.P_mean + 0.01), 2 * edge, 3 * edge]),
+        loss=np.array([1.0, 2.0, 3.0, 5.0]),
         u=np.array([0.1, 0.2, 0.3, 0.5]),
     )  # fmt: skip
     line = telemetry.record(config, measured, nimg=64)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from backends.torch.ema import PowerEMA, reconstruct
-from edm2_core.ema import beta
+from edm2_core.ema import Length, beta
 from edm2_core.errors import InputError
 
 
@@ -54,8 +54,8 @@ def test_reconstruction_loads_into_the_module_and_follows_the_tracked_length(tmp
             stored.save(tmp_path)
     got = reconstruct(tmp_path, sigma_rel=0.15)
     module.load_state_dict(got)
-    for name, parameter in truth.averages[0.15].items():
-        error = (got[name] - parameter).norm() / (parameter - stored.averages[0.05][name]).norm()
+    for name, parameter in truth.averages[Length.of(0.15)].items():
+        error = (got[name] - parameter).norm() / (parameter - stored.averages[Length.of(0.05)][name]).norm()
         assert error < 0.15, name  # far nearer than what was stored
 
 
@@ -89,7 +89,7 @@ def test_state_goes_through_a_file_without_pickled_code(tmp_path: Path) -> None:
     torch.save(ema.state_dict(), tmp_path / "ema.pt")
     other.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True))
     assert other.time == ema.time
-    assert all(torch.equal(other.arrays(0.1)[n], t) for n, t in ema.averages[0.1].items())
+    assert all(torch.equal(other.arrays(0.1)[n], t) for n, t in ema.averages[Length.of(0.1)].items())
 
 
 @pytest.mark.parametrize("lengths", [(), (0.0,), (0.3,), (-0.1,)])
@@ -101,17 +101,17 @@ def test_impossible_lengths_are_refused(lengths: tuple[float, ...]) -> None:
 def test_a_state_of_other_lengths_is_refused_and_changes_nothing() -> None:
     ema = PowerEMA(make_module())
     state = PowerEMA(make_module(), sigma_rels=(0.2,)).state_dict()
-    before = {n: t.clone() for n, t in ema.averages[0.05].items()}
+    before = {n: t.clone() for n, t in ema.averages[Length.of(0.05)].items()}
     with pytest.raises(InputError, match="same lengths"):
         ema.load_state_dict(state)
-    assert all(torch.equal(before[n], t) for n, t in ema.averages[0.05].items())
+    assert all(torch.equal(before[n], t) for n, t in ema.averages[Length.of(0.05)].items())
 
 
 def test_low_precision_weights_are_averaged_in_float32() -> None:
     module = nn.Linear(3, 3).to(torch.bfloat16)
     ema = PowerEMA(module)
     ema.update(time=1, delta=1)
-    assert {t.dtype for t in ema.averages[0.05].values()} == {torch.float32}
+    assert {t.dtype for t in ema.averages[Length.of(0.05)].values()} == {torch.float32}
 
 
 def test_only_what_trains_can_be_kept_as_of_a_lora(tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_stopping_and_going_on_is_not_stopping() -> None:
                 other.load_state_dict(first.state_dict())
                 first.load_state_dict(other.state_dict())
             first.update(time=step, delta=1)
-        for name, average in whole.averages[0.05].items():
-            assert torch.equal(average, first.averages[0.05][name])
+        for name, average in whole.averages[Length.of(0.05)].items():
+            assert torch.equal(average, first.averages[Length.of(0.05)][name])
 
 
 def test_bfloat16_averages_follow_float32_ones() -> None:
@@ -154,8 +154,8 @@ def test_bfloat16_averages_follow_float32_ones() -> None:
         for ema in (narrow, wide):
             ema.update(time=time, delta=1)
         if time % 1000 == 0:
-            true = float(wide.averages[0.1]["weight"].mean())
-            assert abs(float(narrow.averages[0.1]["weight"].float().mean()) - true) < 2e-3  # 4096 weights' mean
+            true, mean = (float(ema.arrays(0.1)["weight"].float().mean()) for ema in (wide, narrow))
+            assert abs(mean - true) < 2e-3  # 4096 weights' mean
     nearest = torch.tensor(1.0, dtype=torch.bfloat16)
     for _ in range(1000):
         nearest = torch.lerp(nearest.float(), torch.tensor(1.5), 1e-3).to(torch.bfloat16)

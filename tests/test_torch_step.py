@@ -1,16 +1,26 @@
 """The PyTorch step beyond what the conformance suite asks of every port: precision, accumulation, faults, wrappers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from backends.pipeline.runs.config import TrainConfig
+from backends.ports import Machine
+from backends.torch.denoiser import Denoiser
 from backends.torch.network import Network
 from backends.torch.port import PORT
-from backends.torch.step import Batch, Training, batch_loss, force_weight_norm, zero_nonfinite
+from backends.torch.step import Batch, Learner, batch_loss, force_weight_norm, zero_nonfinite
+from backends.torch.trainer import TorchTrainer
 from backends.torch.weights import build, dump, tensors
 from conformance import oracle, tolerance
 from conformance import strategies as draw
+from edm2_core.ema import Length
+from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, initialize, plan
+from edm2_core.presets import Hyperparameters
+from edm2_core.state import State
 
 CONFIG = NetworkConfig(
     img_resolution=8,
@@ -26,7 +36,7 @@ CONFIG = NetworkConfig(
 
 
 def make_network(dtype: torch.dtype = torch.float32, **changes: object) -> Network:
-    config = NetworkConfig(**{**vars(CONFIG), **changes})
+    config = replace(CONFIG, **changes)
     params = initialize(config, seed=0)
     gains = {name for name, p in plan(config).parameters.items() if p.init == "zeros"}
     return build(config, {n: np.float32(0.5) if n in gains else a for n, a in params.items()}, dtype=dtype)
@@ -39,14 +49,14 @@ def make_batch(size: int = 12, seed: int = 0) -> Batch:
     return Batch(images * 0.5, noise, sigma, torch.eye(3)[torch.arange(size) % 3])
 
 
-def train(network: torch.nn.Module, steps: int = 3, **options: object) -> Training:
-    training = Training(network, **options)  # type: ignore[arg-type]
+def train(network: torch.nn.Module, steps: int = 3, **options: object) -> Learner:
+    learner = Learner(network, **options)  # type: ignore[arg-type]
     for i in range(steps):
-        training.step(make_batch(seed=i), lr=0.01)
-    return training
+        learner.step(make_batch(seed=i), lr=0.01)
+    return learner
 
 
-def distance(a: Training, b: Training) -> float:
+def distance(a: Learner, b: Learner) -> float:
     """Largest relative Frobenius distance of a weight, in units of how far training moved it."""
     start = dump(tensors(make_network()))
     x, y = a.state().params, b.state().params
@@ -80,9 +90,9 @@ def test_half_precision_has_the_loss_and_gradients_of_float32(dtype: torch.dtype
 
 
 def test_weights_and_averages_stay_float32_in_half_precision() -> None:
-    training = train(make_network(torch.bfloat16))
-    assert {w.dtype for w in training.weights.values()} == {torch.float32}
-    assert {a.dtype for average in training.ema.averages.values() for a in average.values()} == {torch.float32}
+    learner = train(make_network(torch.bfloat16))
+    assert {w.dtype for w in learner.weights.values()} == {torch.float32}
+    assert {a.dtype for average in learner.ema.averages.values() for a in average.values()} == {torch.float32}
 
 
 def test_nonfinite_gradients_are_zeroed_and_counted() -> None:
@@ -94,12 +104,12 @@ def test_nonfinite_gradients_are_zeroed_and_counted() -> None:
 
 
 def test_a_step_survives_a_poisoned_batch() -> None:
-    training = Training(make_network())
+    learner = Learner(make_network())
     batch = make_batch()
     batch.images[3] = float("nan")
-    _, nonfinite = training.step(batch, lr=0.01)
+    _, nonfinite = learner.step(batch, lr=0.01)
     assert nonfinite.item() > 0
-    assert all(weight.isfinite().all() for weight in training.weights.values())
+    assert all(weight.isfinite().all() for weight in learner.weights.values())
 
 
 def test_forward_writes_nothing() -> None:
@@ -142,23 +152,68 @@ def test_dropout_acts_in_training_only() -> None:
 def test_state_goes_on_exactly() -> None:
     whole = train(make_network(), steps=6)
     half = train(make_network(), steps=3)
-    resumed = Training(make_network())
+    resumed = Learner(make_network())
     resumed.load_state(half.state())
     for i in range(3, 6):
         resumed.step(make_batch(seed=i), lr=0.01)
-    assert resumed.nimg == whole.nimg
-    for part in ("params", "moments1", "moments2"):
-        ours, theirs = getattr(resumed.state(), part), getattr(whole.state(), part)
-        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs), part
-    for sigma_rel, average in whole.state().averages.items():
-        assert all(np.array_equal(resumed.state().averages[sigma_rel][name], a) for name, a in average.items())
+    check_same(resumed.state(), whole.state())
+
+
+def check_same(one: State, other: State) -> None:
+    assert (one.nimg, one.steps) == (other.nimg, other.steps)
+    pairs = [(one.params, other.params), (one.moments1, other.moments1), (one.moments2, other.moments2)]
+    for ours, theirs in [*pairs, *((one.averages[length], other.averages[length]) for length in other.averages)]:
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[name], array) for name, array in theirs.items())
+
+
+class Mlp(torch.nn.Module):
+    """A backbone of points in the plane, with a counter that no average touches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.SiLU(), torch.nn.Linear(16, 2))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        shift = 0 if labels is None else labels[:, :1]
+        return self.layers(torch.cat([x, c_noise[:, None], (c_noise[:, None] + shift).sin()], dim=1))
+
+
+def points(size: int = 8, seed: int = 0) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    x, noise, sigma = (torch.randn((size, n), generator=draw) for n in (2, 2, 1))
+    return Batch(x * 0.5, noise, sigma.exp(), torch.eye(3)[torch.arange(size) % 3])
+
+
+def test_any_denoiser_trains_and_resumes_exactly() -> None:
+    def learner_after(steps: int) -> Learner:
+        torch.manual_seed(0)
+        learner = Learner(Denoiser(Mlp(), label_dim=3), sigma_rels=(0.1, Length.half_life(20)))
+        for i in range(steps):
+            learner.step(points(seed=i), lr=0.01)
+        return learner
+
+    whole, half = learner_after(6), learner_after(3)
+    state = half.state()
+    assert (state.nimg, set(state.averages)) == (24, {Length.of(0.1), Length.half_life(20)})
+    resumed = Learner(Denoiser(Mlp(), label_dim=3), sigma_rels=(0.1, Length.half_life(20)))
+    resumed.load_state(state)
+    for i in range(3, 6):
+        resumed.step(points(seed=i), lr=0.01)
+    check_same(resumed.state(), whole.state())
+
+
+def test_a_state_of_another_network_is_refused() -> None:
+    with pytest.raises(InputError, match=r"backbone\.calls must have shape \(\), got None"):
+        Learner(Denoiser(Mlp())).load_state(train(make_network(), steps=1).state())
 
 
 def test_wrapping_changes_no_name() -> None:
     network = make_network()
     compiled = torch.compile(network)
     assert tensors(compiled).keys() == tensors(network).keys() == plan(CONFIG).parameters.keys()
-    assert Training(compiled).ema.arrays(0.05).keys() == plan(CONFIG).parameters.keys()
+    assert Learner(compiled).ema.arrays(0.05).keys() == plan(CONFIG).parameters.keys()
 
 
 def test_forward_mode_derivative_is_the_finite_difference() -> None:
@@ -183,3 +238,32 @@ def test_config_b_has_forward_derivatives_at_any_size() -> None:
     tangent = draw.normal(2, *batch.images.shape)
     _, along = PORT.jvp(config, params, batch.noisy, batch.sigma, batch.labels, tangent)
     assert tolerance.relative(along, oracle.along(config, params, batch, tangent)) < 4 * tolerance.network(config)
+
+
+def trainer_of(**changes: object) -> TorchTrainer:
+    config = TrainConfig(network=CONFIG, hyper=Hyperparameters(batch=12, sigma_rels=(0.05, 0.1)))
+    return TorchTrainer(config, Machine(device="cpu", **changes))  # type: ignore[arg-type]
+
+
+def test_a_trainer_gives_one_average_and_keeps_the_clock() -> None:
+    trainer, batch = trainer_of(), make_batch()
+    assert batch.labels is not None
+    trainer.step(batch.images.numpy(), batch.labels.numpy(), lr=0.01)
+    assert trainer.nimg == 12
+    average, state = trainer.average(Length.of(0.1)), trainer.state()
+    assert average.keys() == trainer.parameters().keys() == plan(CONFIG).parameters.keys()
+    assert all(np.array_equal(average[name], array) for name, array in state.averages[Length.of(0.1)].items())
+    assert set(trainer.metrics()) == {"loss", "nonfinite"}
+
+
+def test_exhausted_memory_names_the_batch_to_try() -> None:
+    trainer, batch = trainer_of(batch_per_device=6), make_batch()
+
+    def exhausted(module: torch.nn.Module, args: object) -> None:
+        torch.empty(1 << 60)  # more than any machine has
+
+    trainer.learner.network.register_forward_pre_hook(exhausted)
+    with pytest.raises(InputError, match=r"memory.*--batch-per-device 3"):
+        trainer.step(batch.images.numpy(), None, lr=0.01)
+    assert trainer.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not trainer.is_out_of_memory(RuntimeError("shapes differ"))

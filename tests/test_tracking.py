@@ -5,7 +5,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 
-from edm2_core.ema import HalfLife, profile
+from edm2_core.ema import Length, profile
 from edm2_core.ema.tracking import advance, start
 from edm2_core.errors import InputError
 
@@ -55,17 +55,17 @@ def test_it_converges_to_the_integral_of_the_weights_over_their_profile(xp, sigm
 
 
 def test_a_traditional_average_converges_to_the_integral_over_its_own(xp):
-    every, end, half_life = 5, 1000, HalfLife(150)
-    averages = start(weights_of(xp, 100.0), sigma_rels=(0.1, half_life))
+    every, end, length = 5, 1000, Length.half_life(150)
+    averages = start(weights_of(xp, 100.0), sigma_rels=(0.1, length))
     for time in range(every, end + 1, every):
         averages = advance(averages, weights_of(xp, path((time - every / 2) / end)), t_next=time, t_delta=every)
     fine = (np.arange(20_000) + 0.5) / 20_000 * end
-    truth = (profile(fine, end_time=float(end), sigma_rel=half_life) * path(fine / end)).mean() * end
+    truth = (length.profile(float(end))(fine) * path(fine / end)).mean() * end
     # the midpoint rule: h^2 / 24 times the largest second derivative, 9 of the path and 2 rate slope of the profile
-    rate = np.log(2) / half_life * end
+    rate = np.log(2) / 150 * end
     bound = (every / end) ** 2 / 24 * (9 + 2 * rate * 3) + 200 * EPS
-    assert abs(host(averages[half_life]["gain"]) - truth) < bound
-    assert list(averages) == [0.1, half_life]
+    assert abs(host(averages[length]["gain"]) - truth) < bound
+    assert list(averages) == [0.1, length]
 
 
 def test_weights_that_hold_still_are_averaged_the_same_at_any_interval(xp):

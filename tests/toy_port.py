@@ -8,7 +8,7 @@ import numpy as np
 from backends.pipeline.checkpoints.states import load_state
 from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs.options import flag, parse, parse_train
-from backends.pipeline.runs.resolve import data_spec, resolve
+from backends.pipeline.runs.resolve import resolve
 from backends.pipeline.runs.training import run_training
 from backends.ports import Machine, Trainer
 from edm2_core.ema import Length
@@ -147,7 +147,7 @@ def train_options(**options):
 def config_of(dataset="digits", previous=None, **options):
     """The config that these options make, on a dataset or its name, fresh or going on from ``previous``."""
     asked = train_options(**options) if previous is None else replace(train_options(**options), previous=previous)
-    return resolve(asked, open_dataset(data_spec(asked)) if dataset == "digits" else dataset, previous)
+    return resolve(asked, open_dataset("digits") if dataset == "digits" else dataset, previous)
 
 
 def run_toy(trainer, sampler, *, prog="python -m backends.toy.train", **options):

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"edm2 must be followed by one of {', '.join(COMMANDS)}, got {name!r}: see edm2 --help")
     module_name, what = COMMANDS[name]
     module = import_module(f"backends.commands.{module_name}")
-    options = parse(module.Options, words, prog=f"edm2 {name}", description=f"{what.capitalize()}.")
+    options = parse(module.Options, words, prog=f"edm2 {name}", description=f"{what[0].upper()}{what[1:]}.")
     return module.run(options) or 0
 
 

@@ -16,6 +16,8 @@ _CURVE = np.geomspace(0.01, 0.28, 120)
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SourceOptions):
+    """Options of ``edm2 ema-plot``."""
+
     sigma_rels: tuple[float, ...] = (0.02, 0.05, 0.10, 0.20)
     """Lengths whose profiles are drawn, at most 5."""
     at: int | None = None

@@ -13,6 +13,8 @@ from edm2_core.network import parameter_count
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
+    """Options of ``edm2 import``."""
+
     source: tyro.conf.Positional[Path]
     """The pickle, such as edm2-img512-s-2147483-0.130.pkl."""
     out: Path | None = None

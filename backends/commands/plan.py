@@ -10,6 +10,7 @@ from backends.pipeline.checkpoints.atomic import write_bytes
 from backends.pipeline.report.plots import draw_errors, figure, save
 from backends.pipeline.runs.options import count_text, parse_count, reader
 from edm2_core.ema import SnapshotPlan, TimedPlan, plan_snapshots, uniform_plan, worst_error
+from edm2_core.errors import InputError
 from edm2_core.network import parameter_count
 from edm2_core.presets import preset
 
@@ -19,14 +20,16 @@ _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 def _range(text: str) -> tuple[float, float]:
     low, _, high = text.partition("-")
-    return float(low), float(high)
+    try:
+        return float(low), float(high)
+    except ValueError as error:
+        raise InputError(f"--range must be two lengths such as 0.01-0.25, got {text!r}") from error
 
 
 def _duration(text: str) -> int | Literal["any"]:
     return "any" if text == "any" else parse_count(text)
 
 
-Range = Annotated[tuple[float, float], reader(_range, "LO-HI", "two lengths such as 0.01-0.25")]
 Duration = Annotated[
     int | Literal["any"] | None, reader(_duration, "IMAGES", "a whole number of images such as 192Ki or 2Gi, or 'any'")
 ]
@@ -34,9 +37,11 @@ Duration = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
+    """Options of ``edm2 plan``."""
+
     files: int = 32
     """Maximum number of files at any time."""
-    range: Range = (0.01, 0.25)
+    range: str = "0.01-0.25"
     """Shortest and longest relative length to be reconstructed."""
     duration: Duration = None
     """Length of the run in images, or 'any' where its end is unknown. Default: the preset's."""
@@ -64,7 +69,7 @@ def run(options: Options) -> None:
     duration = base.hyper.duration if options.duration is None else options.duration
     plan = plan_snapshots(
         files=options.files,
-        sigma_rel_range=options.range,
+        sigma_rel_range=_range(options.range),
         duration=None if duration == "any" else duration,
         max_lengths=options.max_lengths,
         batch=base.hyper.batch if options.batch is None else options.batch,

@@ -32,6 +32,8 @@ Overrides = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SourceOptions):
+    """Options of ``edm2 reconstruct``."""
+
     sigma_rels: tuple[float, ...] = ()
     """Relative lengths wanted, each within (0, 0.2887]; one file each, all in one pass."""
     at: int | None = None

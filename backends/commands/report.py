@@ -22,7 +22,9 @@ from edm2_core.sampler import noise_levels
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Options of ``edm2 report``."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """One or more run folders; several are laid side by side."""
     outdir: Path | None = None
     """Folder of report.html and its pictures. Default: 'report' in the run's folder; ./report for several."""
@@ -73,6 +75,8 @@ def run(options: Options) -> None:
 
 def _named(paths: Sequence[Path]) -> dict[str, Run]:
     """Runs by the name of their folder, or by its full path where several have that name."""
+    if not paths:
+        raise InputError("runs must be one or more run folders, got none: edm2 report runs/mine for example")
     folders = [path.resolve() for path in paths]
     if repeated := [folder for folder, times in Counter(folders).items() if times > 1]:
         raise InputError(f"runs must differ, got {repeated[0]} twice: name each once")

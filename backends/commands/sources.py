@@ -13,32 +13,34 @@ from edm2_core.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
+    """Options of every command that reads stored averages."""
+
     source: tyro.conf.Positional[Path]
     """A run, or a folder of snapshots, of ema-pytorch's files, of safetensors named by step, of official pickles."""
     skip_broken: bool = False
     """Leave broken files out, and solve without them."""
     source_sigma_rels: tuple[float, ...] = ()
-    """For files that do not say it: the length of their average, or one per index of ema-pytorch's."""
+    """Length of the average in files that do not say it; for ema-pytorch one per index."""
     source_half_life: float | None = None
-    """For files that do not say it: the half-life of their traditional average, in their unit of time."""
+    """Half-life of the traditional average in files that do not say it, in their unit of time."""
     source_raw: float | None = None
-    """For files that do not say it: they hold raw weights, and a step took this long in their unit of time."""
+    """Files that do not say it hold raw weights, and this is the duration of a step in their unit of time."""
     source_update_every: int = 1
-    """For files of a tracker that ignores its update interval, as ema-pytorch's does: that interval."""
+    """Steps between updates of a tracker whose updates ignore that number, as ema-pytorch's do."""
 
     def open(self) -> list[Source]:
         """The sources. Raises InputError as :func:`open_sources`; prints broken files that are to be skipped."""
-        lengths = list(map(Length.of, self.source_sigma_rels))
-        kinds = [self.source_half_life is not None, self.source_raw is not None, bool(lengths)]
-        if sum(kinds) > 1:
+        half_life, step = self.source_half_life, self.source_raw
+        lengths = [
+            tuple(map(Length.of, self.source_sigma_rels)),
+            () if half_life is None else (Length.half_life(half_life),),
+            () if step is None else (Length.raw(step),),
+        ]
+        if sum(map(bool, lengths)) > 1:
             raise InputError(
-                "files hold averages of known lengths, traditional ones, or raw weights, got several: say one"
+                "files hold averages of known lengths, traditional ones, or raw weights, got several: say one of these"
             )
-        if self.source_half_life is not None:
-            lengths = [Length.half_life(self.source_half_life)]
-        if self.source_raw is not None:
-            lengths = [Length.raw(self.source_raw)]
-        described = Described(lengths=tuple(lengths), update_every=self.source_update_every)
+        described = Described(lengths=sum(lengths, ()), update_every=self.source_update_every)
         return open_sources(self.source, described=described, skip=print_skipped if self.skip_broken else None)
 
 

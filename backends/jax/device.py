@@ -1,4 +1,4 @@
-"""On which devices does this command compute, and how are batches and parameters laid over them?"""
+"""Devices, and how batches and parameters are distributed over them."""
 
 import os
 from collections.abc import Sequence
@@ -6,21 +6,27 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from edm2_core.errors import InputError
 
 AXIS = "data"
+SAMPLING_MATMUL = "highest"
+"""Precision of matrix products wherever images are made: float32, so that a seed gives the same image in every port.
+
+Training takes JAX's default, which is faster and less exact on GPUs (TF32) and TPUs (bfloat16).
+"""
 
 
 def join() -> None:
-    """Meet the other processes of this job, where ``JAX_COORDINATOR_ADDRESS`` says that there are any.
+    """Connect to the other processes of this job, where ``JAX_COORDINATOR_ADDRESS`` is set.
 
-    ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` say how many, and which this one is; on clusters that JAX knows, such
+    ``JAX_NUM_PROCESSES`` is their number and ``JAX_PROCESS_ID`` the index of this one; on clusters that JAX knows, such
     as Slurm and Cloud TPU, they may be left out.
 
     Raises:
-        InputError: numbers that are none, or a coordinator that nobody is at.
+        InputError: JAX_NUM_PROCESSES or JAX_PROCESS_ID is not an integer, or the coordinator does not answer.
     """
     if not (address := os.environ.get("JAX_COORDINATOR_ADDRESS")):
         return
@@ -36,12 +42,12 @@ def join() -> None:
 
 
 def choose(name: str | None, /) -> list[Any]:
-    """The devices of the kind ``name``, cpu, gpu or tpu, as 'gpu:1' one of them; None: all of JAX's own choice.
+    """The devices of a kind: ``name`` is cpu, gpu or tpu, or one of them as in gpu:1. None: JAX's default devices.
 
-    Where ``JAX_COMPILATION_CACHE_DIR`` is set, JAX keeps what it compiled there; small programs too.
+    Where ``JAX_COMPILATION_CACHE_DIR`` is set, JAX stores compiled programs there, small ones too.
 
     Raises:
-        InputError: no such device here.
+        InputError: this machine has no such device.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -49,8 +55,8 @@ def choose(name: str | None, /) -> list[Any]:
         return list(jax.devices())
     kind, _, index = name.partition(":")
     try:
-        found = jax.devices({"cuda": "gpu"}.get(kind, kind))
-        return list(found) if not index else [found[int(index)]]
+        of_kind = jax.devices({"cuda": "gpu"}.get(kind, kind))
+        return [of_kind[int(index)]] if index else list(of_kind)
     except (RuntimeError, IndexError, ValueError):
         here = ", ".join(sorted({device.platform for device in jax.devices()} | {"cpu"}))
         raise InputError(
@@ -58,28 +64,35 @@ def choose(name: str | None, /) -> list[Any]:
         ) from None
 
 
+def choose_one(name: str | None, /) -> Any:
+    """The first device of this process among those of :func:`choose`."""
+    return next(device for device in choose(name) if device.process_index == jax.process_index())
+
+
 def describe(devices: Sequence[Any], /) -> str:
+    """In words, as the train command prints them."""
     count = f"{len(devices)} x " if len(devices) > 1 else ""
     return f"{count}{devices[0].device_kind} ({devices[0].platform}, JAX {jax.__version__})"
 
 
 def mesh_of(devices: Sequence[Any], /) -> Mesh:
-    """All devices in a row: batches are divided along it, and so are parameters that are large enough."""
+    """All devices along one axis: batches are divided along it, and so are parameters that are large enough."""
     return Mesh(np.array(devices), (AXIS,))
 
 
 def batch_sharding(mesh: Mesh, /) -> NamedSharding:
+    """The first axis divided over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def whole(mesh: Mesh, /) -> NamedSharding:
-    """All of it on every device."""
+    """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def state_sharding(mesh: Mesh, state: Any, /, *, least: int = 1 << 16) -> Any:
-    """A sharding for each array: along the last axis that the devices divide, if it has ``least`` elements or more;
-    whole on every device otherwise."""
+    """A sharding for each array: over the last axis whose size the number of devices divides, if the array has
+    ``least`` elements or more; otherwise a copy on every device."""
 
     def of(array: Any) -> NamedSharding:
         axes = [a for a in range(array.ndim) if array.shape[a] % mesh.size == 0]
@@ -88,3 +101,10 @@ def state_sharding(mesh: Mesh, state: Any, /, *, least: int = 1 << 16) -> Any:
         return NamedSharding(mesh, PartitionSpec(*(AXIS if a == axes[-1] else None for a in range(array.ndim))))
 
     return jax.tree.map(of, state)
+
+
+def gathered(array: Any, /) -> np.ndarray:
+    """The whole of ``array`` on the host, in every process; all must call it where other processes hold parts of it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,18 +1,18 @@
-"""Averages of any pytree, snapshots of them, and any other length afterwards.
+"""Averages of any pytree of weights, their snapshots, and averages of any other length after training.
 
-    optimizer = optax.chain(optax.adam(1e-3), power_ema(t_delta=batch))    # last, so that it sees what weights become
+    optimizer = optax.chain(optax.adam(1e-3), power_ema(t_delta=batch))    # last: it averages the updated weights
     ...
-    save("snapshots", opt_state[-1])                                       # now and then
+    save("snapshots", opt_state[-1])                                       # at intervals
     params = reconstruct("snapshots", sigma_rel=0.13, like=params)         # after training, any length
 
 or, in a loop without optax or every few steps:
 
     state = init(params)                                                   # sigma_rel 0.05 and 0.10
-    state = update(state, params, time=images_seen, delta=batch)           # inside jit or out of it
+    state = update(state, params, time=images_seen, delta=batch)           # under jit or not
 
-All is computed in float32 (or wider, where weights are): with expm1 and log1p, what an update takes from the weights is
-right to a few parts in 10^7, however little it is. Nothing here is of one memory with the parameters, so a step may be
-given both to overwrite. Source: arXiv 2312.02696 Section 3, Appendix C.
+Averages are float32, or wider where weights are; expm1 and log1p compute 1 - beta with a relative error of a few parts
+in 10^7 however small it is. Averages share no memory with the parameters: a step may donate both. Source: arXiv
+2312.02696 Section 3, Appendix C.
 """
 
 from collections.abc import Sequence
@@ -27,16 +27,18 @@ import optax
 
 from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_arrays
 from backends.pipeline.checkpoints.snapshots import save_averages
-from edm2_core.ema import HalfLife, as_length, beta, sigma_rel_to_gamma
+from backends.pipeline.checkpoints.sources import open_sources
+from edm2_core.ema import Length, LengthLike, beta, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 
 Tree = Any  # a pytree of arrays
 
 
 class PowerEMAState(NamedTuple):
-    """A pytree: the clock, and the averages by length in text, as in ``averages["0.05"]`` or ``["HalfLife(2000.0)"]``.
+    """A pytree: the clock, and the averages by the text :attr:`~edm2_core.ema.Length.key` of their lengths, as in
+    ``averages["0.05"]`` or ``["HalfLife(2000.0)"]``.
 
-    ``time`` is a uint32, whole numbers below 2^32. Averages have the structure of the parameters.
+    ``time`` is a uint32, below 2^32. Averages have the structure of the parameters.
     """
 
     time: jax.Array
@@ -44,14 +46,14 @@ class PowerEMAState(NamedTuple):
 
 
 def power_ema(
-    sigma_rels: Sequence[float] = (0.05, 0.10), *, t_delta: int | None = None
+    sigma_rels: Sequence[LengthLike] = (0.05, 0.10), *, t_delta: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Average the parameters that updates lead to; the updates pass unchanged. Last in a chain.
+    """Averages of the updated parameters; the updates themselves pass unchanged. Last in a chain.
 
     Args:
-        sigma_rels: relative lengths; ``HalfLife(images)`` for a traditional average.
-        t_delta: by how much each update advances the clock, as the images of a batch; None: given with each call,
-            ``optimizer.update(gradients, state, params, t_delta=...)``, which also goes before the one given here.
+        sigma_rels: relative lengths; ``Length.half_life(images)`` for a traditional average.
+        t_delta: by how much each update advances the clock: the images of a batch. None: it comes with each call,
+            ``optimizer.update(gradients, state, params, t_delta=...)``, which takes precedence over the one given here.
 
     Source: Eq. 127. Dtypes: as :func:`init`.
 
@@ -62,7 +64,7 @@ def power_ema(
     def start(params: Tree) -> PowerEMAState:
         return init(params, sigma_rels=sigma_rels)
 
-    def follow(
+    def advance(
         updates: Tree, state: PowerEMAState, params: Tree = None, *, t_delta: Any = t_delta, **_: Any
     ) -> tuple[Tree, PowerEMAState]:
         if params is None:
@@ -73,34 +75,34 @@ def power_ema(
         time = state.time + jnp.asarray(t_delta, jnp.uint32)
         return updates, update(state, optax.apply_updates(params, updates), time=time, delta=t_delta)
 
-    _check_lengths(sigma_rels)
-    return optax.GradientTransformationExtraArgs(start, follow)
+    _lengths(sigma_rels)
+    return optax.GradientTransformationExtraArgs(start, advance)
 
 
-def init(params: Tree, *, sigma_rels: Sequence[float] = (0.05, 0.10)) -> PowerEMAState:
-    """Averages that have seen nothing but ``params``: a copy for each length. The first update replaces them.
+def init(params: Tree, *, sigma_rels: Sequence[LengthLike] = (0.05, 0.10)) -> PowerEMAState:
+    """The averages before the first update, which replaces them: a copy of ``params`` for each length.
 
     Dtype: that of each leaf, float32 where it is a narrower floating one. Raises InputError as :func:`power_ema`.
     """
-    _check_lengths(sigma_rels)
-    averages = {repr(as_length(s)): jax.tree.map(_copy, params) for s in sigma_rels}
+    averages = {length.key: jax.tree.map(_copy, params) for length in _lengths(sigma_rels)}
     return PowerEMAState(jnp.zeros((), jnp.uint32), averages)
 
 
 def update(state: PowerEMAState, params: Tree, *, time: Any, delta: Any) -> PowerEMAState:
-    """The averages at ``time``, where ``params`` held for the last ``delta``; any interval is exact (Eq. 127).
+    """The averages at ``time``, where ``params`` were the weights for the last ``delta``. Source: Eq. 127, which is
+    exact for any interval.
 
-    ``time`` and ``delta`` may be numbers, arrays or traced. Leaves that are not floating are copied from ``params``.
+    ``time`` and ``delta`` are numbers or arrays, traced or not. Leaves that are not floating are copied.
 
     Raises:
-        InputError: other shapes than those averaged; unless 0 < delta <= time, where they are numbers (with arrays,
-            averages become NaN).
+        InputError: other shapes than those averaged; or not 0 < delta <= time, where they are numbers (where they are
+            arrays, the averages become NaN).
     """
     _check(time, delta)
     averages = {}
-    for length, average in state.averages.items():
-        stay, go = _shares(as_length(length), time, delta)
-        averages[length] = jax.tree.map(lambda a, w, stay=stay, go=go: _moved(a, w, stay, go), average, params)
+    for key, average in state.averages.items():
+        keep, share = _shares(Length.of(key), time, delta)
+        averages[key] = jax.tree.map(lambda a, w, keep=keep, share=share: _lerp(a, w, keep, share), average, params)
     return PowerEMAState(jnp.asarray(time, jnp.uint32), averages)
 
 
@@ -112,7 +114,7 @@ def save(folder: str | Path, state: PowerEMAState) -> list[Path]:
     Raises:
         InputError: before the first update, or two leaves with one name.
     """
-    averages = ((as_length(s), {n: _host(x) for n, x in _named(tree).items()}) for s, tree in state.averages.items())
+    averages = ((Length.of(k), {n: _host(x) for n, x in _named(tree).items()}) for k, tree in state.averages.items())
     return save_averages(folder, averages, time=int(state.time))
 
 
@@ -123,67 +125,67 @@ def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None
     arrays or ``jax.ShapeDtypeStruct``. Source: Algorithm 3.
 
     Raises:
-        InputError: nothing stored, a time or length that cannot be had, or names or shapes other than of ``like``.
+        InputError: nothing stored, a time or length that cannot be reconstructed, or names or shapes other than those
+            of ``like``.
     """
-    (snapshot,) = reconstruct_arrays(folder, nimg=time, sigma_rels=[sigma_rel])
+    (snapshot,) = reconstruct_arrays(open_sources(folder), time=time, sigma_rels=[sigma_rel])
     arrays = {name: jnp.asarray(array) for name, array in snapshot.params.items()}
     if like is None:
         return arrays
     leaves = {name: (tuple(jnp.shape(x)), jnp.result_type(x)) for name, x in _named(like).items()}
     need, got = {n: shape for n, (shape, _) in leaves.items()}, {n: x.shape for n, x in arrays.items()}
-    if odd := sorted(name for name in need.keys() | got.keys() if need.get(name) != got.get(name)):
-        name = odd[0]
+    if differ := sorted(name for name in need.keys() | got.keys() if need.get(name) != got.get(name)):
+        name = differ[0]
         raise InputError(
             f"the snapshots must have the arrays of like, got {name} {got.get(name, 'missing')} for "
-            f"{need.get(name, 'none')} ({len(odd)} differ): give the parameters that were averaged"
+            f"{need.get(name, 'none')} ({len(differ)} differ): give the parameters that were averaged"
         )
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[n].astype(dtype) for n, (_, dtype) in leaves.items()])
 
 
-def _check_lengths(sigma_rels: Sequence[float]) -> None:
+def _lengths(sigma_rels: Sequence[LengthLike]) -> list[Length]:
     if not len(sigma_rels):
         raise InputError(
             "sigma_rels must be one or more lengths, got none: (0.05, 0.10) lets you choose any afterwards"
         )
-    for length in sigma_rels:
-        as_length(length)
+    return [Length.of(length) for length in sigma_rels]
 
 
 def _check(time: Any, delta: Any) -> None:
-    """Only of numbers: to look at an array would wait for the device."""
+    """Check numbers only: to read an array is to wait for the device."""
     if isinstance(time, int | float | np.number) and isinstance(delta, int | float | np.number):
         beta(0.1, t_next=float(time), t_delta=float(delta))
 
 
-def _shares(length: float, time: Any, delta: Any) -> tuple[jax.Array, jax.Array]:
-    """beta and 1 - beta, float32 0-d, the smaller with a small relative error. Source: Eq. 127.
+def _shares(length: Length, time: Any, delta: Any) -> tuple[jax.Array, jax.Array]:
+    """beta and 1 - beta, float32 0-d, the smaller with a small relative error. Source: Eq. 127, :meth:`Length.beta`.
 
-    gamma in float64 on the host. beta itself is too near 1 to be subtracted from it: expm1 gives the difference.
+    gamma is computed in float64 on the host. expm1 keeps the digits of 1 - beta that a difference would lose.
     """
     delta, time = (jnp.asarray(x, jnp.float32) for x in (delta, time))
-    if isinstance(length, HalfLife):
-        rate = -log(2) / length
-        go = jnp.expm1(rate * delta) / jnp.expm1(rate * time)
-        return 1 - go, go
-    exponent = (sigma_rel_to_gamma(length) + 1) * jnp.log1p(-delta / time)
+    if not length.relative:
+        rate = -log(2) / length.value
+        share = jnp.expm1(rate * delta) / jnp.expm1(rate * time)
+        return 1 - share, share
+    exponent = (sigma_rel_to_gamma(length.value) + 1) * jnp.log1p(-delta / time)
     return jnp.exp(exponent), -jnp.expm1(exponent)
 
 
-def _moved(average: jax.Array, weight: Any, stay: jax.Array, go: jax.Array) -> jax.Array:
-    """From ``average`` the part ``go`` of the way to ``weight``, measured from the nearer end: exact at both."""
+def _lerp(average: jax.Array, weight: Any, keep: jax.Array, share: jax.Array) -> jax.Array:
+    """``lerp(average, weight, share)``, from the closer endpoint so that share 0 and 1 are exact; keep = 1 - share."""
     if not _averaged(average):
         return _copy(weight)
     if jnp.shape(weight) != average.shape:
         raise InputError(
             f"params must have the shapes of their averages, got {jnp.shape(weight)} for {average.shape}: init anew"
         )
-    stay, go, weight = (jnp.asarray(x).astype(average.dtype) for x in (stay, go, weight))
-    way = weight - average
-    return jnp.where(go < 0.5, average + go * way, weight - stay * way)
+    keep, share, weight = (jnp.asarray(x).astype(average.dtype) for x in (keep, share, weight))
+    difference = weight - average
+    return jnp.where(share < 0.5, average + share * difference, weight - keep * difference)
 
 
 def _copy(x: Any) -> jax.Array:
-    """An array of its own, also as the result of jit: what shares memory cannot be donated twice."""
+    """A copy, also as the result of jit: two arrays that share memory cannot both be donated."""
     x = jnp.asarray(x)
     return jnp.array(x, dtype=jnp.promote_types(x.dtype, jnp.float32) if _averaged(x) else x.dtype, copy=True)
 
@@ -198,15 +200,14 @@ def _host(x: Any) -> np.ndarray:
 
 def _named(tree: Tree) -> dict[str, Any]:
     """The leaves by their paths, in order."""
-    found = [(".".join(map(_key, path)), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    named = dict(found)
-    if len(named) < len(found):
-        twice = next(name for i, (name, _) in enumerate(found) if name in dict(found[:i]))
-        raise InputError(f"leaves must have one name each, got {twice} twice: rename a key that has a dot")
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if (name := ".".join(map(_key, path))) in named:
+            raise InputError(f"leaves must have one name each, got {name} twice: rename a key that has a dot")
+        named[name] = leaf
     return named
 
 
 def _key(key: Any) -> str:
     """An entry of a path: a dict's key, a sequence's index, an attribute's name."""
-    found = (getattr(key, field) for field in ("key", "idx", "name") if hasattr(key, field))
-    return str(next(found, key))
+    return str(next((getattr(key, field) for field in ("key", "idx", "name") if hasattr(key, field)), key))

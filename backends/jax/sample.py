@@ -18,11 +18,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def open_sampler(options: SampleOptions) -> OpenSampler:
-    """On the device and in the precision that ``options`` name."""
+    """A sampler on the device and in the precision that ``options`` name."""
     from . import device  # JAX takes a second to import: help and wrong flags do without it
     from .port import Port
 
-    return Port(device=device.choose(options.device)[0], precision=options.precision).sampler
+    return Port(device=device.choose_one(options.device), precision=options.precision).sampler
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One training step as a pure function, and the state that it moves.
+"""One training step as a pure function of any denoiser, and the state that it advances.
 
 The order matters (SPEC STEP): force the stored weights onto their spheres; loss and gradients through the
 normalization; gradients made finite; Adam; averages of the stored weights, after Adam and before the next forcing.
@@ -16,177 +16,238 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from backends.pipeline.checkpoints.states import State as Stored
 from edm2_core import loss as objective
-from edm2_core.ema import as_length
+from edm2_core.ema import Length, LengthLike
 from edm2_core.network import NetworkConfig, plan
+from edm2_core.state import State
 
-from . import ema, weights
-from .network import Params, denoise, fan_axes, normalize
+from . import weights
+from .denoiser import Denoise, Tree
+from .ema import PowerEMAState, power_ema
+from .network import Params, fan_axes, network_denoiser, normalize
 
 
 class Batch(NamedTuple):
-    """images and unit_noise [N, H, W, C], sigma [N, 1, 1, 1], labels [N, label_dim] or None; all float32."""
+    """images and unit_noise [N, ...], sigma [N, 1, ...] with as many axes, labels [N, label_dim] or None; float32."""
 
     images: Array
     unit_noise: Array
     sigma: Array
-    labels: Array | None = None
+    labels: Any = None
 
 
-class State(NamedTuple):
-    """A network in training, a pytree: what is trained, Fourier constants, Adam's moments, averages with the clock."""
+class TrainState(NamedTuple):
+    """A network in training, a pytree. ``opt_state`` is the optimizer's, averages of the weights included.
 
-    params: dict[str, Array]
-    constants: dict[str, Array]
-    adam: optax.ScaleByAdamState
-    averages: ema.PowerEMAState
+    ``constants``: arrays by name that the network reads beside ``params`` and that are not trained, or None.
+    """
+
+    params: Tree
+    opt_state: Any
+    constants: dict[str, Array] | None = None
 
 
 class Metrics(NamedTuple):
-    """Mean loss per element, and the number of gradient elements that were not finite and were zeroed."""
+    """Mean loss per element; the number of gradient elements that were not finite and were zeroed; and what
+    ``summarize`` made of the gradients."""
 
     loss: Array
     nonfinite: Array
+    gradients: Any = None
+
+
+Step = Callable[..., tuple[TrainState, Metrics]]
+
+
+# ---- any network
+
+
+def draw_batch(images: Array, labels: Any, key: Array, *, P_mean: float, P_std: float) -> tuple[Batch, Array]:
+    """Noise and noise levels for ``images`` [N, ...], and a second key, for dropout. Source: Eq. 16."""
+    normal, noise, dropout = jax.random.split(key, 3)
+    draws = jax.random.normal(normal, (len(images), *(1,) * (images.ndim - 1)))
+    sigma = objective.noise_level(draws, P_mean=P_mean, P_std=P_std)
+    return Batch(images, jax.random.normal(noise, images.shape), sigma, labels), dropout
+
+
+def batch_loss(
+    denoise: Denoise, params: Tree, batch: Batch, *, sigma_data: float = 0.5, key: Array | None = None
+) -> Array:
+    """The loss of each element, like ``batch.images``, float32. Source: Eq. 21."""
+    noisy = batch.images + batch.unit_noise * batch.sigma
+    denoised, logvar = denoise(params, noisy, batch.sigma, batch.labels, key=key)
+    return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=sigma_data)
 
 
 def in_parts(batch: Batch, size: int) -> Batch:
-    """An axis in front, of parts of ``size`` images, which must divide the batch."""
+    """``batch`` with a new first axis, of parts of ``size`` images, which must divide it."""
     parts: Batch = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch)
     return parts
 
 
-Step = Callable[[State, Batch, Array, Array], tuple[State, Metrics]]
-
-
-def init(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, sigma_rels: Sequence[float]) -> State:
-    """A state before its first step, from canonical ``params``."""
-    native, table = weights.load(config, params), plan(config).parameters
-    trained = {name: array for name, array in native.items() if table[name].trained}
-    constants = {name: array for name, array in native.items() if not table[name].trained}
-    return State(trained, constants, optax.scale_by_adam().init(trained), ema.init(trained, sigma_rels=sigma_rels))
-
-
-def state_shapes(config: NetworkConfig, /, *, sigma_rels: Sequence[float]) -> State:
-    """What :func:`init` makes, as shapes and dtypes alone: to compile a step for before there is a state."""
-    shapes = {name: jax.ShapeDtypeStruct(p.shape, jnp.float32) for name, p in plan(config).parameters.items()}
-    found: State = jax.eval_shape(partial(init, config, sigma_rels=tuple(sigma_rels)), shapes)
-    return found
-
-
-def batch_loss(
-    config: NetworkConfig, params: Params, batch: Batch, *, dtype: Any = jnp.float32, dropout: Array | None = None
-) -> Array:
-    """The loss of each element, [N, H, W, C], float32. Source: Eq. 21."""
-    noisy = batch.images + batch.unit_noise * batch.sigma
-    denoised, logvar = denoise(config, params, noisy, batch.sigma, batch.labels, dtype=dtype, dropout=dropout)
-    return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=config.sigma_data)
-
-
-def force_weight_norm(config: NetworkConfig, params: Params) -> dict[str, Array]:
-    """The stored weights back on their spheres, on rungs that do. Source: Eq. 66."""
-    table = plan(config).parameters
-    return {name: normalize(w, fan_axes(w)) if table[name].normalized else w for name, w in params.items()}
-
-
 def make_step(
-    config: NetworkConfig,
+    denoise: Denoise,
+    optimizer: optax.GradientTransformation,
     *,
-    betas: tuple[float, float] = (0.9, 0.99),
+    sigma_data: float = 0.5,
+    force: Callable[[Tree], Tree] = lambda params: params,
     loss_scaling: float = 1.0,
     microbatch: int | None = None,
-    dtype: Any = jnp.float32,
+    summarize: Callable[[Tree], Any] = lambda gradients: None,
 ) -> Step:
-    """A pure ``step(state, batch, lr, key) -> (state, metrics)``, to be jitted with the state donated.
+    """A pure ``step(state, batch, key, **extra) -> (state, metrics)``, to be jitted with the state donated.
+
+        optimizer = optax.chain(optax.adam(1e-3), power_ema())
+        step = jax.jit(make_step(denoiser(backbone), optimizer), donate_argnums=0)
+        state, metrics = step(TrainState(params, optimizer.init(params)), batch, key)
 
     Args:
-        betas: of Adam, eps 1e-8.
-        loss_scaling: the loss is multiplied, its gradients divided by it: lifts float16 gradients above underflow.
+        denoise: as :func:`~.denoiser.denoiser` makes it.
+        optimizer: of optax; its ``update`` is also given ``extra`` and ``t_delta``, the images of the batch, by which
+            :func:`~.ema.power_ema` advances its clock.
+        force: applied to the trained parameters as the step begins.
+        loss_scaling: the loss is multiplied and its gradients divided by it: keeps float16 gradients above underflow.
         microbatch: images per forward pass; larger batches accumulate gradients in a scan.
-        dtype: of activations; parameters stay float32.
+        summarize: what to return of the gradients that the optimizer receives, in ``Metrics.gradients``.
 
-    ``key`` is that of dropout.
+    ``key`` is that of dropout, or None. Source: SPEC STEP, Eq. 21.
     """
-    adam = optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=1e-8)
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    def scaled(params: Params, constants: Params, part: Batch, total: int, key: Array) -> tuple[Array, Array]:
-        values = batch_loss(config, {**params, **constants}, part, dtype=dtype, dropout=key if config.dropout else None)
-        return values.sum() * (loss_scaling / total), values.sum()
+    def scaled(params: Tree, constants: Any, part: Batch, total: int, key: Array | None) -> tuple[Array, Array]:
+        every = {**params, **constants} if constants else params
+        values = batch_loss(denoise, every, part, sigma_data=sigma_data, key=key).sum()
+        return values * (loss_scaling / total), values
 
-    def gradients(params: Params, constants: Params, batch: Batch, key: Array) -> tuple[Params, Array]:
+    def gradients_of(params: Tree, constants: Any, batch: Batch, key: Array | None) -> tuple[Tree, Array]:
         total = len(batch.images)
-        take = jax.grad(scaled, has_aux=True)
+        gradient = jax.grad(scaled, has_aux=True)
         if microbatch is None or microbatch >= total:
-            return take(params, constants, batch, total, key)
-        parts = in_parts(batch, microbatch)
+            return gradient(params, constants, batch, total, key)
 
-        def add(carry: Any, indexed: tuple[Array, Batch]) -> tuple[Any, None]:
+        def add(sums: Any, indexed: tuple[Array, Batch]) -> tuple[Any, None]:
             index, part = indexed
-            return jax.tree.map(
-                jnp.add, carry, take(params, constants, part, total, jax.random.fold_in(key, index))
-            ), None
+            own = None if key is None else jax.random.fold_in(key, index)
+            return jax.tree.map(jnp.add, sums, gradient(params, constants, part, total, own)), None
 
         zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
-        return lax.scan(add, zero, (jnp.arange(total // microbatch), parts))[0]
+        return lax.scan(add, zero, (jnp.arange(total // microbatch), in_parts(batch, microbatch)))[0]
 
-    def step(state: State, batch: Batch, lr: Array, key: Array) -> tuple[State, Metrics]:
-        params = force_weight_norm(config, state.params)
-        found, loss = gradients(params, state.constants, batch, key)
-        found = jax.tree.map(lambda g: g / loss_scaling, found)
-        nonfinite = sum(jnp.sum(~jnp.isfinite(g)) for g in found.values())
-        found = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0), found)
-        updates, moments = adam.update(found, state.adam)
-        params = {name: params[name] - lr * updates[name] for name in params}
-        count = len(batch.images)
-        time = state.averages.time + jnp.asarray(count, jnp.uint32)
-        averages = ema.update(state.averages, params, time=time, delta=count)
-        metrics = Metrics(loss / batch.images.size, jnp.asarray(nonfinite))
-        return State(params, state.constants, moments, averages), metrics
+    def step(state: TrainState, batch: Batch, key: Array | None = None, **extra: Any) -> tuple[TrainState, Metrics]:
+        params = force(state.params)
+        gradients, loss = gradients_of(params, state.constants, batch, key)
+        gradients = jax.tree.map(lambda g: g / loss_scaling, gradients)
+        nonfinite = sum(jnp.sum(~jnp.isfinite(g)) for g in jax.tree.leaves(gradients))
+        gradients = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0), gradients)
+        extra = {"t_delta": len(batch.images), **extra}
+        updates, opt_state = optimizer.update(gradients, state.opt_state, params, **extra)
+        metrics = Metrics(loss / batch.images.size, jnp.asarray(nonfinite), summarize(gradients))
+        return TrainState(optax.apply_updates(params, updates), opt_state, state.constants), metrics
 
     return step
 
 
-def compiled(step: Callable[..., tuple[State, Metrics]], *example: Any, cpu: bool) -> Step:
-    """``step`` for arguments like ``example``, arrays or their shapes, of which the first is donated.
+def compiled(step: Step, *example: Any, cpu: bool) -> Step:
+    """``step`` compiled for arguments like ``example``, arrays or their shapes, of which the first is donated.
 
-    On a CPU, operations run in the order that takes least memory; by default all that can, run at once, and their
-    results wait. Compiling is where a small run takes most: what is free goes back to the system before and after.
+    On a CPU, operations run in the order that needs least memory; by default all that can run at once do, and their
+    results are held. Compiling takes most of a small run's memory: what is free is returned before and after.
     """
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if cpu else None
-    _give_back()
-    made = jax.jit(step, donate_argnums=0, compiler_options=options).lower(*example).compile()
-    _give_back()
-    return made
+    _trim_memory()
+    executable = jax.jit(step, donate_argnums=0, compiler_options=options).lower(*example).compile()
+    _trim_memory()
+    return executable
 
 
-def _give_back() -> None:
+def _trim_memory() -> None:
     """Return freed memory to the system, where the C library keeps it."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 
-def to_stored(state: State) -> Stored:
-    """The state in the canonical form that all ports share."""
-    constants = weights.dump(state.constants)
-    return Stored(
-        params={**weights.dump(state.params), **constants},
-        moments1=weights.dump(state.adam.mu),
-        moments2=weights.dump(state.adam.nu),
-        averages={as_length(s): {**weights.dump(a), **constants} for s, a in state.averages.averages.items()},
-        nimg=int(state.averages.time),
-        steps=int(state.adam.count),
+# ---- the EDM2 network
+
+
+def adam_with_averages(
+    lengths: Sequence[LengthLike], *, betas: tuple[float, float] = (0.9, 0.99)
+) -> optax.GradientTransformationExtraArgs:
+    """Adam with eps 1e-8 at the learning rate ``lr=`` of each update, and averages of ``lengths`` of the weights."""
+    adam = optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=1e-8)
+    return optax.chain(adam, scale_by_given_rate(), power_ema(lengths))
+
+
+def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
+    """Updates times -lr, where ``lr`` comes with each call of ``update``."""
+
+    def update(updates: Tree, state: Any, params: Tree = None, *, lr: Any, **_: Any) -> tuple[Tree, Any]:
+        return jax.tree.map(lambda u: -lr * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def make_network_step(
+    config: NetworkConfig,
+    *,
+    lengths: Sequence[LengthLike],
+    betas: tuple[float, float] = (0.9, 0.99),
+    dtype: Any = jnp.float32,
+    **options: Any,
+) -> Step:
+    """:func:`make_step` of the EDM2 network; activations in ``dtype``, parameters float32. Called with ``lr=``.
+
+    ``options``: ``loss_scaling``, ``microbatch`` and ``summarize``.
+    """
+    return make_step(
+        network_denoiser(config, dtype),
+        adam_with_averages(lengths, betas=betas),
+        sigma_data=config.sigma_data,
+        force=partial(force_weight_norm, config),
+        **options,
     )
 
 
-def from_stored(config: NetworkConfig, stored: Stored) -> State:
-    """Go on from ``stored``, whichever port wrote it."""
-    state = init(config, stored.params, sigma_rels=tuple(stored.averages))
+def force_weight_norm(config: NetworkConfig, params: Params) -> dict[str, Array]:
+    """The stored weights back on their spheres, on rungs with forced normalization. Source: Eq. 66."""
+    table = plan(config).parameters
+    return {name: normalize(w, fan_axes(w)) if table[name].normalized else w for name, w in params.items()}
+
+
+def init(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, lengths: Sequence[LengthLike]) -> TrainState:
+    """The state before the first step, from canonical ``params``."""
+    trained, constants = weights.load_divided(config, params)
+    return TrainState(trained, adam_with_averages(lengths).init(trained), constants)
+
+
+def state_shapes(config: NetworkConfig, /, *, lengths: Sequence[LengthLike]) -> TrainState:
+    """The shapes and dtypes of what :func:`init` makes, to compile a step before there is a state."""
+    shapes = {name: jax.ShapeDtypeStruct(p.shape, jnp.float32) for name, p in plan(config).parameters.items()}
+    state: TrainState = jax.eval_shape(partial(init, config, lengths=tuple(lengths)), shapes)
+    return state
+
+
+def to_state(state: TrainState) -> State:
+    """The canonical form, which all ports share, of a state of the EDM2 network."""
+    adam, _, averages = state.opt_state
+    constants = weights.dump(state.constants or {})
+    return State(
+        params={**weights.dump(state.params), **constants},
+        moments1=weights.dump(adam.mu),
+        moments2=weights.dump(adam.nu),
+        averages={Length.of(key): {**weights.dump(a), **constants} for key, a in averages.averages.items()},
+        nimg=int(averages.time),
+        steps=int(adam.count),
+    )
+
+
+def from_state(config: NetworkConfig, state: State) -> TrainState:
+    """The inverse of :func:`to_state`, whichever port wrote ``state``."""
+    trained, constants = weights.load_divided(config, state.params)
 
     def native(arrays: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        return {name: jnp.array(weights.to_native(np.asarray(arrays[name], np.float32))) for name in state.params}
+        return {name: weights.to_device(arrays[name]) for name in trained}
 
-    adam = optax.ScaleByAdamState(
-        count=jnp.asarray(stored.steps, jnp.int32), mu=native(stored.moments1), nu=native(stored.moments2)
-    )
-    averages = {repr(as_length(s)): native(arrays) for s, arrays in stored.averages.items()}
-    return State(state.params, state.constants, adam, ema.PowerEMAState(jnp.asarray(stored.nimg, jnp.uint32), averages))
+    adam = optax.ScaleByAdamState(jnp.asarray(state.steps, jnp.int32), native(state.moments1), native(state.moments2))
+    averages = {length.key: native(arrays) for length, arrays in state.averages.items()}
+    clock = jnp.asarray(state.nimg, jnp.uint32)
+    return TrainState(trained, (adam, optax.EmptyState(), PowerEMAState(clock, averages)), constants)

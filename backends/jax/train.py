@@ -17,15 +17,12 @@ PROG = "python -m backends.jax.train"
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_train(argv, prog=PROG, description="Train EDM2 with JAX; with no argument, on digits.")
-    import jax  # takes a second to import: help and wrong flags do without it
-
-    from . import device
+    from . import device  # JAX takes a second to import: help and wrong flags do without it
     from .port import Port
     from .trainer import JaxTrainer
 
     device.join()
-    own = next(one for one in device.choose(options.machine.device) if one.process_index == jax.process_index())
-    sampler = Port(device=own, matmul=None).sampler
+    sampler = Port(device=device.choose_one(options.machine.device)).sampler
     return run_training(options, JaxTrainer, sampler, prog=PROG)
 
 

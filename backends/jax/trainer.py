@@ -1,9 +1,8 @@
-"""What the training loop drives: a network in training on a mesh of devices, with noise of its own."""
+"""The trainer of this port: the EDM2 network on a mesh of devices, with noise drawn inside the compiled step."""
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,157 +12,181 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
-from backends.pipeline.checkpoints.states import State as Stored
-from backends.pipeline.runs.config import Settings, microbatches
-from backends.pipeline.runs.options import TrainOptions
-from backends.pipeline.runs.telemetry import Measurement
-from edm2_core.errors import InputError
-from edm2_core.loss import noise_level
+from backends.pipeline.runs.config import TrainConfig
+from backends.pipeline.runs.resolve import microbatches
+from backends.ports import Machine, Measurement, Trainer
+from edm2_core.ema import Length
 from edm2_core.network import initialize
+from edm2_core.state import Arrays, State
 
 from . import device as devices
-from .step import Batch, Metrics, State, compiled, from_stored, init, make_step, state_shapes, to_stored
-from .telemetry import Found, Start, fetched, make_measure, start_of
+from . import weights
+from .step import (
+    Metrics,
+    TrainState,
+    compiled,
+    draw_batch,
+    from_state,
+    init,
+    make_network_step,
+    state_shapes,
+    to_state,
+)
+from .telemetry import Measured, make_measure, summarize_rows, to_measurement
 from .weights import to_nhwc
 
 
-def drawn(settings: Settings, images: Array, labels: Array | None, key: Array) -> tuple[Batch, Array]:
-    """What a step sees of its ``key``: a batch with noise, and the key of its dropout."""
-    normal, noise, dropout = jax.random.split(key, 3)
-    sigma = noise_level(jax.random.normal(normal, (len(images), 1, 1, 1)), P_mean=settings.P_mean, P_std=settings.P_std)
-    return Batch(images, jax.random.normal(noise, images.shape), sigma, labels), dropout
+class JaxTrainer(Trainer):
+    """Noise is a function of (seed, images seen), however many devices share the batch.
 
+    A step always returns the row summaries of its gradients, for a few of its memory passes: so a measured step and a
+    plain one run the same program, and training continues exactly alike.
+    """
 
-class JaxTrainer:
-    """A :class:`~backends.pipeline.runs.training.Trainer`: noise is drawn inside the compiled step, a function of
-    (seed, images seen) however many devices share the batch."""
-
-    def __init__(self, settings: Settings, options: TrainOptions):
-        self._start = time.monotonic()
-        self._settings = settings
-        self._mesh = devices.mesh_of(devices.choose(options.device))
+    def __init__(self, config: TrainConfig, machine: Machine) -> None:
+        super().__init__()
+        self._state: TrainState
+        self._began: float | None = time.monotonic()  # None once the first step is done
+        self._config, self._nimg = config, 0
+        self._mesh = devices.mesh_of(devices.choose(machine.device))
         self.rank, self.world = jax.process_index(), jax.process_count()
         self.device = devices.describe(list(self._mesh.devices.flat))
-        microbatches(settings.batch, options.batch_per_device, world=self._mesh.size)
-        self._per_device = options.batch_per_device or settings.batch // self._mesh.size
-        with self._memory():
-            self._step = self._compiled(settings)  # before there is a state, for a compiler needs memory as well
-            params = initialize(settings.network, seed=settings.seed)
-            self._place(init(settings.network, params, sigma_rels=settings.lengths))
-        self._metrics: list[Metrics] = []
+        count, batch = self._mesh.size, config.hyper.batch
+        self._microbatch = batch // microbatches(batch, machine.batch_per_device, world=count)
+        with self._memory(batch // self.world):
+            self._step = self._compiled_step()  # before there is a state: compiling needs memory as well
+            params = initialize(config.network, seed=config.seed)
+            self._place(init(config.network, params, lengths=config.hyper.lengths))
 
-    def _compiled(self, settings: Settings) -> Any:
-        batch, data, classes = settings.batch, settings.data_summary, settings.network.label_dim
-        state = state_shapes(settings.network, sigma_rels=settings.lengths)
-        shared = partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=devices.batch_sharding(self._mesh))
+    @property
+    def nimg(self) -> int:
+        return self._nimg
+
+    def _compiled_step(self) -> Any:
+        """Ahead of time, for the shapes of this config."""
+        network, batch, mesh = self._config.network, self._config.hyper.batch, self._mesh
+        state = state_shapes(network, lengths=self._config.hyper.lengths)
+        shared = partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=devices.batch_sharding(mesh))
+        placed = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            state,
+            devices.state_sharding(mesh, state),
+        )
         return compiled(
-            self._noisy_step(settings),
-            jax.tree.map(
-                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                state,
-                devices.state_sharding(self._mesh, state),
-            ),
-            shared((batch, data.resolution, data.resolution, data.channels)),
-            shared((batch, classes)) if classes else None,
+            self._noisy_step(),
+            placed,
+            shared((batch, network.img_resolution, network.img_resolution, network.img_channels)),
+            shared((batch, network.label_dim)) if network.label_dim else None,
             jax.ShapeDtypeStruct((), jnp.float32),
             jax.eval_shape(jax.random.key, 0),
-            cpu=self._mesh.devices.flat[0].platform == "cpu",
+            cpu=mesh.devices.flat[0].platform == "cpu",
         )
 
-    def _noisy_step(self, settings: Settings) -> Any:
-        step = make_step(settings.network, loss_scaling=settings.loss_scaling, **self._common(settings))
+    def _noisy_step(self) -> Any:
+        network, hyper = self._config.network, self._config.hyper
+        step = make_network_step(
+            network,
+            lengths=hyper.lengths,
+            betas=hyper.betas,
+            loss_scaling=hyper.loss_scaling,
+            microbatch=self._microbatch,
+            dtype=self._dtype,
+            summarize=partial(summarize_rows, network),
+        )
+        draw = self._draw
 
         def train_step(
-            state: State, images: Array, labels: Array | None, lr: Array, key: Array
-        ) -> tuple[State, Metrics]:
-            batch, dropout = drawn(settings, images, labels, key)
-            return step(state, batch, lr, dropout)
+            state: TrainState, images: Array, labels: Array | None, lr: Array, key: Array
+        ) -> tuple[TrainState, Metrics]:
+            batch, dropout = draw(images, labels, key)
+            return step(state, batch, dropout, lr=lr)
 
         return train_step
 
     @cached_property
     def _measure(self) -> Any:
-        """Compiled at the first step that is measured; what it finds is whole on every device."""
-        measure = make_measure(self._settings.network, **self._common(self._settings))
+        """Compiled at the first measured step; its result is whole on every device."""
+        measure, draw = make_measure(self._config.network, microbatch=self._microbatch, dtype=self._dtype), self._draw
 
-        def of_step(before: Start, after: State, images: Array, labels: Array | None, key: Array) -> Found:
-            return measure(before, after, drawn(self._settings, images, labels, key)[0])
+        def of_step(
+            before: dict[str, Array], state: TrainState, images: Array, labels: Array | None, key: Array
+        ) -> Measured:
+            return measure(before, state, draw(images, labels, key)[0])
 
         return jax.jit(of_step, out_shardings=devices.whole(self._mesh))
 
-    def _common(self, settings: Settings) -> dict[str, Any]:
-        microbatch = self._per_device * self._mesh.size
-        return {"betas": settings.betas, "microbatch": microbatch, "dtype": getattr(jnp, settings.precision)}
+    @property
+    def _draw(self) -> Any:
+        return partial(draw_batch, P_mean=self._config.hyper.P_mean, P_std=self._config.hyper.P_std)
 
-    def _place(self, state: State) -> None:
-        self._state = jax.device_put(state, devices.state_sharding(self._mesh, state))
+    @property
+    def _dtype(self) -> Any:
+        return getattr(jnp, self._config.precision)
 
-    def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> None:
-        self._take(*self._given(images, labels, nimg), lr=lr)
+    def take_step(self, images: np.ndarray, labels: np.ndarray | None, *, lr: float) -> tuple[Array, Array]:
+        metrics = self._advance(*self._on_mesh(images, labels), lr=lr)
+        return metrics.loss, metrics.nonfinite
 
-    def measured_step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> Measurement:
-        before, given = start_of(self._state), self._given(images, labels, nimg)
-        self._take(*given, lr=lr)
-        with self._memory():
-            return fetched(self._settings.network, self._measure(before, self._state, *given))
+    def take_measured_step(
+        self, images: np.ndarray, labels: np.ndarray | None, *, lr: float
+    ) -> tuple[tuple[Array, Array], Measurement]:
+        before = jax.tree.map(jnp.copy, self._state.params)  # a step is given the memory of its state
+        batch = self._on_mesh(images, labels)
+        metrics = self._advance(*batch, lr=lr)
+        measured, gradients = jax.device_get((self._measure(before, self._state, *batch), metrics.gradients))
+        return (metrics.loss, metrics.nonfinite), to_measurement(self._config.network, measured, gradients)
 
-    def _given(self, images: np.ndarray, labels: np.ndarray | None, nimg: int) -> tuple[Any, Any, Any]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._settings.seed), nimg >> 31), nimg & 0x7FFFFFFF)
-        return self._global(to_nhwc(images)), self._global(labels), key
+    def _on_mesh(self, images: np.ndarray, labels: np.ndarray | None) -> tuple[Any, Any, Array]:
+        """This process's share as part of the whole batch, and the key of the next step's noise."""
+        key, nimg = jax.random.key(self._config.seed), self._nimg
+        key = jax.random.fold_in(jax.random.fold_in(key, nimg >> 31), nimg & 0x7FFFFFFF)
+        whole = partial(jax.make_array_from_process_local_data, devices.batch_sharding(self._mesh))
+        rows = None if labels is None else whole(np.ascontiguousarray(labels))
+        return whole(np.ascontiguousarray(to_nhwc(images))), rows, key
 
-    def _take(self, images: Any, labels: Any, key: Any, *, lr: float) -> None:
-        with self._memory():
-            self._state, metrics = self._step(self._state, images, labels, jnp.float32(lr), key)
-            if self._start:
-                jax.block_until_ready(metrics)
-        if self._start:
+    def _advance(self, images: Any, labels: Any, key: Array, *, lr: float) -> Metrics:
+        self._state, metrics = self._step(self._state, images, labels, jnp.float32(lr), key)
+        self._nimg += self._config.hyper.batch
+        if self._began is not None:
+            jax.block_until_ready(metrics)
             if self.rank == 0:
-                print(f"first step after {time.monotonic() - self._start:.1f} s, compilation included", file=sys.stderr)
-            self._start = 0.0
-        self._metrics.append(metrics)
+                seconds = time.monotonic() - self._began
+                print(f"first step after {seconds:.1f} s, compilation included", file=sys.stderr)
+            self._began = None
+        return metrics
 
-    @contextmanager
-    def _memory(self) -> Iterator[None]:
-        """Raise InputError, with the batch to try, where memory runs out."""
-        try:
-            yield
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            half = max(self._per_device // 2, 1)
-            raise InputError(
-                f"the step must fit into memory, got none left on {self.device}: try --batch-per-device {half}"
-            ) from error
+    def fetch(self, values: Sequence[Any], /) -> np.ndarray:
+        return np.array(jax.device_get(list(values)))
 
-    def _global(self, array: np.ndarray | None) -> Any:
-        """This process's share of a batch as part of the whole."""
-        if array is None:
-            return None
-        return jax.make_array_from_process_local_data(devices.batch_sharding(self._mesh), np.ascontiguousarray(array))
-
-    def metrics(self) -> Mapping[str, float]:
-        found, self._metrics = jax.device_get(self._metrics), []
-        return {"loss": float(np.mean([m.loss for m in found])), "nonfinite": int(sum(m.nonfinite for m in found))}
-
-    def _whole(self) -> Stored:
-        state = self._state
-        if self.world > 1:
-            state = multihost_utils.process_allgather(state, tiled=True)
-        return to_stored(state)
-
-    def parameters(self) -> Mapping[str, np.ndarray]:
-        return self._whole().params
-
-    def averages(self) -> Mapping[float, Mapping[str, np.ndarray]]:
-        return self._whole().averages
-
-    def state(self) -> Stored:
-        return self._whole()
-
-    def load_state(self, state: Stored, /) -> None:
-        self._place(from_stored(self._settings.network, state))
-
-    def agree(self, stop: bool, /) -> bool:
+    def mean_over_processes(self, value: float, /) -> float:
+        """The mean of ``value`` in float32."""
         if self.world == 1:
-            return stop
-        return bool(np.any(multihost_utils.process_allgather(np.array(stop))))
+            return value
+        return float(np.mean(multihost_utils.process_allgather(np.float32(value))))
+
+    def is_out_of_memory(self, error: Exception, /) -> bool:
+        return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+    def images_at_a_time(self, count: int, /) -> int:
+        return self._microbatch // self._mesh.size
+
+    def parameters(self) -> Arrays:
+        return self._gathered({**self._state.params, **(self._state.constants or {})})
+
+    def average(self, length: Length, /) -> Arrays:
+        averages = self._state.opt_state[-1].averages
+        return self._gathered({**averages[length.key], **(self._state.constants or {})})
+
+    def _gathered(self, arrays: Mapping[str, Array]) -> Arrays:
+        """Canonical arrays on every process, gathered one after another: no more than one is whole on a device."""
+        return {name: weights.to_host(devices.gathered(array)) for name, array in arrays.items()}
+
+    def state(self) -> State:
+        return to_state(jax.tree.map(devices.gathered, self._state))
+
+    def load_state(self, state: State, /) -> None:
+        self._place(from_state(self._config.network, state))
+        self._nimg = state.nimg
+
+    def _place(self, state: TrainState) -> None:
+        self._state = jax.device_put(state, devices.state_sharding(self._mesh, state))

@@ -1,7 +1,7 @@
-"""Canonical arrays to and from the layout that the network computes in. Names stay; axes move, once.
+"""Canonical arrays to and from the layout that the network computes in. Names stay; axes are permuted, once.
 
 A convolution is [out, in, kh, kw] on disk and [kh, kw, in, out] here, a linear layer [out, in] and [in, out]: the axis
-of outputs is the last. What has one axis or none is as it is.
+of outputs is the last. Arrays of one axis or none stay as they are. Images are NCHW on disk and NHWC here.
 """
 
 from collections.abc import Mapping
@@ -10,25 +10,54 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from edm2_core.network import NetworkConfig, check_parameters
+from edm2_core.network import NetworkConfig, check_parameters, initialize, plan
+
+
+def init_params(config: NetworkConfig, /, *, seed: int) -> dict[str, Array]:
+    """Initial parameters of a network, ready for use: the same numbers in every port.
+
+    Source: :func:`edm2_core.network.initialize`. Returns: native float32 arrays by name.
+    """
+    return load(config, initialize(config, seed=seed))
 
 
 def load(config: NetworkConfig, params: Mapping[str, np.ndarray], /) -> dict[str, Array]:
-    """Canonical ``params`` as float32 arrays of their own. Raises InputError unless they are the config's."""
+    """Canonical ``params`` as native float32 arrays, copied. Raises InputError unless they are the config's."""
     check_parameters(config, params)
-    return {name: jnp.array(to_native(array), jnp.float32) for name, array in params.items()}
+    return {name: to_device(array) for name, array in params.items()}
+
+
+def load_divided(
+    config: NetworkConfig, params: Mapping[str, np.ndarray], /
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """:func:`load`, divided into what is trained and constants."""
+    native, table = load(config, params), plan(config).parameters
+    trained = {name: array for name, array in native.items() if table[name].trained}
+    return trained, {name: array for name, array in native.items() if name not in trained}
 
 
 def dump(params: Mapping[str, Array], /) -> dict[str, np.ndarray]:
-    """Native arrays as canonical float32 NumPy arrays of their own."""
-    return {name: np.array(to_canonical(np.asarray(array)), np.float32, order="C") for name, array in params.items()}
+    """Native arrays as canonical float32 NumPy arrays, copied."""
+    return {name: to_host(array) for name, array in params.items()}
+
+
+def to_device(array: np.ndarray, /) -> Array:
+    """A canonical array as a native one, float32, copied."""
+    return jnp.array(to_native(array), jnp.float32)
+
+
+def to_host(array: Array | np.ndarray, /) -> np.ndarray:
+    """A native array as a canonical one, float32, copied."""
+    return np.array(to_canonical(np.asarray(array)), np.float32, order="C")
 
 
 def to_native(array: np.ndarray, /) -> np.ndarray:
+    """The axes of a parameter in native order."""
     return array.transpose(_native(array.ndim))
 
 
 def to_canonical(array: np.ndarray, /) -> np.ndarray:
+    """The axes of a parameter in canonical order."""
     return array.transpose(np.argsort(_native(array.ndim)) if array.ndim else ())
 
 
@@ -37,8 +66,10 @@ def _native(ndim: int) -> tuple[int, ...]:
 
 
 def to_nhwc(images: np.ndarray, /) -> np.ndarray:
+    """Images [N, C, H, W] as float32 [N, H, W, C]."""
     return np.asarray(images, np.float32).transpose(0, 2, 3, 1)
 
 
 def to_nchw(images: Array, /) -> np.ndarray:
+    """Images [N, H, W, C] as contiguous NumPy [N, C, H, W]."""
     return np.ascontiguousarray(np.asarray(images).transpose(0, 3, 1, 2))

@@ -1,1 +1,20 @@
-"""The MLX port: training and sampling on Apple silicon and CPUs; averages of any module."""
+"""The MLX port: training and sampling on Apple silicon and CPUs; averages of the weights of any module.
+
+from backends.mlx import load          # load, sample and train are in backends.mlx.api
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import load
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    """``load``, on first use: importing this package imports no MLX."""
+    if name == "load":
+        from .api import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

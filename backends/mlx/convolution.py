@@ -1,11 +1,11 @@
-"""How is a convolution that keeps the size computed fastest on this device?
+"""Convolutions that keep the size of the image, computed in the way that is fastest on the device.
 
-On the GPU by ``mx.conv2d``. The CPU build's takes 2 to 4 times as long as a sum over the kernel's taps of one matrix
-product each, of the shifted image and the tap's weights. Its matrix products run on one core, and are slow where the
-second factor is transposed: here none is, on the way there or back, and every core has a stream and a share of them.
+On a GPU this is ``mx.conv2d``. On MLX's CPU build ``mx.conv2d`` takes 2 to 4 times as long as a sum of matrix products,
+one for each tap of the kernel, of the shifted image and the tap's weights. Matrix products run on one core there, and
+are slow if the second factor is transposed. Here neither the forward nor the backward pass transposes it, and work is
+split over one stream per core.
 
-``mx.conv2d`` has no forward derivative; the sum has: take ``mx.jvp`` of a network within
-``mx.stream(mx.cpu)``.
+``mx.conv2d`` has no forward derivative, but the sum has: take ``mx.jvp`` of a network within ``mx.stream(mx.cpu)``.
 """
 
 import os
@@ -18,7 +18,7 @@ import mlx.core as mx
 
 T = TypeVar("T")
 Pair = tuple[mx.array, mx.array]
-_WORTH_A_CORE = 4_000_000  # products, two milliseconds: to hand over takes up to a tenth of one
+_WORTH_A_CORE = 4_000_000  # products, 2 ms of work: handing it to another core costs up to 0.1 ms
 _LOCAL = threading.local()  # a stream belongs to the thread that made it
 
 
@@ -26,8 +26,8 @@ def convolve(x: mx.array, w: mx.array) -> mx.array:
     """[N, H, W, in] and [out, k, k, in], k odd, to [N, H, W, out]; zeros beyond the border."""
     if mx.default_device() == mx.gpu:
         return mx.conv2d(x, w, padding=w.shape[1] // 2)
-    found: Any = by_taps(x, w)
-    return found  # custom_function says object
+    y: Any = by_taps(x, w)  # its declared type is object
+    return y
 
 
 @mx.custom_function
@@ -39,45 +39,49 @@ def by_taps(x: mx.array, w: mx.array) -> mx.array:
 def _back(primals: Pair, cotangent: mx.array, _: mx.array) -> Pair:
     x, w = primals
     turned = mx.contiguous(w.transpose(1, 2, 0, 3)[::-1, ::-1])
-    flat, seen = cotangent.reshape(-1, w.shape[0]).T, _shifted(x, w.shape[1])
-    taps = _spread(lambda part: flat @ part.reshape(-1, x.shape[-1]), seen, _streams(x.size * w.size // x.shape[-1]))
+    flat = cotangent.reshape(-1, w.shape[0]).T  # (out, N H W)
+    streams = _streams(x.size * w.size // x.shape[-1])
+    taps = _spread(
+        lambda part: flat @ part.reshape(-1, x.shape[-1]), _shifted(x, w.shape[1]), streams
+    )  # each (out, in)
     return _by_taps(cotangent, turned), mx.stack(taps, axis=1).reshape(w.shape)
 
 
 def _by_taps(x: mx.array, taps: mx.array) -> mx.array:
-    """``taps`` [k, k, in, out]."""
+    """:func:`convolve` with the weight as ``taps`` [k, k, in, out]."""
     size, _, inner, outer = taps.shape
     flat, streams = taps.reshape(-1, inner, outer), _streams(x.size * taps.size // inner)[: len(x)]
     cuts = [len(x) * i // len(streams) for i in range(1, len(streams))]
 
     def part(images: mx.array) -> mx.array:
-        first, *others = (seen.reshape(-1, inner) @ tap for seen, tap in zip(_shifted(images, size), flat, strict=True))
+        pixels = (shifted.reshape(-1, inner) for shifted in _shifted(images, size))  # each (N H W, in)
+        first, *others = (rows @ tap for rows, tap in zip(pixels, flat, strict=True))
         return sum(others, first)
 
     return mx.concatenate(_spread(part, list(mx.split(x, cuts)), streams)).reshape(*x.shape[:3], outer)
 
 
 def _shifted(x: mx.array, size: int) -> list[mx.array]:
-    """What each tap of a ``size`` x ``size`` kernel sees of the image."""
+    """For each tap of a ``size`` x ``size`` kernel, the image [N, H, W, C] that it is multiplied with."""
     _, h, w, _ = x.shape
-    around = size // 2
-    padded = mx.pad(x, [(0, 0), (around, around), (around, around), (0, 0)]) if around else x
+    pad = size // 2
+    padded = mx.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)]) if pad else x
     return [padded[:, i : i + h, j : j + w] for i in range(size) for j in range(size)]
 
 
 def _spread(function: Callable[[T], mx.array], items: Sequence[T], streams: Sequence[mx.Stream]) -> list[mx.array]:
-    """``function`` of each item, on the ``streams`` in turns."""
-    found = []
+    """``function`` of each item, on the ``streams`` in turn."""
+    results = []
     for i, item in enumerate(items):
         with mx.stream(streams[i % len(streams)]):
-            found.append(function(item))
-    return found
+            results.append(function(item))
+    return results
 
 
 def _streams(products: int) -> list[mx.Stream]:
-    """Where to compute so many products: here and, as far as they last for a while, on other cores.
+    """The streams for so many products: the default one and, if there is enough work, one for each other core.
 
-    Never on others on a Mac: its matrix products use all cores themselves.
+    On a Mac only the default one, since its matrix products use all cores by themselves.
     """
     cores = 1 if sys.platform == "darwin" else min(os.cpu_count() or 1, 8, max(products // _WORTH_A_CORE, 1))
     others = _LOCAL.__dict__.setdefault("streams", [])

@@ -1,4 +1,4 @@
-"""On which device, and in which process of a data-parallel group, does this command compute?"""
+"""The device that computes, its arithmetic, compilation, and the processes of a data-parallel group."""
 
 import os
 import sys
@@ -15,31 +15,32 @@ from mlx.utils import tree_flatten
 from edm2_core.errors import InputError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-_BUCKET = 4 << 20  # bytes of gradients per message: larger ones have been seen to lock up the ring
+_BUCKET = 4 << 20  # bytes of gradients per message: MLX's ring has deadlocked on larger ones (mlx#4475)
 
 
 def choose(name: str | None, /) -> mx.Device:
-    """The device called ``name``, gpu or cpu, or the faster there is.
+    """The device called ``name``, gpu or cpu. Default: the gpu where there is one.
 
     Raises:
-        InputError: no such device here.
+        InputError: this machine has no such device.
     """
-    there = ["gpu", "cpu"] if mx.is_available(mx.gpu) else ["cpu"]
-    name = there[0] if name is None else name
-    if name not in there:
+    available = ["gpu", "cpu"] if mx.is_available(mx.gpu) else ["cpu"]
+    name = available[0] if name is None else name
+    if name not in available:
         raise InputError(
-            f"--device must be one that is here ({', '.join(there)}), got {name}: leave it out for the fastest"
+            f"--device must be one that is here ({', '.join(available)}), got {name}: leave it out for the fastest"
         )
     return mx.Device(mx.gpu if name == "gpu" else mx.cpu)
 
 
 def describe(device: mx.Device, /) -> str:
+    """Kind, name and memory limit of a device, for the first lines of a command."""
     info, limit = mx.device_info(device), _memory_limit() / 2**30
     return f"{_kind(device)} ({info.get('device_name', info['architecture'])}, memory limit {limit:.1f} GiB)"
 
 
 def _memory_limit() -> int:
-    """Bytes that MLX may take: what setting the limit answers, in all its versions."""
+    """Bytes that MLX may allocate. Setting a limit returns the previous one; no getter exists in all versions."""
     limit = mx.set_memory_limit(1 << 50)
     mx.set_memory_limit(limit)
     return int(limit)
@@ -50,73 +51,76 @@ def _kind(device: mx.Device, /) -> str:
 
 
 def is_slow(device: mx.Device, /) -> bool:
-    """Whether products are MLX's own on Linux, a few GFLOP/s on one core. A Mac's CPU has Accelerate."""
+    """Whether matrix products reach only a few GFLOP/s, on one core: on all CPUs but a Mac's, which has Accelerate."""
     return device == mx.cpu and sys.platform != "darwin"
 
 
 def arithmetic(precision: str, /) -> mx.Dtype:
-    """The dtype called ``precision``. Raises InputError unless networks can be computed in it here."""
+    """The dtype called ``precision``. Raises InputError unless it is one of :data:`PRECISIONS`."""
     if precision not in PRECISIONS:
         raise InputError(
             f"precision must be one of {', '.join(PRECISIONS)}, got {precision}: MLX has no other on its GPU"
         )
-    found: mx.Dtype = getattr(mx, precision)
-    return found
+    dtype: mx.Dtype = getattr(mx, precision)
+    return dtype
 
 
 def compiled(function: Callable[..., Any], /, **state: Any) -> Callable[..., Any]:
-    """``mx.compile`` with ``inputs`` and ``outputs`` named, on a GPU. On a CPU it would start a C++ compiler for each
-    shape, if there is one, and what it fuses there is no faster."""
+    """``mx.compile(function, **state)`` on a GPU; ``state`` are its ``inputs`` and ``outputs``.
+
+    On a CPU ``function`` itself: there MLX runs a C++ compiler for each shape, and the fused code is no faster.
+    """
     return mx.compile(function, **state) if mx.default_device() == mx.gpu else function
 
 
 def report(name: str | None, /) -> None:
-    """Say where a command computed, and how much memory MLX took at most."""
+    """Print the device that a command computed on, and MLX's peak memory."""
     print(f"memory   {mx.get_peak_memory() / 2**20:.0f} MiB at the peak, on {describe(choose(name))}")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of the processes that ``mlx.launch`` started this one is; one of one without it."""
+    """This process's rank among those that ``mlx.launch`` started, and their number; without it, the only one."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def here(cls) -> "Processes":
-        """Meet the other processes, if there are any."""
+        """Join the group of processes, if there is one."""
         if "MLX_RANK" not in os.environ:
             return cls()
-        with _meeting():
+        with _timeout():
             group = mx.distributed.init(strict=True)
         return cls(group.rank(), group.size())
 
     def average(self, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The mean of each array over the processes, in messages of a few megabytes."""
+        """The mean of each array over the processes, in messages of at most :data:`_BUCKET` bytes."""
         if self.world == 1:
             return gradients
         mx.eval(gradients)
-        with _meeting():
-            found = dict(tree_flatten(nn.average_gradients(gradients, all_reduce_size=_BUCKET)))
-            mx.eval(found)
-        return found
+        with _timeout():
+            means = dict(tree_flatten(nn.average_gradients(gradients, all_reduce_size=_BUCKET)))
+            mx.eval(means)
+        return means
 
     def mean(self, value: float) -> float:
         """The mean of a number over the processes. All must call it together."""
         if self.world == 1:
             return value
-        with _meeting():
+        with _timeout():
             return float(mx.distributed.all_sum(mx.array(value))) / self.world
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
-    """Wait for the other processes ``EDM2_TIMEOUT`` seconds at most, 300 where it is not set.
+def _timeout() -> Iterator[None]:
+    """Within it, wait for the other processes for at most ``EDM2_TIMEOUT`` seconds, 300 by default.
 
-    MLX waits for ever inside, where no exception reaches: past the time the process ends itself, with a line.
+    MLX itself waits without limit, and no exception can interrupt it: after that time the process prints one line and
+    exits.
 
     Raises:
-        InputError: another process is gone.
+        InputError: another process has ended.
     """
     seconds = float(os.environ.get("EDM2_TIMEOUT", 300))
 

@@ -1,4 +1,4 @@
-"""Averages of any module or tree of arrays, snapshots of them, and any other length afterwards.
+"""Averages of the weights of any module or tree of arrays; their snapshots; averages of other lengths from these.
 
     ema = PowerEMA(model)                                     # tracks sigma_rel 0.05 and 0.10
     ema.update(time=images_seen, delta=batch)                 # after each optimizer step
@@ -17,10 +17,14 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_arrays
+from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_sources
 from backends.pipeline.checkpoints.snapshots import save_averages
-from edm2_core.ema.tracking import advance, start
+from backends.pipeline.checkpoints.sources import open_sources
+from edm2_core.ema import Length, LengthLike
+from edm2_core.ema.tracking import check_alike, start
 from edm2_core.errors import InputError
+
+from .device import compiled
 
 Tree = Any  # nested dicts and lists of arrays
 
@@ -28,14 +32,14 @@ Tree = Any  # nested dicts and lists of arrays
 class PowerEMA:
     """Averages of a module's trainable parameters, or of all arrays of a tree, one per length.
 
-    The clock is whatever whole number you count (images, steps), the same in every call. What is frozen in a module,
-    such as the statistics of BatchNorm, is not averaged: snapshots hold it as it is. Averages stay float32 where
+    The clock is whatever whole number you count (images, steps), the same in every call. Frozen parameters of a module,
+    such as the statistics of BatchNorm, are not averaged: snapshots hold them as they are. Averages are float32 where
     parameters are narrower.
 
     Args:
-        model: an ``mlx.nn.Module``; or a tree, and then :meth:`update` is given what is to be averaged.
-        sigma_rels: relative lengths; ``HalfLife(images)`` for a traditional average.
-        trainable_only: snapshots hold nothing but the parameters that can be trained now, as of a LoRA.
+        model: an ``mlx.nn.Module``; or a tree of arrays, and then :meth:`update` needs the live one each time.
+        sigma_rels: relative lengths; ``Length.half_life(time)`` for a traditional average.
+        trainable_only: snapshots hold only the parameters that are trainable now, as of a LoRA.
 
     Raises:
         InputError: a length outside (0, 0.2887), or none.
@@ -45,26 +49,33 @@ class PowerEMA:
         self,
         model: nn.Module | Tree,
         *,
-        sigma_rels: Sequence[float] = (0.05, 0.10),
+        sigma_rels: Sequence[LengthLike] = (0.05, 0.10),
         trainable_only: bool = False,
     ):
         self.time = 0
         self._module = model if isinstance(model, nn.Module) else None
         self._trainable_only = trainable_only
         weights = _flat(model.trainable_parameters() if isinstance(model, nn.Module) else model)
-        self.averages: dict[float, dict[str, mx.array]] = start(weights, sigma_rels=sigma_rels)
+        averages: Any = start(weights, sigma_rels=sigma_rels)
+        self.averages: dict[Length, dict[str, mx.array]] = {Length.of(s): average for s, average in averages.items()}
+        self._advance = compiled(advance)
         mx.eval(self.averages)
 
     def update(self, params: Tree = None, *, time: int, delta: int) -> None:
-        """Advance every average to ``time``, ``delta`` after the last update; any interval is exact (Eq. 127).
+        """Advance every average to ``time``, ``delta`` after the last update; any interval is exact. Source: Eq. 127.
 
-        ``params``: the live parameters, None: those of the module. Evaluates them and the averages, so that no graph
-        grows.
+        ``params``: the live parameters. Default: those of the module. Evaluates the averages, and with them the live
+        parameters, so that no graph grows. Call it after a compiled training step, or put :func:`advance` into one.
 
         Raises:
             InputError: unless 0 < delta <= time, names or shapes that are not averaged, or no parameters at all.
         """
-        self.averages = advance(self.averages, self._live(params), t_next=time, t_delta=delta)
+        live = self._live(params)
+        check_alike(self.averages, live)
+        shares = mx.array([1 - length.beta(t_next=time, t_delta=delta) for length in self.averages])
+        advanced = self._advance(list(self.averages.values()), live, shares)
+        self.averages = dict(zip(self.averages, advanced, strict=True))
+        del advanced
         mx.eval(self.averages)
         self.time = time
 
@@ -77,32 +88,35 @@ class PowerEMA:
         live = _flat(self._module.parameters() if params is None else params)
         return {name: array for name, array in live.items() if name in averaged}  # may have been frozen since
 
-    def arrays(self, sigma_rel: float) -> dict[str, mx.array]:
-        """One average and what is frozen in the module, by name: what ``load_weights(list(....items()))`` takes.
+    def arrays(self, length: LengthLike) -> dict[str, mx.array]:
+        """One average and the module's frozen parameters, by name, for ``load_weights(list(....items()))``.
 
-        Those of ``trainable_only`` are fewer: ``load_weights(..., strict=False)``. Raises InputError for a length that
-        is not tracked.
+        With ``trainable_only`` the frozen ones are missing: ``load_weights(..., strict=False)``.
+
+        Raises:
+            InputError: a length that is not tracked.
         """
-        if sigma_rel not in self.averages:
+        length = Length.of(length)
+        if length not in self.averages:
             raise InputError(
-                f"the length must be one of those tracked, {', '.join(map(str, self.averages))}, got {sigma_rel}: "
-                "reconstruct makes others from what was saved"
+                f"the length must be one of those tracked, {', '.join(map(str, self.averages))}, got {length}: "
+                "reconstruct makes others from saved snapshots"
             )
-        besides = {} if self._module is None or self._trainable_only else _flat(self._module.parameters())
-        return {**besides, **self.averages[sigma_rel]}
+        frozen = {} if self._module is None or self._trainable_only else _flat(self._module.parameters())
+        return {**frozen, **self.averages[length]}
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write one snapshot per average into ``folder``, atomically; returns their paths."""
-        averages = ((s, {name: _host(x) for name, x in self.arrays(s).items()}) for s in self.averages)
+        averages = ((length, {name: _host(x) for name, x in self.arrays(length).items()}) for length in self.averages)
         return save_averages(folder, averages, time=self.time)
 
     def state_dict(self) -> dict[str, mx.array]:
-        """Everything needed to go on, the clock and the averages, flat: ``mx.save_safetensors`` takes it."""
-        flat = {f"{s!r}/{name}": array for s, average in self.averages.items() for name, array in average.items()}
+        """The clock and the averages, flat, as ``mx.save_safetensors`` takes them."""
+        flat = {f"{length.key}/{name}": x for length, average in self.averages.items() for name, x in average.items()}
         return {"time": mx.array(self.time, mx.int64), **flat}
 
     def load_state_dict(self, state: Mapping[str, mx.array]) -> None:
-        """Restore ``state_dict()``, or what ``mx.load`` makes of it.
+        """Restore what :meth:`state_dict` returned, also through a file and ``mx.load``.
 
         Raises:
             InputError: other lengths, names or shapes; nothing is changed then.
@@ -115,27 +129,44 @@ class PowerEMA:
             )
         self.time = int(np.array(state["time"]))
         self.averages = {
-            s: {name: mx.array(state[f"{s!r}/{name}"]).astype(x.dtype) for name, x in average.items()}
-            for s, average in self.averages.items()
+            length: {name: mx.array(state[f"{length.key}/{name}"]).astype(x.dtype) for name, x in average.items()}
+            for length, average in self.averages.items()
         }
         mx.eval(self.averages)
 
 
+def advance(
+    averages: Sequence[Mapping[str, mx.array]], weights: Mapping[str, mx.array], shares: mx.array
+) -> list[dict[str, mx.array]]:
+    """Move each average the part ``shares[i] = 1 - beta`` of the way to ``weights``. Source: Eq. 127.
+
+    A pure function of arrays: put it into a function of your own that ``mx.compile`` compiles, with the shares, which
+    change with the clock, as an argument. Shapes: shares [number of averages]. Dtype: floating arrays that of the
+    average; others are copied from ``weights``.
+    """
+    return [
+        {name: _lerp(array, weights[name], share) for name, array in average.items()}
+        for average, share in zip(averages, shares, strict=True)
+    ]
+
+
+def _lerp(average: mx.array, weight: mx.array, share: mx.array) -> mx.array:
+    """``lerp(average, weight, share)``, computed from the closer endpoint so that share 0 and 1 are exact."""
+    if not mx.issubdtype(average.dtype, mx.floating):
+        return mx.array(weight)  # of its own: MLX arrays can be written in place
+    weight = weight.astype(average.dtype)
+    difference = weight - average
+    return mx.where(share < 0.5, average + share * difference, weight - (1 - share) * difference)
+
+
 def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None) -> dict[str, mx.array]:
-    """The average of length ``sigma_rel`` at ``time`` (None: the last snapshot's), from the snapshots in ``folder``.
+    """The average of length ``sigma_rel`` at ``time``, from the snapshots in ``folder``. Source: Algorithm 3.
 
     Returns arrays by name, for ``model.load_weights(list(....items()))`` or ``tree_unflatten``: averages in float32,
-    counters as last stored. Source: Algorithm 3.
+    counters as last stored. ``time`` is that of the last snapshot by default.
     """
-    (snapshot,) = reconstruct_arrays(folder, nimg=time, sigma_rels=[sigma_rel])
+    (snapshot,) = reconstruct_sources(open_sources(folder), time=time, sigma_rels=[sigma_rel])
     return {name: mx.array(array) for name, array in snapshot.params.items()}
-
-
-def moved(average: mx.array, weight: mx.array, share: mx.array) -> mx.array:
-    """From ``average`` the part ``share`` (1 - beta, 0-d) of the way to ``weight``, measured from the nearer end: exact
-    at both. What a compiled step does, where ``share`` is no Python number. Source: Eq. 127."""
-    way = weight - average
-    return mx.where(share < 0.5, average + share * way, weight - (1 - share) * way)
 
 
 def _flat(tree: Tree) -> dict[str, mx.array]:

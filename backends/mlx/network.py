@@ -1,35 +1,68 @@
-"""The EDM2 network as MLX modules that walk the plan, in MLX's own layout: images NHWC, weights [out, kh, kw, in].
+"""The EDM2 network as MLX modules built from the plan, in MLX's own layout: images NHWC, weights [out, kh, kw, in].
 
-Parameters have the canonical names. A call is pure: no weight is written and randomness comes from a key that is
-given, so ``mx.grad``, ``mx.jvp`` and ``mx.compile`` see a plain function; forced weight normalization belongs to the
-step. Fourier constants are frozen parameters. Activations run in ``dtype``; the noise-conditioned path, weights and
-norms in float32.
+Parameters have the canonical names. A call is pure: it writes no weight, and dropout draws from the key that is given,
+so ``mx.grad``, ``mx.jvp`` and ``mx.compile`` apply. Forced weight normalization belongs to the training step. Fourier
+constants are frozen parameters. Activations are computed in ``dtype``; the noise-conditioned path, weights and norms in
+float32.
 
-Constants of magnitude-preserving functions (1/0.596 of mp_silu, the blend of mp_sum) ride on the gain of the next or
-last convolution, where they cost nothing, instead of on the activations, where each is a pass over memory.
+The constant factors of magnitude-preserving functions (1/0.596 of mp_silu, the blend of mp_sum) are multiplied into the
+weights of the next or last convolution, so that they cost no pass over the activations.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import repeat
-from math import sqrt
+from math import pi, sqrt
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx import nn
 
 from edm2_core import ladder, mp
-from edm2_core.network import Block, NetworkConfig, plan
-from edm2_core.precond import precondition
-from edm2_core.network import GROUP_NORM_EPS
+from edm2_core.network import GROUP_NORM_EPS, Block, NetworkConfig, Parameter, plan
 
 from .convolution import convolve
+from .denoiser import Denoiser
 
 Keys = Iterator[mx.array | None]
 
 
+# ---- layers
+
+
+def initial(parameter: Parameter, /) -> mx.array:
+    """An initial value in the native layout, float32, drawn from MLX's global key.
+
+    The distributions are those of :func:`edm2_core.network.initialize`, the numbers are others.
+    """
+    shape, bound = parameter.shape, sqrt(6 / parameter.fan_in)
+    if len(shape) == 4:
+        shape = (shape[0], *shape[2:], shape[1])
+    size = shape[0] if shape else 0
+    half = (size + 1) // 2
+    match parameter.init:
+        case "normal":
+            draw = nn.init.normal()
+        case "he":
+            draw = nn.init.uniform(-bound, bound)
+        case "zeros" | "ones":
+            draw = nn.init.constant(float(parameter.init == "ones"))
+        case "frequencies":
+            draw = nn.init.normal(std=2 * pi)
+        case "phases":
+            draw = nn.init.uniform(0, 2 * pi)
+        case "positions":
+            return mx.power(10000.0, -(mx.arange(size) % half) / half)
+        case "quadratures":
+            return mx.where(mx.arange(size) < half, 0.0, -pi / 2)
+    value: mx.array = draw(mx.zeros(shape))
+    return value
+
+
 def normalize(x: mx.array, axes: tuple[int, ...], *, eps: float = 1e-4) -> mx.array:
-    """Scale to unit root mean square over ``axes``, norms in float32. See :func:`edm2_core.mp.normalize`."""
-    # a norm's derivative at 0 is what it is for all small x: that of x / eps
+    """Scale to unit root mean square over ``axes``, norms in float32. See :func:`edm2_core.mp.normalize`.
+
+    The derivative at 0 is that of x / eps, as for all small x, where sqrt alone would give nan.
+    """
     square = mx.mean(mx.square(x.astype(mx.float32)), axis=axes, keepdims=True)
     zero = square == 0
     norm = mx.where(zero, 0, mx.sqrt(mx.where(zero, 1, square)))
@@ -41,18 +74,13 @@ def fan_axes(weight: mx.array) -> tuple[int, ...]:
     return tuple(range(1, weight.ndim))
 
 
-def silu(x: mx.array) -> mx.array:
-    return x * mx.sigmoid(x)
-
-
 class Fourier(nn.Module):
     """Features of a number, [N] to [N, channels]. See :func:`edm2_core.reference.fourier`."""
 
-    def __init__(self, config: NetworkConfig, channels: int):
+    def __init__(self, config: NetworkConfig, name: str):
         super().__init__()
-        self.scale = config.fourier_scale
-        self.freqs = mx.zeros(channels)
-        self.phases = mx.zeros(channels)
+        table, self.scale = plan(config).parameters, config.fourier_scale
+        self.freqs, self.phases = initial(table[f"{name}.freqs"]), initial(table[f"{name}.phases"])
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -67,49 +95,58 @@ class Layer(nn.Module):
         table, self.normalized = plan(config).parameters, config.switches.weight_norm
         weight = table[f"{name}.weight"]
         self.scale, self.forced = config.weight_scale(weight.fan_in), weight.normalized
-        out, *inputs = weight.shape
-        self.weight = mx.zeros((out, *inputs[1:], inputs[0]))
+        self.weight = initial(weight)
         if f"{name}.bias" in table:
-            self.bias = mx.zeros(out)
-        self.watch: Callable[[mx.array], None] | None = None  # is shown what the layer puts out
-
-    def effective_weight(self, gain: float | mx.array = 1.0, *, factor: float = 1.0) -> mx.array:
-        w = normalize(self.weight, fan_axes(self.weight)) if self.normalized else self.weight
-        return w * (gain * (self.scale * factor))
+            self.bias = initial(table[f"{name}.bias"])
 
     def __call__(self, x: mx.array, gain: float | mx.array = 1.0, *, factor: float = 1.0) -> mx.array:
-        """``gain`` is the weight's; ``factor`` that of the whole, bias included."""
-        w = self.effective_weight(gain, factor=factor).astype(x.dtype)
+        """[N, in] to [N, out], or [N, H, W, in] to [N, H, W, out]. ``gain`` multiplies the weight, ``factor`` the
+        output, bias included."""
+        w = normalize(self.weight, fan_axes(self.weight)) if self.normalized else self.weight
+        w = self.rows(w * (gain * (self.scale * factor))).astype(x.dtype)
         y = x @ w.T if w.ndim == 2 else convolve(x, w)
-        if "bias" in self:
-            y = y + (self.bias * factor).astype(x.dtype)
-        return self.seen(y, factor=factor)
+        return y + self.rows(self.bias * factor).astype(x.dtype) if "bias" in self else y
 
-    def seen(self, y: mx.array, *, factor: float = 1.0) -> mx.array:
-        if self.watch is not None:
-            self.watch(y / (factor or 1.0))
-        return y
+    def rows(self, stored: mx.array) -> mx.array:
+        """A weight or bias, [out, ...], in the order of the layer's outputs."""
+        return stored
+
+
+class QKV(Layer):
+    """The convolution before attention. Its outputs are stored as [heads, channels per head, (q, k, v)] and returned
+    as [(q, k, v), heads, channels per head], so that each of q, k and v is contiguous."""
+
+    def __init__(self, config: NetworkConfig, name: str, *, heads: int):
+        super().__init__(config, name)
+        self.heads = heads
+
+    def rows(self, stored: mx.array) -> mx.array:
+        channels = len(stored) // (3 * self.heads)
+        return stored.reshape(self.heads, channels, 3, -1).transpose(2, 0, 1, 3).reshape(stored.shape)
 
 
 class GroupNorm(nn.Module):
-    """See :func:`edm2_core.reference.group_norm`; without groups, nothing."""
+    """See :func:`edm2_core.reference.group_norm`; the identity on rungs without it."""
 
     def __init__(self, config: NetworkConfig, name: str, channels: int):
         super().__init__()
-        self.kind, self.groups = config.switches.group_norm, config.groups(channels)
-        if f"{name}.scale" in plan(config).parameters:
-            self.scale, self.bias = mx.zeros(channels), mx.zeros(channels)
+        table, self.kind, self.groups = plan(config).parameters, config.switches.group_norm, config.groups(channels)
+        if f"{name}.scale" in table:
+            self.scale, self.bias = initial(table[f"{name}.scale"]), initial(table[f"{name}.bias"])
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.kind is ladder.GroupNorm.NONE:
             return x
-        grouped, axes = x.reshape(*x.shape[:3], self.groups, -1), (1, 2, 4)
+        grouped, axes = x.reshape(*x.shape[:3], self.groups, -1), (1, 2, 4)  # (N, H, W, groups, C / groups)
         if self.kind is ladder.GroupNorm.PLAIN:
             return normalize(grouped, axes).reshape(x.shape)
         wide = grouped.astype(mx.float32)
         wide = wide - wide.mean(axis=axes, keepdims=True)
         wide = wide * mx.rsqrt(wide.square().mean(axis=axes, keepdims=True) + GROUP_NORM_EPS)
         return (wide.reshape(x.shape) * self.scale + self.bias).astype(x.dtype)
+
+
+# ---- the U-Net
 
 
 class UNetBlock(nn.Module):
@@ -120,7 +157,7 @@ class UNetBlock(nn.Module):
         self.config, self.block = config, block
         name, has = block.name, config.switches
         if has.gains:
-            self.emb_gain = mx.zeros(())
+            self.emb_gain = initial(plan(config).parameters[f"{name}.emb_gain"])
         self.norm_res0 = GroupNorm(config, f"{name}.norm_res0", block.residual_channels)
         self.conv_res0 = Layer(config, f"{name}.conv_res0")
         self.emb_linear = Layer(config, f"{name}.emb_linear")
@@ -131,17 +168,18 @@ class UNetBlock(nn.Module):
         if block.heads:
             if has.attention is ladder.Attention.DOT:
                 self.norm_attn = GroupNorm(config, f"{name}.norm_attn", block.out_channels)
-            self.attn_qkv = Layer(config, f"{name}.attn_qkv")
+            self.attn_qkv = QKV(config, f"{name}.attn_qkv", heads=block.heads)
             self.attn_proj = Layer(config, f"{name}.attn_proj")
 
     def __call__(self, x: mx.array, emb: mx.array, key: mx.array | None) -> mx.array:
+        """x [N, H, W, C] and emb [N, emb_channels] to [N, H', W', C']; ``key`` of its dropout, or None."""
         config, block, has = self.config, self.block, self.config.switches
         x = self.widened(self.resampled(x, now=has.resample_first), now=block.widens_first)
         if block.role == "enc" and has.pixel_norm:
             x = normalize(x, (-1,))
-        y = self.resampled(silu(self.norm_res0(x)), now=not has.resample_first)
+        y = self.resampled(nn.silu(self.norm_res0(x)), now=not has.resample_first)
         y = self.norm_res1(self.conv_res0(y, gain=1 / config.silu_rms))
-        y = silu(self.conditioned(y, emb))
+        y = nn.silu(self.conditioned(y, emb))
         if key is not None:
             y = y * mx.random.bernoulli(1 - config.dropout, y.shape, key).astype(y.dtype) / (1 - config.dropout)
         keep, add = config.blend(config.res_balance)
@@ -162,7 +200,7 @@ class UNetBlock(nn.Module):
     def conditioned(self, y: mx.array, emb: mx.array) -> mx.array:
         """See :func:`edm2_core.reference.conditioning`."""
         has = self.config.switches
-        z = self.emb_linear(emb, gain=self.emb_gain if has.gains else 1.0)[:, None, None]
+        z = self.emb_linear(emb, gain=self.emb_gain if has.gains else 1.0)[:, None, None]  # (N, 1, 1, C or 2 C)
         if not has.shift:
             return y * (z + 1).astype(y.dtype)
         scale, shift = z.split(2, axis=-1)
@@ -171,30 +209,23 @@ class UNetBlock(nn.Module):
     def attention(self, x: mx.array, *, factor: float) -> mx.array:
         """Self-attention over pixels. See :func:`edm2_core.reference.attention`."""
         n, h, w, c = x.shape
-        heads, size, layer = self.block.heads, c // self.block.heads, self.attn_qkv
+        heads, size = self.block.heads, c // self.block.heads
         cosine = self.config.switches.attention is ladder.Attention.COSINE
-
-        def regrouped(rows: mx.array) -> mx.array:
-            """Stored [heads, channels per head, (q, k, v)]; so that q, k and v each lie together in memory."""
-            return rows.reshape(heads, size, 3, -1).transpose(2, 0, 1, 3).reshape(rows.shape).astype(x.dtype)
-
-        qkv = convolve(x if cosine else self.norm_attn(x), regrouped(layer.effective_weight()))
-        qkv = layer.seen(qkv + regrouped(layer.bias) if "bias" in layer else qkv)
-        qkv = qkv.reshape(n, h * w, 3, heads, size)
-        # dot products of what is not normalized may be of any size
+        qkv = self.attn_qkv(x if cosine else self.norm_attn(x)).reshape(n, h * w, 3, heads, size)
+        # dot products of unnormalized queries and keys are unbounded: float32
         qkv = normalize(qkv, (-1,)) if cosine else qkv.astype(mx.float32)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each (N, heads, H W, size)
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=1 / sqrt(size)).astype(x.dtype)
         return self.attn_proj(y.transpose(0, 2, 1, 3).reshape(n, h, w, c), factor=factor)
 
 
 class UNet(nn.Module):
-    """The raw network F. See :func:`edm2_core.reference.unet`."""
+    """EDM2's backbone. See :func:`edm2_core.reference.unet`."""
 
     def __init__(self, config: NetworkConfig):
         super().__init__()
         self.config, walk, has = config, plan(config), config.switches
-        self.emb_fourier = Fourier(config, config.noise_channels)
+        self.emb_fourier = Fourier(config, "unet.emb_fourier")
         self.emb_noise = Layer(config, "unet.emb_noise")
         if has.embedding_layers == 2:
             self.emb_noise1 = Layer(config, "unet.emb_noise1")
@@ -206,12 +237,17 @@ class UNet(nn.Module):
             self.out_norm = GroupNorm(config, "unet.out_norm", walk.decoder[-1].out_channels)
         self.out_conv = Layer(config, "unet.out_conv")
         if has.gains:
-            self.out_gain = mx.zeros(())
+            self.out_gain = initial(walk.parameters["unet.out_gain"])
 
-    def __call__(self, x: mx.array, c_noise: mx.array, labels: mx.array | None, keys: Keys) -> mx.array:
-        walk, has, emb = plan(self.config), self.config.switches, self.embedding(c_noise, labels)
+    def __call__(
+        self, x: mx.array, c_noise: mx.array, labels: mx.array | None = None, *, dropout: mx.array | None = None
+    ) -> mx.array:
+        """x [N, H, W, C], already scaled by c_in, c_noise [N] and labels [N, label_dim] or None to [N, H, W, C];
+        ``dropout``: a key, or None."""
+        walk, has = plan(self.config), self.config.switches
+        emb, keys = self.embedding(c_noise, labels), self.block_keys(dropout)
         if has.ones_channel:
-            x = mx.concatenate([x, mx.ones_like(x[..., :1])], axis=-1)
+            x = mx.concatenate([x, mx.ones_like(x[..., :1])], axis=-1)  # (N, H, W, C + 1)
         skips = []
         for block in walk.encoder:
             run = self.enc[short(block)]
@@ -222,68 +258,34 @@ class UNet(nn.Module):
             x = self.dec[short(block)](x, emb, next(keys))
         gain = self.out_gain if has.gains else 1.0
         if has.output_norm:
-            x, gain = silu(self.out_norm(x)), gain / self.config.silu_rms
+            x, gain = nn.silu(self.out_norm(x)), gain / self.config.silu_rms
         return self.out_conv(x, gain=gain)
 
+    def block_keys(self, dropout: mx.array | None) -> Keys:
+        """A dropout key for each block in running order, or None."""
+        if dropout is None or not self.config.dropout:
+            return repeat(None)
+        walk = plan(self.config)
+        return iter(mx.random.split(dropout, len(walk.encoder) + len(walk.decoder)))
+
     def embedding(self, c_noise: mx.array, labels: mx.array | None) -> mx.array:
+        """The conditioning vector, [N, emb_channels]."""
         config, has = self.config, self.config.switches
         keep, add = config.blend(config.label_balance) if config.label_dim else (1.0, 1.0)
-        emb = self.emb_fourier(c_noise)
+        emb = self.emb_fourier(c_noise)  # (N, noise_channels)
         if has.embedding_layers == 2:
-            emb = self.emb_noise1(silu(self.emb_noise(emb)), gain=1 / config.silu_rms, factor=keep)
+            emb = self.emb_noise1(nn.silu(self.emb_noise(emb)), gain=1 / config.silu_rms, factor=keep)
         else:
             emb = self.emb_noise(emb, factor=keep)
         if config.label_dim and labels is not None:
             scale = sqrt(config.label_dim) if has.label_scaling else 1.0
             emb = emb + self.emb_label(labels, gain=add * scale)
-        return silu(emb) / config.silu_rms
+        return nn.silu(emb) / config.silu_rms
 
     def join(self, x: mx.array, skip: mx.array) -> mx.array:
         """See :func:`edm2_core.reference.joined`."""
         keep, add = self.config.concat_blend(x.shape[-1], skip.shape[-1])
         return mx.concatenate([x, skip] if keep == add == 1 else [x * keep, skip * add], axis=-1)
-
-
-class Network(nn.Module):
-    """The denoiser D and its uncertainty u. See :func:`edm2_core.reference.denoise`.
-
-    Args:
-        config: what the plan is made of.
-        dtype: of activations: float32, bfloat16 or float16.
-    """
-
-    def __init__(self, config: NetworkConfig, *, dtype: mx.Dtype = mx.float32):
-        super().__init__()
-        self.config, self.dtype = config, dtype
-        self.unet = UNet(config)
-        if config.switches.uncertainty:
-            self.logvar_fourier = Fourier(config, config.logvar_channels)
-            self.logvar_linear = Layer(config, "logvar_linear")
-
-    def __call__(
-        self, x: mx.array, sigma: mx.array, labels: mx.array | None = None, *, dropout: mx.array | None = None
-    ) -> tuple[mx.array, mx.array]:
-        """float32 x [N, H, W, C], sigma [N, 1, 1, 1] and labels [N, label_dim] or None to denoised and logvar.
-
-        ``dropout``: a key, in training; None: none.
-        """
-        c = precondition(sigma, sigma_data=self.config.sigma_data)
-        c_noise = c.c_noise.reshape(-1)
-        output = self.unet((x * c.c_in).astype(self.dtype), c_noise, labels, self.block_keys(dropout)).astype(x.dtype)
-        return c.c_skip * x + c.c_out * output, self.uncertainty(c_noise).reshape(-1, 1, 1, 1)
-
-    def uncertainty(self, c_noise: mx.array) -> mx.array:
-        """See :func:`edm2_core.reference.uncertainty`."""
-        if not self.config.switches.uncertainty:
-            return mx.zeros_like(c_noise)
-        return self.logvar_linear(self.logvar_fourier(c_noise))
-
-    def block_keys(self, dropout: mx.array | None) -> Keys:
-        """A key for each block in running order, or None."""
-        if dropout is None or not self.config.dropout:
-            return repeat(None)
-        walk = plan(self.config)
-        return iter(mx.random.split(dropout, len(walk.encoder) + len(walk.decoder)))
 
 
 def module(config: NetworkConfig, block: Block) -> nn.Module:
@@ -295,7 +297,7 @@ def short(block: Block) -> str:
 
 
 def resample(x: mx.array, mode: str, taps: tuple[float, ...]) -> mx.array:
-    """See :func:`edm2_core.mp.resample`; here on NHWC."""
+    """:func:`edm2_core.mp.resample` on NHWC."""
     if mode == "keep":
         return x
     if len(taps) == 2 and taps[0] == taps[1]:
@@ -304,3 +306,33 @@ def resample(x: mx.array, mode: str, taps: tuple[float, ...]) -> mx.array:
             return x.reshape(n, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
         return mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2)
     return mp.resample(x.transpose(0, 3, 1, 2), mode=cast(Any, mode), filter=taps).transpose(0, 2, 3, 1)
+
+
+# ---- the denoiser
+
+
+class Network(Denoiser):
+    """The EDM2 denoiser, ready to train: parameters are drawn from MLX's global key. See
+    :func:`edm2_core.reference.denoise`; ``dropout`` of a call acts where ``config.dropout`` is not 0.
+
+    Args:
+        config: sizes and switches.
+        dtype: of activations: float32, bfloat16 or float16.
+    """
+
+    def __init__(self, config: NetworkConfig, *, dtype: mx.Dtype = mx.float32):
+        super().__init__(UNet(config), sigma_data=config.sigma_data, label_dim=config.label_dim, dtype=dtype)
+        self.config = config
+        self.unet = self.pop("backbone")  # the canonical name
+        if config.switches.uncertainty:
+            self.logvar_fourier = Fourier(config, "logvar_fourier")
+            self.logvar_linear = Layer(config, "logvar_linear")
+
+    def raw(self, x: mx.array, c_noise: mx.array, labels: mx.array | None, **dropout: mx.array) -> mx.array:
+        return self.unet(x, c_noise, labels, **dropout)
+
+    def logvar(self, c_noise: mx.array) -> mx.array:
+        """See :func:`edm2_core.reference.uncertainty`."""
+        if not self.config.switches.uncertainty:
+            return mx.zeros_like(c_noise)
+        return self.logvar_linear(self.logvar_fourier(c_noise))  # (N,) -> (N, logvar_channels) -> (N, 1)

@@ -1,34 +1,42 @@
-"""One training step, and the state that it moves.
+"""A training step, and the learner whose state it advances.
 
-The order matters (SPEC STEP): force the stored weights onto their spheres; loss and gradients through the
-normalization; gradients made finite; Adam; averages of the stored weights, after Adam and before the next forcing.
+    learner = Learner(denoiser, sigma_rels=(0.05, 0.10))
+    loss, nonfinite = learner.step(batch, lr=0.01)
 
-Three functions do it, compiled with their state named: forcing, the gradients of a part of the batch, and the update.
-Parameters, moments and averages are evaluated at the end of each step, so that no graph outlives it.
+Order of a step (SPEC STEP): force the stored weights onto their spheres; compute the loss, and gradients through the
+normalization; zero non-finite gradient elements; Adam; average the stored weights, after Adam and before they are
+forced again.
+
+On a GPU each part is compiled, with the state that it changes named. Nothing is evaluated before the end of the step,
+except what gradient accumulation needs; then everything is, so that no graph outlives its step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx import optimizers
+from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.pipeline.checkpoints.states import State
 from edm2_core import loss as objective
-from edm2_core.ema import beta
+from edm2_core.ema import LengthLike
+from edm2_core.state import State
 
+from .denoiser import Denoiser
 from .device import Processes, compiled
-from .ema import PowerEMA, moved
-from .network import Layer, Network, fan_axes, normalize
+from .ema import PowerEMA
+from .network import Layer, fan_axes, normalize
 from .weights import dump, load, tensors, to_native
 
-Gradients = dict[str, mx.array]  # by name, of what is trained
+Gradients = dict[str, mx.array]
+"""By name, of what is trained."""
+Metrics = tuple[mx.array, mx.array]
+"""Mean loss per element, and the number of gradient elements that were not finite and have been zeroed; 0-d."""
 
 
 class Batch(NamedTuple):
-    """images and unit_noise [N, H, W, C], sigma [N, 1, 1, 1], labels [N, label_dim] or None; all float32."""
+    """images and unit_noise [N, ...], sigma [N, 1, ...], labels [N, label_dim] or None; all float32."""
 
     images: mx.array
     unit_noise: mx.array
@@ -43,150 +51,149 @@ class Batch(NamedTuple):
             yield Batch(*parts)
 
 
-def batch_loss(network: Network, batch: Batch, *, dropout: mx.array | None = None) -> mx.array:
-    """The loss of each element, [N, H, W, C], float32. Source: Eq. 21."""
+def batch_loss(network: Denoiser, batch: Batch, *, dropout: mx.array | None = None) -> mx.array:
+    """The loss of each element, [N, ...] like the images, float32. Source: Eq. 21. ``dropout``: a key, or None."""
     noisy = batch.images + batch.unit_noise * batch.sigma
     denoised, logvar = network(noisy, batch.sigma, batch.labels, dropout=dropout)
-    return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=network.config.sigma_data)
+    return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=network.sigma_data)
 
 
 def gradients_of(
-    network: Network, batch: Batch, *, scale: float, dropout: mx.array | None = None
-) -> tuple[mx.array, dict[str, mx.array]]:
-    """The loss of each element, and by name the gradients of ``scale`` times its sum."""
+    network: Denoiser, batch: Batch, *, scale: float, dropout: mx.array | None = None
+) -> tuple[mx.array, Gradients]:
+    """The loss of each element, and the gradients of ``scale`` times its sum. ``network`` stays as it is."""
 
-    def scaled(params: Any) -> tuple[mx.array, mx.array]:
-        network.update(params)
+    def scaled() -> tuple[mx.array, mx.array]:
         loss = batch_loss(network, batch, dropout=dropout)
         return loss.sum() * scale, loss
 
     stored = network.trainable_parameters()
-    (_, loss), gradients = mx.value_and_grad(scaled)(stored)
-    network.update(stored)
+    (_, loss), gradients = nn.value_and_grad(network, scaled)()
+    network.update(stored)  # in their place nn.value_and_grad leaves the arrays that it traced
     return loss, dict(tree_flatten(gradients))
 
 
-def force_weight_norm(network: Network) -> None:
-    """Put the stored weights back on their spheres, on rungs that do. Source: Eq. 66."""
+def force_weight_norm(network: nn.Module) -> None:
+    """Put the stored weights of all EDM2 layers back on their spheres, on rungs that do. Source: Eq. 66."""
     for layer in network.modules():
         if isinstance(layer, Layer) and layer.forced:
-            layer.weight = forced(layer)
+            layer.weight = normalize(layer.weight, fan_axes(layer.weight))
 
 
-def forced(layer: Layer) -> mx.array:
-    """The weight that a step begins with."""
-    return normalize(layer.weight, fan_axes(layer.weight)) if layer.forced else layer.weight
-
-
-def zero_nonfinite(gradients: Gradients) -> tuple[Gradients, mx.array]:
-    """``gradients`` with infinities and NaN replaced by 0, and how many there were."""
-    finite = {name: mx.isfinite(g) for name, g in gradients.items()}
-    count = mx.stack([mx.sum(~there) for there in finite.values()]).sum()
-    return {name: mx.where(finite[name], g, 0) for name, g in gradients.items()}, count
-
-
-class Training:
-    """A network in training: Adam, averages, and the clock in images.
+class Learner:
+    """A denoiser with all that its training needs: Adam, averages of its weights, and the clock in images.
 
     Args:
-        network: computes where MLX does when a step is called.
-        betas: of Adam, eps 1e-8.
+        network: any :class:`~.denoiser.Denoiser`. It computes on MLX's default device.
+        betas: of Adam, whose eps is 1e-8.
         sigma_rels: lengths of the averages.
-        loss_scaling: the loss is multiplied, its gradients divided by it: lifts float16 gradients above underflow.
-        microbatch: images per forward pass; larger batches accumulate gradients.
-        processes: who share each batch, each with an equal part; None: this one alone.
+        loss_scaling: factor on the loss while gradients are computed; keeps float16 gradients from underflow.
+        microbatch: images per forward pass; larger batches accumulate gradients. Default: the whole batch.
+        processes: the processes that share each batch, each with an equal part. Default: this one alone.
     """
 
     def __init__(
         self,
-        network: Network,
+        network: Denoiser,
         *,
         betas: tuple[float, float] = (0.9, 0.99),
-        sigma_rels: Sequence[float] = (0.05, 0.10),
+        sigma_rels: Sequence[LengthLike] = (0.05, 0.10),
         loss_scaling: float = 1.0,
         microbatch: int | None = None,
         processes: Processes | None = None,
     ):
-        self.network, self.betas = network, betas
-        self.loss_scaling, self.microbatch = loss_scaling, microbatch
+        self.network, self.loss_scaling, self.microbatch = network, loss_scaling, microbatch
         self.processes = processes or Processes()
         self.optimizer = optimizers.Adam(0.0, betas=list(betas), eps=1e-8, bias_correction=True)
         self.optimizer.init(network.trainable_parameters())
         self.ema = PowerEMA(network, sigma_rels=sigma_rels)
-        self.steps = 0
-        averages = list(self.ema.averages.values())
-        self._state = [network, self.optimizer.state, averages]
+        self._state = [network, self.optimizer.state]
         self._force = compiled(partial(force_weight_norm, network), inputs=[network], outputs=[network])
-        self._gradients = compiled(self._part, inputs=[network], outputs=[])
-        self._update = compiled(partial(self._move, averages), inputs=self._state, outputs=self._state)
+        self._part_gradients = compiled(self._gradients_of_part, inputs=[network])
+        self._finite = compiled(self._zero_nonfinite)
+        self._adam = compiled(self._apply_adam, inputs=self._state, outputs=self._state)
 
     @property
     def nimg(self) -> int:
+        """Images seen: the clock of the averages."""
         return self.ema.time
 
-    def step(self, batch: Batch, *, lr: float, dropout: mx.array | None = None) -> tuple[mx.array, mx.array]:
-        """Train on this process's share of a batch. Returns its mean loss per element and the number of non-finite
-        gradient elements that were zeroed. ``dropout``: a key, for a network that drops."""
-        count = len(batch.images)
-        total = count * self.processes.world
-        self._force()
-        parts = list(batch.split(self.microbatch))
-        keys = [None] * len(parts) if dropout is None else mx.random.split(dropout, len(parts))
-        loss, gradients = self._gradients(count, keys[0], *parts[0])
-        for part, key in zip(parts[1:], keys[1:], strict=True):
-            mx.eval(loss, gradients)  # before the next part, whose activations shall find their memory free
-            more, others = self._gradients(count, key, *part)
-            loss, gradients = loss + more, {name: g + others[name] for name, g in gradients.items()}
-        gradients = self.processes.average(gradients)
-        time = self.nimg + total
-        shares = [1 - beta(s, t_next=time, t_delta=total) for s in self.ema.averages]
-        self.optimizer.learning_rate = lr
-        nonfinite = self._update(gradients, mx.array(shares))
-        mx.eval(loss, nonfinite, self._state)
-        self.ema.time = time
-        self.steps += 1
-        return loss / batch.images.size, nonfinite
+    def step(self, batch: Batch, *, lr: float, dropout: mx.array | None = None) -> Metrics:
+        """Train on this process's share of a batch. ``dropout``: a key, for a network with dropout."""
+        metrics, gradients = self.gradients(batch, dropout=dropout)
+        self.apply(gradients, lr=lr, images=len(batch.images))
+        mx.eval(metrics)
+        return metrics
 
-    def _part(self, count: int, key: mx.array | None, *arrays: Any) -> tuple[mx.array, Gradients]:
+    def gradients(self, batch: Batch, *, dropout: mx.array | None = None) -> tuple[Metrics, Gradients]:
+        """The first half of a step: force the weights; the gradients as Adam receives them, that is their mean over
+        processes, finite, without the loss scaling."""
+        self._force()
+        count, parts = len(batch.images), list(batch.split(self.microbatch))
+        keys = [None] * len(parts) if dropout is None else mx.random.split(dropout, len(parts))
+        loss, gradients = self._part_gradients(count, keys[0], *parts[0])
+        for part, key in zip(parts[1:], keys[1:], strict=True):
+            mx.eval(loss, gradients)  # frees the activations of one part before the next
+            more, others = self._part_gradients(count, key, *part)
+            loss, gradients = loss + more, {name: g + others[name] for name, g in gradients.items()}
+        gradients, nonfinite = self._finite(self.processes.average(gradients))
+        return (loss / batch.images.size, nonfinite), gradients
+
+    def apply(self, gradients: Gradients, /, *, lr: float, images: int) -> None:
+        """The second half: Adam, and the averages. ``images`` is this process's share of the batch."""
+        self.optimizer.learning_rate = lr
+        self._adam(gradients)
+        total = images * self.processes.world
+        self.ema.update(time=self.nimg + total, delta=total)
+        mx.eval(self._state)
+
+    def _gradients_of_part(self, count: int, key: mx.array | None, *arrays: Any) -> tuple[mx.array, Gradients]:
         """The summed loss of a part of ``count`` images, and its share of the gradients of the mean, scaled."""
-        batch = Batch(*arrays)  # a compiled function is given plain tuples
+        batch = Batch(*arrays)  # compiled functions take plain tuples
         loss, gradients = gradients_of(self.network, batch, scale=self.loss_scaling / count, dropout=key)
         return loss.sum(), gradients
 
-    def _move(self, averages: list[dict[str, mx.array]], gradients: Gradients, shares: mx.array) -> mx.array:
-        gradients, nonfinite = zero_nonfinite({name: g / self.loss_scaling for name, g in gradients.items()})
+    def _zero_nonfinite(self, gradients: Gradients) -> tuple[Gradients, mx.array]:
+        """Gradients without the loss scaling, infinities and NaN replaced by 0, and how many there were."""
+        finite = {name: mx.isfinite(g) for name, g in gradients.items()}
+        count = mx.stack([mx.sum(~there) for there in finite.values()]).sum()
+        return {name: mx.where(finite[name], g / self.loss_scaling, 0) for name, g in gradients.items()}, count
+
+    def _apply_adam(self, gradients: Gradients) -> None:
         self.optimizer.update(self.network, tree_unflatten(list(gradients.items())))
-        weights = tensors(self.network)
-        for average, share in zip(averages, shares, strict=True):
-            for name, array in average.items():
-                average[name] = moved(array, weights[name], share)
-        return nonfinite
 
     def state(self) -> State:
-        """Everything that training goes on from, in the canonical form that all ports share."""
-        first, second = (dump({name: pair[which] for name, pair in self.moments.items()}) for which in ("m", "v"))
+        """Everything that training continues from, in the canonical form that all ports share."""
+        moments = self.moments
         return State(
             params=dump(tensors(self.network)),
-            moments1=first,
-            moments2=second,
-            averages={s: dump(self.ema.arrays(s)) for s in self.ema.averages},
+            moments1=dump({name: pair["m"] for name, pair in moments.items()}),
+            moments2=dump({name: pair["v"] for name, pair in moments.items()}),
+            averages={length: dump(self.ema.arrays(length)) for length in self.ema.averages},
             nimg=self.nimg,
-            steps=self.steps,
+            steps=int(self.optimizer.step),
         )
 
     def load_state(self, state: State) -> None:
-        """Go on from ``state``, whichever port wrote it."""
+        """Continue from ``state``, whichever port wrote it."""
         load(self.network, state.params)
         for name, pair in self.moments.items():
             pair |= {"m": to_native(state.moments1[name]), "v": to_native(state.moments2[name])}
         self.optimizer.state["step"] = mx.array(state.steps, mx.uint64)
-        for sigma_rel, average in self.ema.averages.items():
-            average.update({name: to_native(state.averages[sigma_rel][name]) for name in average})
+        averages = {
+            f"{length.key}/{name}": to_native(arrays[name])
+            for length, arrays in state.averages.items()
+            for name in state.moments1  # constants are not averaged
+        }
+        self.ema.load_state_dict({"time": mx.array(state.nimg, mx.int64), **averages})
         mx.eval(self._state)
-        self.ema.time, self.steps = state.nimg, state.steps
 
     @property
-    def moments(self) -> dict[str, dict[str, mx.array]]:
-        """Adam's pair of each trained parameter, by name: the optimizer's own, to read and to write."""
-        found: Any = tree_flatten(self.optimizer.state, is_leaf=lambda node: isinstance(node, dict) and "m" in node)
-        return {name: pair for name, pair in found if isinstance(pair, dict)}
+    def moments(self) -> Mapping[str, dict[str, mx.array]]:
+        """Adam's running means ``m`` and ``v`` of each trained parameter, by name: the optimizer's own dicts."""
+        leaves: Any = tree_flatten(self.optimizer.state, is_leaf=_is_moments)
+        return {name: node for name, node in leaves if _is_moments(node)}
+
+
+def _is_moments(node: Any) -> bool:
+    return isinstance(node, dict) and node.keys() == {"m", "v"} and isinstance(node["m"], mx.array)

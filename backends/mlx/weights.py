@@ -1,7 +1,8 @@
-"""Canonical arrays to and from an MLX network. Names stay; axes move, once.
+"""Canonical NumPy arrays to and from MLX arrays. Names are the same in both; axes differ in arrays of four axes.
 
-A convolution is [out, in, kh, kw] on disk and [out, kh, kw, in] here; all else is the same in both. The type says which
-it is: NumPy arrays are canonical and MLX arrays are native, so converting what has been converted changes nothing.
+A convolution is [out, in, kh, kw] in files and [out, kh, kw, in] here, images are [N, C, H, W] there and [N, H, W, C]
+here. The type tells which layout an array has: NumPy arrays are canonical and MLX arrays are native, so converting
+twice changes nothing.
 """
 
 from collections.abc import Mapping
@@ -17,19 +18,25 @@ from .network import Network
 
 
 def build(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, dtype: mx.Dtype = mx.float32) -> Network:
-    """A network with these parameters, computing in ``dtype``, in evaluation mode.
+    """A network with copies of these canonical parameters, computing in ``dtype``.
 
     Raises:
         InputError: names and shapes other than the config's.
     """
-    network = Network(config, dtype=dtype)
+    network = Network(config, dtype=dtype)  # its initial weights are lazy: replaced, they are never computed
     load(network, params)
     return network
 
 
-def load(network: Network, params: Mapping[str, np.ndarray], /) -> None:
-    """Give ``network`` copies of canonical ``params``. Raises InputError unless names and shapes are the config's."""
-    check_parameters(network.config, params)
+def load(network: nn.Module, params: Mapping[str, np.ndarray], /) -> None:
+    """Give ``network`` copies of canonical ``params``.
+
+    Raises:
+        InputError: names and shapes of a :class:`~backends.mlx.network.Network` other than its config's.
+        ValueError: of any other module, other than its own.
+    """
+    if isinstance(network, Network):
+        check_parameters(network.config, params)
     network.load_weights([(name, to_native(array)) for name, array in params.items()])
     mx.eval(network.parameters())
 
@@ -40,7 +47,7 @@ def dump(values: Mapping[str, mx.array], /) -> dict[str, np.ndarray]:
 
 
 def tensors(network: nn.Module, /) -> dict[str, mx.array]:
-    """Parameters and constants of ``network`` by canonical name."""
+    """Parameters and constants of ``network`` by name."""
     return dict(tree_flatten(network.parameters()))
 
 
@@ -48,21 +55,13 @@ def to_native(array: np.ndarray | mx.array, /) -> mx.array:
     """A canonical array as float32 in the native layout; a native one as it is."""
     if isinstance(array, mx.array):
         return array
-    moved = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
-    return mx.array(np.array(moved, np.float32, order="C"))
+    native = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+    return mx.array(np.array(native, np.float32, order="C"))
 
 
 def to_canonical(array: mx.array | np.ndarray, /) -> np.ndarray:
     """A native array as float32 in the canonical layout, contiguous; a canonical one as it is."""
     if isinstance(array, np.ndarray):
         return array
-    found = np.array(array.astype(mx.float32))
-    return np.array(found.transpose(0, 3, 1, 2) if array.ndim == 4 else found, np.float32, order="C")
-
-
-def to_nhwc(images: np.ndarray, /) -> mx.array:
-    return mx.array(np.ascontiguousarray(np.asarray(images, np.float32).transpose(0, 2, 3, 1)))
-
-
-def to_nchw(images: mx.array, /) -> np.ndarray:
-    return np.ascontiguousarray(np.array(images.astype(mx.float32)).transpose(0, 3, 1, 2))
+    values = np.array(array.astype(mx.float32))
+    return np.array(values.transpose(0, 3, 1, 2) if array.ndim == 4 else values, np.float32, order="C")

@@ -1,4 +1,4 @@
-"""On which device, and in which process of a data-parallel group, does this command compute?"""
+"""The device to compute on, and this process's place among those that share a batch."""
 
 import os
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from edm2_core.errors import InputError
 
 
 def choose(name: str | None, /) -> torch.device:
-    """The device called ``name``, or the fastest there is: this process's GPU, then MPS, then CPU.
+    """The device ``name``; None: the fastest available, which is this process's GPU, then MPS, then the CPU.
 
     Raises:
-        InputError: no such device here.
+        InputError: this machine has no such device.
     """
     accelerators = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
@@ -35,6 +35,7 @@ def choose(name: str | None, /) -> torch.device:
 
 
 def describe(device: torch.device, /) -> str:
+    """The device in words, such as ``cuda:0 (NVIDIA H100)`` or ``cpu (8 threads)``."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
@@ -42,7 +43,7 @@ def describe(device: torch.device, /) -> str:
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of the processes that ``torchrun`` started this one is; one of one without it."""
+    """This process's rank among the ``world`` processes that ``torchrun`` started; without it, the only one."""
 
     rank: int = 0
     world: int = 1
@@ -54,14 +55,14 @@ class Processes:
         return cls(*(int(os.environ[name]) for name in names)) if all(name in os.environ for name in names) else cls()
 
     def join(self, device: torch.device) -> None:
-        """Meet the other processes, once; then collective operations work on ``device``."""
+        """Open the group of processes, once; afterwards collective operations work on ``device``."""
         if self.world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether ``flag`` holds in any process. All must call it together."""
+    def mean(self, value: float, device: torch.device) -> float:
+        """The mean of ``value`` over all processes, which must call this together."""
         if self.world == 1:
-            return flag
-        votes = torch.tensor(int(flag), device=device)
-        torch.distributed.all_reduce(votes)
-        return bool(votes)
+            return value
+        total = torch.tensor(value, device=device)
+        torch.distributed.all_reduce(total)
+        return float(total) / self.world

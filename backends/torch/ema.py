@@ -1,16 +1,15 @@
-"""Averages of any ``nn.Module``, snapshots of them, and any other length afterwards.
+"""Power-function averages of the weights of any ``nn.Module``, their snapshots, and averages of any other length.
 
     ema = PowerEMA(model)                                     # tracks sigma_rel 0.05 and 0.10
     ema.update(time=images_seen, delta=batch)                 # after each optimizer step
     ema.save("snapshots")                                     # now and then
-    with ema.applied(0.10, model): ...                        # evaluate an average; the live weights come back
+    with ema.applied(0.10, model): ...                        # evaluate an average; the live weights are restored
     model.load_state_dict(reconstruct("snapshots", sigma_rel=0.13))   # after training, any length
 
-A bfloat16 average keeps 8 bits, and an update moves it by far less than the last of them: rounding to nearest would
-leave it where it is. So it is rounded up or down at random, in proportion, and is right on average. Between an average
-and one in float32 stays noise of about sqrt(d u / 2), d the distance of the weights from their average and u the
-spacing of bfloat16 there, 2^-8 to 2^-7 of the value: a test measures it. What is random is a function of the clock, so
-the state needs no generator.
+A bfloat16 average has 8 significant bits, and an update is far smaller than the last of them: rounding to nearest
+would never change it. Stochastic rounding is used instead, which is unbiased. Compared with a float32 average it adds
+noise of about sqrt(d u / 2), where d is the distance of the weights from their average and u the spacing of bfloat16
+there, 2^-8 to 2^-7 of the value. The random bits are a function of the clock, so the state needs no generator.
 
 Source: arXiv 2312.02696 Section 3, Appendix C.
 """
@@ -24,29 +23,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_arrays
+from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_sources
 from backends.pipeline.checkpoints.snapshots import save_averages
-from edm2_core.ema import as_length, beta
+from backends.pipeline.checkpoints.sources import open_sources
+from edm2_core.ema import Length
 from edm2_core.errors import InputError
 
 from .weights import canonical_name, dump, tensors
 
-_TOGETHER = 1 << 24  # elements that are rounded at once: few kernels, and little memory beside the averages
+_TOGETHER = 1 << 24  # elements rounded at once: few kernels, and little memory compared with the averages
 
 
 class PowerEMA:
-    """Averages of a module's floating parameters, one per length, on its device.
+    """Averages of a module's floating-point parameters, one per length.
 
-    The clock is whatever whole number you count (images, steps), the same in every call. Buffers are not averaged:
-    snapshots hold them as they are. Averages stay float32 where parameters are narrower. Wrapping the module in DDP or
-    torch.compile changes no name.
+    Time is any whole number you count (images, steps), the same in every call. Buffers are not averaged: snapshots hold
+    their current values. Wrapping the module in DDP or torch.compile changes no name. ``averages`` holds the tensors,
+    by :class:`~edm2_core.ema.Length`, then by name; ``time`` is that of the last update.
 
     Args:
-        module: what is averaged; its parameters stay the same tensors while it trains.
-        sigma_rels: relative lengths; ``HalfLife(images)`` for a traditional average.
-        trainable_only: only parameters that require a gradient now, as of a LoRA; then snapshots hold nothing else.
-        device: where the averages are; None: beside each parameter. On the CPU beside weights on an accelerator,
-            ``update`` waits for the weights to arrive; otherwise it waits for nothing.
+        module: the module to average; its parameters must stay the same tensors while it trains.
+        sigma_rels: relative lengths; ``Length.half_life(images)`` for a traditional average.
+        trainable_only: average only parameters that require a gradient now, such as a LoRA's; snapshots then hold
+            nothing else.
+        device: where the averages are kept; None: where each parameter is. With averages on the CPU and weights on an
+            accelerator, ``update`` waits for the weights to be copied; otherwise it does not synchronize.
         dtype: of the averages, torch.bfloat16 to save memory; None: float32, or wider where parameters are.
 
     Raises:
@@ -57,7 +58,7 @@ class PowerEMA:
         self,
         module: nn.Module,
         *,
-        sigma_rels: Sequence[float] = (0.05, 0.10),
+        sigma_rels: Sequence[float | Length] = (0.05, 0.10),
         trainable_only: bool = False,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -77,17 +78,17 @@ class PowerEMA:
             length: {
                 name: p.detach().to(device, dtype or _wide(p.dtype), copy=True) for name, p in self._tracked.items()
             }
-            for length in map(as_length, sigma_rels)
+            for length in map(Length.of, sigma_rels)
         }
 
     @torch.no_grad()
     def update(self, *, time: int, delta: int) -> None:
-        """Advance every average to ``time``, ``delta`` after the last update; any interval is exact (Eq. 127).
+        """Advance every average to ``time``, ``delta`` after the last update. Exact for any ``delta``. Source: Eq. 127.
 
         Raises:
             InputError: unless 0 < delta <= time.
         """
-        shares = [1 - beta(sigma_rel, t_next=time, t_delta=delta) for sigma_rel in self.averages]
+        shares = [1 - length.beta(t_next=time, t_delta=delta) for length in self.averages]
         live = self._live()
         for index, (share, average) in enumerate(zip(shares, self.averages.values(), strict=True)):
             _move(list(average.values()), live, share, seed=(time, index))
@@ -97,34 +98,34 @@ class PowerEMA:
         """The weights, on the devices of their averages, in the dtype that is computed in."""
         pairs = list(zip(self._tracked.values(), next(iter(self.averages.values())).values(), strict=True))
         live = [p.detach().to(average.device, non_blocking=True) for p, average in pairs]
-        coming = {p.device for p, average in pairs if average.device.type == "cpu" != p.device.type}
-        for device in coming:  # what the CPU reads before copies have arrived is anything
+        copied_from = {p.device for p, average in pairs if average.device.type == "cpu" != p.device.type}
+        for device in copied_from:  # reading on the CPU before the copies complete is a race
             torch.accelerator.current_stream(device).synchronize()
         return [weight.to(_wide(average.dtype)) for weight, (_, average) in zip(live, pairs, strict=True)]
 
-    def arrays(self, sigma_rel: float) -> dict[str, Tensor]:
-        """One average and the module's buffers, by name: what ``load_state_dict`` takes.
+    def arrays(self, sigma_rel: float | Length) -> dict[str, Tensor]:
+        """One average and the module's buffers, by name, for ``load_state_dict``.
 
-        Those of ``trainable_only`` are fewer: ``load_state_dict(..., strict=False)``.
+        With ``trainable_only`` other parameters are missing: use ``load_state_dict(..., strict=False)``.
         """
         average = self._average(sigma_rel)
         return {**average, **{name: average[first] for name, first in self._same.items()}, **self._buffers}
 
     @torch.no_grad()
-    def copy_to(self, module: nn.Module, /, *, sigma_rel: float) -> None:
-        """Write one average over the parameters of ``module``, the averaged one or another of its kind.
+    def copy_to(self, module: nn.Module, /, *, sigma_rel: float | Length) -> None:
+        """Overwrite the parameters of ``module``, the averaged one or one with the same parameters, with an average.
 
         Raises:
-            InputError: a length that is not tracked, or a module without these parameters; nothing is written then.
+            InputError: the length is not tracked, or ``module`` lacks a parameter; nothing is written then.
         """
         for parameter, average in self._pairs(module, sigma_rel):
             parameter.copy_(average)
 
     @contextmanager
-    def applied(self, sigma_rel: float, module: nn.Module, /) -> Iterator[None]:
-        """``with ema.applied(0.10, model):`` it has the average; afterwards, come what may, its own weights again.
+    def applied(self, sigma_rel: float | Length, module: nn.Module, /) -> Iterator[None]:
+        """Within it, ``module`` has the average; afterwards, also after an error, its own weights again.
 
-        For evaluation only: what training would do inside is lost. Raises InputError as :meth:`copy_to`.
+        For evaluation only: changes of the weights inside are lost. Raises InputError as :meth:`copy_to`.
         """
         parameters = [parameter for parameter, _ in self._pairs(module, sigma_rel)]
         kept = [parameter.detach().clone() for parameter in parameters]
@@ -136,55 +137,60 @@ class PowerEMA:
                 for parameter, weight in zip(parameters, kept, strict=True):
                     parameter.copy_(weight)
 
-    def _pairs(self, module: nn.Module, sigma_rel: float) -> list[tuple[Tensor, Tensor]]:
+    def _pairs(self, module: nn.Module, sigma_rel: float | Length) -> list[tuple[Tensor, Tensor]]:
         """Each parameter of ``module`` that is averaged, with its average."""
-        found, average = tensors(module), self._average(sigma_rel)
+        own, average = tensors(module), self._average(sigma_rel)
         for name, tensor in average.items():
-            if name not in found or found[name].shape != tensor.shape:
-                got = tuple(found[name].shape) if name in found else "none"
+            if name not in own or own[name].shape != tensor.shape:
+                got = tuple(own[name].shape) if name in own else "none"
                 raise InputError(
                     f"the module must have {name} of shape {tuple(tensor.shape)}, got {got}: give the one averaged"
                 )
-        return [(found[name], tensor) for name, tensor in average.items()]
+        return [(own[name], tensor) for name, tensor in average.items()]
 
-    def _average(self, sigma_rel: float) -> dict[str, Tensor]:
-        if sigma_rel not in self.averages:
+    def _average(self, sigma_rel: float | Length) -> dict[str, Tensor]:
+        length = Length.of(sigma_rel)
+        if length not in self.averages:
             raise InputError(
-                f"the length must be one of those tracked, {', '.join(map(str, self.averages))}, got {sigma_rel}: "
+                f"the length must be one of those tracked, {', '.join(map(str, self.averages))}, got {length}: "
                 "reconstruct makes others from what was saved"
             )
-        return self.averages[sigma_rel]
+        return self.averages[length]
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write one snapshot per average into ``folder``, atomically; returns their paths."""
-        return save_averages(folder, ((s, dump(self.arrays(s))) for s in self.averages), time=self.time)
+        averages = ((length, dump(self.arrays(length))) for length in self.averages)
+        return save_averages(folder, averages, time=self.time)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on: the clock and the averages. Goes through ``torch.save`` with weights only."""
-        return {"time": self.time, "averages": {repr(length): average for length, average in self.averages.items()}}
+        """The clock and the averages, for ``torch.save`` and ``torch.load(weights_only=True)``."""
+        return {"time": self.time, "averages": {length.key: average for length, average in self.averages.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state_dict()``. Raises InputError, and changes nothing, unless lengths, names and shapes are the
         same."""
-        theirs = {as_length(length): average for length, average in state["averages"].items()}
+        theirs = {Length.of(key): average for key, average in state["averages"].items()}
         if _shapes(self.averages) != _shapes(theirs):
             raise InputError(
-                f"state must track the same lengths and parameters, got lengths {list(theirs)} for "
-                f"{list(self.averages)}: build PowerEMA with the module and sigma_rels that it was saved with"
+                f"state must track the same lengths and parameters, got lengths {list(map(str, theirs))} for "
+                f"{list(map(str, self.averages))}: build PowerEMA with the module and sigma_rels that it was saved with"
             )
         self.time = state["time"]
-        for sigma_rel, average in self.averages.items():
+        for length, average in self.averages.items():
             for name, tensor in average.items():
-                tensor.copy_(theirs[sigma_rel][name])
+                tensor.copy_(theirs[length][name])
 
 
 def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None) -> dict[str, Tensor]:
     """The average of length ``sigma_rel`` at ``time`` (None: the last snapshot's), from the snapshots in ``folder``.
 
     Returns tensors by name, for ``load_state_dict``: averages in float32, counters as last stored. Source: Algorithm 3.
+
+    Raises:
+        InputError: no snapshots there, a broken one, or a length out of range.
     """
-    (snapshot,) = reconstruct_arrays(folder, nimg=time, sigma_rels=[sigma_rel])
+    (snapshot,) = reconstruct_sources(open_sources(folder), time=time, sigma_rels=[sigma_rel])
     return {name: torch.from_numpy(array) for name, array in snapshot.params.items()}
 
 
@@ -197,15 +203,15 @@ def _tracked(module: nn.Module, *, trainable_only: bool) -> dict[str, Tensor]:
 
 
 def _besides(module: nn.Module, tracked: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What ``load_state_dict`` wants too: second names of tied parameters, and what is not averaged."""
+    """What ``load_state_dict`` needs besides: second names of tied parameters, and tensors that are not averaged."""
     first = {id(p): name for name, p in tracked.items()}
     others = {name: t for name, t in tensors(module).items() if name not in tracked and isinstance(t, Tensor)}
     same = {name: first[id(t)] for name, t in others.items() if id(t) in first}
     return same, {name: t for name, t in others.items() if name not in same}
 
 
-def _shapes(averages: Mapping[float, Mapping[str, Tensor]]) -> dict[float, dict[str, torch.Size]]:
-    return {sigma_rel: {name: t.shape for name, t in average.items()} for sigma_rel, average in averages.items()}
+def _shapes(averages: Mapping[Length, Mapping[str, Tensor]]) -> dict[Length, dict[str, torch.Size]]:
+    return {length: {name: t.shape for name, t in average.items()} for length, average in averages.items()}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -213,7 +219,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _move(averages: list[Tensor], live: list[Tensor], share: float, *, seed: tuple[int, int]) -> None:
-    """Bring ``averages`` the part ``share`` of the way to ``live``, in place. ``seed``: of the rounding to bfloat16."""
+    """lerp(average, live, share) in place. ``seed`` is that of stochastic rounding to bfloat16."""
     if all(average.dtype != torch.bfloat16 for average in averages):
         torch._foreach_lerp_(averages, live, share)
         return
@@ -226,7 +232,7 @@ def _move(averages: list[Tensor], live: list[Tensor], share: float, *, seed: tup
 
 
 def _groups(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Places of neighbours that lie on one device, of no more than _TOGETHER elements together where they can."""
+    """Indices of consecutive tensors on one device, at most _TOGETHER elements in a group of more than one tensor."""
     group: list[int] = []
     room = 0
     for i, tensor in enumerate(tensors):
@@ -240,12 +246,12 @@ def _groups(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def _rounded(x: Tensor, *, seed: Sequence[int]) -> Tensor:
-    """float32 ``x`` in bfloat16, up or down at random so that its expectation is ``x``.
+    """float32 ``x`` rounded stochastically to bfloat16, so that the expectation is ``x``.
 
-    bfloat16 is float32 without its last 16 bits: add 16 random bits, and cut them off.
+    bfloat16 is float32 without its last 16 bits: add 16 random bits, then truncate.
     """
     generator = torch.Generator(x.device)
     generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) >> 1)
     noise = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     up_or_down = (x.view(torch.int32) + noise & -(1 << 16)).view(torch.float32)
-    return torch.where(x.isfinite(), up_or_down, x).to(torch.bfloat16)  # adding bits to a NaN would make a number
+    return torch.where(x.isfinite(), up_or_down, x).to(torch.bfloat16)  # random bits can turn a NaN into a number

@@ -1,115 +1,175 @@
-"""The EDM2 network as PyTorch modules that walk the plan.
+"""The EDM2 network as PyTorch modules built from the plan.
 
-``state_dict`` has the canonical parameter names and layouts. ``forward`` is pure: no buffer or weight is written, so
+``state_dict`` has the canonical parameter names and layouts. ``forward`` is pure: it writes no buffer or weight, so
 ``torch.func``, ``torch.compile`` and CUDA graphs see a plain function; forced weight normalization belongs to the step.
-Fourier constants are buffers. Activations run in ``dtype``; the noise-conditioned path, weights and norms in float32.
+Fourier constants are buffers. Activations are computed in ``dtype``; noise conditioning, weights and norms in float32.
 
-Constants of magnitude-preserving functions (1/0.596 of mp_silu, the blend of mp_sum) ride on the gain of the next or
-last convolution, where they cost nothing, instead of on the activations, where each is a pass over memory.
+Constant factors of magnitude-preserving functions (1/0.596 of mp_silu, the blend of mp_sum) are multiplied into the
+gain of the next or the previous convolution: a weight is cheap to scale, activations cost one more pass over memory.
 """
 
-from collections.abc import Callable
-from math import prod, sqrt
+from math import pi, prod, sqrt
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edm2_core import ladder
-from edm2_core.network import Block, NetworkConfig, plan
-from edm2_core.precond import Preconditioning
-from edm2_core.network import GROUP_NORM_EPS
+from edm2_core.network import GROUP_NORM_EPS, Block, NetworkConfig, Parameter, plan
+
+from .denoiser import Denoiser
 
 
 def normalize(x: Tensor, dims: tuple[int, ...], *, eps: float = 1e-4) -> Tensor:
-    """Scale to unit root mean square over ``dims``, norms in float32 or better. See :func:`edm2_core.mp.normalize`."""
+    """Scale to unit root mean square over ``dims``. Dtype: kept; norms in float32 or wider.
+
+    Source: :func:`edm2_core.mp.normalize`.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=wide)
     scale = (norm * (1 / sqrt(prod([x.shape[d] for d in dims])))).add_(eps)
     return x / scale.to(x.dtype)
 
 
-def precondition(sigma: Tensor, *, sigma_data: float) -> Preconditioning:
-    """See :func:`edm2_core.precond.precondition`, whose search for its arrays' library torch.compile warns of."""
-    variance = sigma.square() + sigma_data**2
-    root = variance.sqrt()
-    return Preconditioning(sigma_data**2 / variance, sigma * sigma_data / root, 1 / root, sigma.log() / 4)
+class Planned(nn.Module):
+    """A module whose own tensors are ``parts`` of the plan's table under ``name``. A part that the table lacks is None.
+
+    Constants are buffers. Initial values are drawn from PyTorch's global generator, from the distributions of
+    :func:`edm2_core.network.initialize`.
+    """
+
+    def __init__(self, config: NetworkConfig, name: str, *parts: str):
+        super().__init__()
+        table = plan(config).parameters
+        self.table = {part: table[f"{name}.{part}"] for part in parts if f"{name}.{part}" in table}
+        for part in parts:
+            parameter = self.table.get(part)
+            if parameter is None:
+                self.register_parameter(part, None)
+            elif parameter.trained:
+                self.register_parameter(part, nn.Parameter(torch.empty(parameter.shape)))
+            else:
+                self.register_buffer(part, torch.empty(parameter.shape))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values of this module's own tensors, not of its children's."""
+        for part, parameter in self.table.items():
+            initialize_(getattr(self, part), parameter)
 
 
-class Fourier(nn.Module):
-    """Features of a number, [N] to [N, channels]. See :func:`edm2_core.reference.fourier`."""
+@torch.no_grad()
+def initialize_(tensor: Tensor, parameter: Parameter) -> None:
+    """Fill ``tensor`` with initial values of the distribution that the plan gives ``parameter``."""
+    count = tensor.numel()
+    half = (count + 1) // 2
+    match parameter.init:
+        case "normal":
+            tensor.normal_()
+        case "he":
+            bound = sqrt(6 / parameter.fan_in)
+            tensor.uniform_(-bound, bound)
+        case "zeros":
+            tensor.zero_()
+        case "ones":
+            tensor.fill_(1)
+        case "frequencies":
+            tensor.normal_(std=2 * pi)
+        case "phases":
+            tensor.uniform_(0, 2 * pi)
+        case "positions":
+            tensor.copy_(torch.tensor([10000.0 ** -(i % half / half) for i in range(count)]))
+        case "quadratures":
+            tensor.copy_(torch.tensor([0.0 if i < half else -pi / 2 for i in range(count)]))
+
+
+class Fourier(Planned):
+    """Features of a number. Shapes: x [N] to [N, channels]. See :func:`edm2_core.reference.fourier`."""
 
     freqs: Tensor
     phases: Tensor
 
-    def __init__(self, config: NetworkConfig, channels: int):
-        super().__init__()
+    def __init__(self, config: NetworkConfig, name: str):
+        super().__init__(config, name, "freqs", "phases")
         self.scale = config.fourier_scale
-        self.register_buffer("freqs", torch.zeros(channels))
-        self.register_buffer("phases", torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cos(torch.outer(x, self.freqs) + self.phases) * self.scale
+        return torch.cos(torch.outer(x, self.freqs) + self.phases) * self.scale  # (N,) to (N, channels)
 
 
-class Layer(nn.Module):
+class Layer(Planned):
     """A convolution, or a linear layer where the weight has two axes. See :func:`edm2_core.reference.layer`."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, config: NetworkConfig, name: str):
-        super().__init__()
-        table, self.normalized = plan(config).parameters, config.switches.weight_norm
-        weight = table[f"{name}.weight"]
-        self.scale, self.forced = config.weight_scale(weight.fan_in), weight.normalized
-        self.weight = nn.Parameter(torch.zeros(weight.shape))
-        biased = f"{name}.bias" in table
-        self.bias = nn.Parameter(torch.zeros(weight.shape[0])) if biased else None
-        self.watch: Callable[[Tensor], None] | None = None  # is shown what the layer puts out
+        super().__init__(config, name, "weight", "bias")
+        weight = self.table["weight"]
+        self.normalized, self.forced = config.switches.weight_norm, weight.normalized
+        self.scale = config.weight_scale(weight.fan_in)
+
+    def forward(self, x: Tensor, gain: float | Tensor = 1.0, *, factor: float = 1.0) -> Tensor:
+        """x [N, in] or [N, in, H, W] to [N, out, ...], in the dtype of x.
+
+        ``gain`` scales the weight. ``factor`` scales the whole output, bias included: it belongs to the sum or
+        activation that follows, and is not part of the layer's own output.
+        """
+        w = self.rows(self.effective_weight(gain * factor)).to(x.dtype)
+        bias = None if self.bias is None else self.rows(self.bias * factor).to(x.dtype)
+        return F.linear(x, w, bias) if w.ndim == 2 else F.conv2d(x, w, bias, padding=w.shape[-1] // 2)
 
     def effective_weight(self, gain: float | Tensor = 1.0) -> Tensor:
         w = normalize(self.weight, tuple(range(1, self.weight.ndim))) if self.normalized else self.weight
         return w * (gain * self.scale)
 
-    def forward(self, x: Tensor, gain: float | Tensor = 1.0, *, factor: float = 1.0) -> Tensor:
-        """``gain`` is the weight's; ``factor`` that of the whole, bias included."""
-        w = self.effective_weight(gain * factor).to(x.dtype)
-        bias = None if self.bias is None else (self.bias * factor).to(x.dtype)
-        y = F.linear(x, w, bias) if w.ndim == 2 else F.conv2d(x, w, bias, padding=w.shape[-1] // 2)
-        return self.seen(y, factor=factor)
-
-    def seen(self, y: Tensor, *, factor: float = 1.0) -> Tensor:
-        if self.watch is not None:
-            self.watch(y / (factor or 1.0))
-        return y
+    def rows(self, stored: Tensor) -> Tensor:
+        """A weight or bias [out, ...] in the order of the output's channels."""
+        return stored
 
 
-class GroupNorm(nn.Module):
-    """See :func:`edm2_core.reference.group_norm`; without groups, nothing."""
+class QKV(Layer):
+    """The layer attn_qkv. It computes the channels in an order in which q, k and v are each contiguous."""
+
+    def __init__(self, config: NetworkConfig, name: str, heads: int):
+        super().__init__(config, name)
+        self.heads = heads
+
+    def rows(self, stored: Tensor) -> Tensor:
+        stored = stored.unflatten(0, (self.heads, -1, 3))  # (heads, D, 3, ...)
+        return stored.movedim(2, 0).flatten(0, 2)  # (3 * heads * D, ...)
+
+
+class GroupNorm(Planned):
+    """See :func:`edm2_core.reference.group_norm`; the identity on rungs without groups. Shapes: [N, C, H, W], kept."""
+
+    scale: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, config: NetworkConfig, name: str, channels: int):
-        super().__init__()
+        super().__init__(config, name, "scale", "bias")
         self.kind, self.groups = config.switches.group_norm, config.groups(channels)
-        affine = f"{name}.scale" in plan(config).parameters
-        self.scale = nn.Parameter(torch.zeros(channels)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind is ladder.GroupNorm.NONE:
             return x
         if self.kind is ladder.GroupNorm.PLAIN:
-            return normalize(x.unflatten(1, (self.groups, -1)), (2, 3, 4)).flatten(1, 2)
-        x = x.contiguous()  # convolutions may answer channels last, of which it has no forward derivative
+            x = x.unflatten(1, (self.groups, -1))  # (N, groups, C / groups, H, W)
+            return normalize(x, (2, 3, 4)).flatten(1, 2)  # (N, C, H, W)
+        x = x.contiguous()  # F.group_norm has no forward derivative for channels last, which convolutions may return
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.group_norm(x.to(wide), self.groups, self.scale, self.bias, GROUP_NORM_EPS).to(x.dtype)
 
 
-class UNetBlock(nn.Module):
+class UNetBlock(Planned):
     """One encoder or decoder block. See :func:`edm2_core.reference.run_block`."""
 
+    emb_gain: Tensor | None
+
     def __init__(self, config: NetworkConfig, block: Block):
-        super().__init__()
-        self.config, self.block = config, block
         name, has = block.name, config.switches
-        self.emb_gain = nn.Parameter(torch.zeros(())) if has.gains else None
+        super().__init__(config, name, "emb_gain")
+        self.config, self.block = config, block
         self.norm_res0 = GroupNorm(config, f"{name}.norm_res0", block.residual_channels)
         self.conv_res0 = Layer(config, f"{name}.conv_res0")
         self.emb_linear = Layer(config, f"{name}.emb_linear")
@@ -120,10 +180,11 @@ class UNetBlock(nn.Module):
         if block.heads:
             if has.attention is ladder.Attention.DOT:
                 self.norm_attn = GroupNorm(config, f"{name}.norm_attn", block.out_channels)
-            self.attn_qkv = Layer(config, f"{name}.attn_qkv")
+            self.attn_qkv = QKV(config, f"{name}.attn_qkv", block.heads)
             self.attn_proj = Layer(config, f"{name}.attn_proj")
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x [N, in_channels, H, W] and emb [N, emb_channels] to [N, out_channels, H', W']."""
         config, block, has = self.config, self.block, self.config.switches
         x = self.widened(self.resampled(x, now=has.resample_first), now=block.widens_first)
         if block.role == "enc" and has.pixel_norm:
@@ -149,39 +210,36 @@ class UNetBlock(nn.Module):
 
     def conditioned(self, y: Tensor, emb: Tensor) -> Tensor:
         """See :func:`edm2_core.reference.conditioning`."""
-        z = self.emb_linear(emb, gain=1.0 if self.emb_gain is None else self.emb_gain)[:, :, None, None]
+        z = self.emb_linear(emb, gain=1.0 if self.emb_gain is None else self.emb_gain)
+        z = z[:, :, None, None]  # (N, C or 2 C) to (N, C or 2 C, 1, 1)
         if not self.config.switches.shift:
             return y * (z + 1).to(y.dtype)
-        scale, shift = z.chunk(2, dim=1)
+        scale, shift = z.chunk(2, dim=1)  # each (N, C, 1, 1)
         return torch.addcmul(shift.to(y.dtype), y, (scale + 1).to(y.dtype))
 
     def attention(self, x: Tensor, *, factor: float) -> Tensor:
-        """Self-attention over pixels. See :func:`edm2_core.reference.attention`."""
+        """Self-attention over pixels, times ``factor``. See :func:`edm2_core.reference.attention`."""
         n, c, h, w = x.shape
-        heads, layer = self.block.heads, self.attn_qkv
-
-        def regrouped(rows: Tensor) -> Tensor:
-            """Stored [heads, channels per head, (q, k, v)]; so that q, k and v each lie together in memory."""
-            return rows.unflatten(0, (heads, c // heads, 3)).movedim(2, 0).flatten(0, 2).to(x.dtype)
-
-        bias = None if layer.bias is None else regrouped(layer.bias)
-        qkv = F.conv2d(x if self.norm_attn is None else self.norm_attn(x), regrouped(layer.effective_weight()), bias)
-        qkv = layer.seen(qkv).reshape(n, 3 * heads, c // heads, h * w)
-        # dot products of what is not normalized may be of any size
+        heads = self.block.heads
+        qkv = self.attn_qkv(x if self.norm_attn is None else self.norm_attn(x))  # (N, 3 * heads * D, H, W)
+        qkv = qkv.reshape(n, 3 * heads, c // heads, h * w)  # (N, 3 * heads, D, HW)
+        # where q and k are not normalized, their products may exceed float16
         qkv = normalize(qkv, (2,)) if self.norm_attn is None else qkv.to(torch.promote_types(x.dtype, torch.float32))
-        q, k, v = qkv.transpose(2, 3).unflatten(1, (3, heads)).unbind(1)
-        y = F.scaled_dot_product_attention(q, k, v).to(x.dtype)
-        return self.attn_proj(y.transpose(2, 3).reshape(n, c, h, w), factor=factor)
+        q, k, v = qkv.transpose(2, 3).unflatten(1, (3, heads)).unbind(1)  # each (N, heads, HW, D)
+        y = F.scaled_dot_product_attention(q, k, v).to(x.dtype)  # (N, heads, HW, D)
+        return self.attn_proj(y.transpose(2, 3).reshape(n, c, h, w), factor=factor)  # (N, C, H, W)
 
 
-class UNet(nn.Module):
+class UNet(Planned):
     """The raw network F. See :func:`edm2_core.reference.unet`."""
 
+    out_gain: Tensor | None
+
     def __init__(self, config: NetworkConfig):
-        super().__init__()
+        super().__init__(config, "unet", "out_gain")
         self.config, walk, has = config, plan(config), config.switches
         width = walk.decoder[-1].out_channels
-        self.emb_fourier = Fourier(config, config.noise_channels)
+        self.emb_fourier = Fourier(config, "unet.emb_fourier")
         self.emb_noise = Layer(config, "unet.emb_noise")
         self.emb_noise1 = Layer(config, "unet.emb_noise1") if has.embedding_layers == 2 else None
         self.emb_label = Layer(config, "unet.emb_label") if config.label_dim else None
@@ -190,12 +248,12 @@ class UNet(nn.Module):
         self.takes_skip = [block.takes_skip for block in walk.decoder]
         self.out_norm = GroupNorm(config, "unet.out_norm", width) if has.output_norm else None
         self.out_conv = Layer(config, "unet.out_conv")
-        self.out_gain = nn.Parameter(torch.zeros(())) if has.gains else None
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """x [N, C, H, W], already scaled by c_in, c_noise [N] and labels [N, label_dim] or None to [N, C, H, W]."""
         emb = self.embedding(c_noise, labels)
         if self.config.switches.ones_channel:
-            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # (N, C + 1, H, W)
         skips = []
         for block in self.enc.values():
             x = block(x) if isinstance(block, Layer) else block(x, emb)
@@ -205,19 +263,20 @@ class UNet(nn.Module):
         gain: float | Tensor = 1.0 if self.out_gain is None else self.out_gain
         if self.out_norm is not None:
             x, gain = F.silu(self.out_norm(x)), gain / self.config.silu_rms
-        return self.out_conv(x, gain=gain)
+        return self.out_conv(x, gain=gain)  # (N, C, H, W)
 
     def embedding(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """c_noise [N] and labels [N, label_dim] to [N, emb_channels]. See :func:`edm2_core.reference.embedding`."""
         config, silu_rms = self.config, self.config.silu_rms
         keep, add = config.blend(config.label_balance) if config.label_dim else (1.0, 1.0)
-        emb = self.emb_fourier(c_noise)
+        emb = self.emb_fourier(c_noise)  # (N, noise_channels)
         if self.emb_noise1 is not None:
             emb = self.emb_noise1(F.silu(self.emb_noise(emb)), gain=1 / silu_rms, factor=keep)
         else:
-            emb = self.emb_noise(emb, factor=keep)
+            emb = self.emb_noise(emb, factor=keep)  # (N, emb_channels)
         if self.emb_label is not None and labels is not None:
             scale = sqrt(config.label_dim) if config.switches.label_scaling else 1.0
-            emb = emb + self.emb_label(labels, gain=add * scale)
+            emb = emb + self.emb_label(labels.to(emb.dtype), gain=add * scale)
         return F.silu(emb) / silu_rms
 
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -226,34 +285,32 @@ class UNet(nn.Module):
         return torch.cat([x, skip], dim=1) if keep == add == 1 else torch.cat([x * keep, skip * add], dim=1)
 
 
-class Network(nn.Module):
-    """The denoiser D and its uncertainty u. See :func:`edm2_core.reference.denoise`.
+class Network(Denoiser):
+    """The EDM2 denoiser D and its uncertainty u, with initial weights. See :func:`edm2_core.reference.denoise`.
 
     Args:
-        config: what the plan is made of.
+        config: sizes and rung; the plan follows from it.
         dtype: of activations: float32, bfloat16 or float16.
     """
 
     def __init__(self, config: NetworkConfig, *, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.config, self.dtype = config, dtype
-        self.unet = UNet(config)
+        unet = UNet(config)
+        super().__init__(unet, sigma_data=config.sigma_data, label_dim=config.label_dim, dtype=dtype)
+        del self.backbone  # it is registered under its canonical name instead
+        self.config, self.unet = config, unet
         if config.switches.uncertainty:
-            self.logvar_fourier = Fourier(config, config.logvar_channels)
+            self.logvar_fourier = Fourier(config, "logvar_fourier")
             self.logvar_linear = Layer(config, "logvar_linear")
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """float32 x [N, C, H, W], sigma [N, 1, 1, 1] and labels [N, label_dim] or None to denoised and logvar."""
-        c = precondition(sigma, sigma_data=self.config.sigma_data)
-        c_noise = c.c_noise.flatten()
-        output = self.unet((x * c.c_in).to(self.dtype), c_noise, labels).to(x.dtype)
-        return torch.addcmul(c.c_skip * x, c.c_out, output), self.uncertainty(c_noise).reshape(-1, 1, 1, 1)
+    def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        output: Tensor = self.unet(x, c_noise, labels)
+        return output
 
-    def uncertainty(self, c_noise: Tensor) -> Tensor:
+    def logvar(self, c_noise: Tensor) -> Tensor:
         """See :func:`edm2_core.reference.uncertainty`."""
         if not self.config.switches.uncertainty:
-            return torch.zeros_like(c_noise)
-        return self.logvar_linear(self.logvar_fourier(c_noise))
+            return super().logvar(c_noise)
+        return self.logvar_linear(self.logvar_fourier(c_noise))  # (N, 1)
 
 
 def module(config: NetworkConfig, block: Block) -> nn.Module:
@@ -265,7 +322,7 @@ def short(block: Block) -> str:
 
 
 def resample(x: Tensor, mode: str, taps: tuple[float, ...]) -> Tensor:
-    """See :func:`edm2_core.mp.resample`."""
+    """See :func:`edm2_core.mp.resample`. Shapes: [N, C, H, W] to [N, C, H', W']."""
     if mode == "keep":
         return x
     if len(taps) == 2 and taps[0] == taps[1]:

@@ -1,7 +1,8 @@
-"""One training step, and the state that it moves.
+"""A training step, and the learner whose state it advances.
 
-The order matters (SPEC STEP): force the stored weights onto their spheres; loss and gradients through the
-normalization; gradients made finite; Adam; averages of the stored weights, after Adam and before the next forcing.
+Order of a step (SPEC STEP): force the stored weights onto their spheres; compute the loss, and gradients through the
+normalization; zero non-finite gradient elements; Adam; average the stored weights, after Adam and before they are
+forced again.
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from backends.pipeline.checkpoints.states import State
 from edm2_core import loss as objective
+from edm2_core.ema import Length
+from edm2_core.state import State
 
 from .ema import PowerEMA
 from .network import Layer, normalize
@@ -20,7 +22,8 @@ from .weights import dump, load, tensors, unwrapped
 
 
 class Batch(NamedTuple):
-    """images and unit_noise [N, C, H, W], sigma [N, 1, 1, 1], labels [N, label_dim] or None; all float32."""
+    """images and unit_noise [N, ...] (data of any shape), sigma [N, 1, ...] with as many axes, labels [N, label_dim] or
+    None; all float32."""
 
     images: Tensor
     unit_noise: Tensor
@@ -28,7 +31,7 @@ class Batch(NamedTuple):
     labels: Tensor | None = None
 
     def split(self, size: int | None) -> "list[Batch]":
-        """This batch in parts of ``size`` images, the last maybe smaller; None: in one."""
+        """This batch in parts of ``size`` images, the last may be smaller; None: in one part."""
         size = size or len(self.images)
         labels = self.labels.split(size) if self.labels is not None else repeat(None)
         images, unit_noise, sigma = (x.split(size) for x in self[:3])
@@ -36,15 +39,18 @@ class Batch(NamedTuple):
 
 
 def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
-    """The loss of each element, [N, C, H, W], float32. Source: Eq. 21."""
+    """The loss of each element, shaped like ``batch.images``, float32. Source: Eqs. 14, 21.
+
+    ``network`` is a :class:`~.denoiser.Denoiser`, perhaps wrapped by DDP or torch.compile.
+    """
     denoised, logvar = network(batch.images + batch.unit_noise * batch.sigma, batch.sigma, batch.labels)
-    sigma_data = unwrapped(network).config.sigma_data
+    sigma_data = unwrapped(network).sigma_data
     return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=sigma_data)
 
 
 @torch.no_grad()
 def force_weight_norm(network: nn.Module) -> None:
-    """Put the stored weights back on their spheres, in place, on rungs that do. Source: Eq. 66."""
+    """Put the stored weights back on their spheres, in place, on rungs that do so. Source: Eq. 66."""
     for layer in network.modules():
         if isinstance(layer, Layer) and layer.forced:
             layer.weight.copy_(forced(layer))
@@ -64,16 +70,16 @@ def zero_nonfinite(gradients: Sequence[Tensor]) -> Tensor:
     return sum(gradient.numel() for gradient in gradients) - finite
 
 
-class Training:
-    """A network in training: Adam, averages, and the clock in images.
+class Learner:
+    """A denoiser with all that its training needs: Adam, averages of its weights, and the clock in images.
 
     Args:
-        network: on its device; wrapped by torch.compile if you like.
-        betas: of Adam, eps 1e-8.
+        network: any :class:`~.denoiser.Denoiser` on its device, perhaps wrapped by torch.compile.
+        betas: of Adam, whose eps is 1e-8.
         sigma_rels: lengths of the averages.
-        loss_scaling: the loss is multiplied, its gradients divided by it: lifts float16 gradients above underflow.
+        loss_scaling: factor on the loss while gradients are computed; keeps float16 gradients from underflow.
         microbatch: images per forward pass; larger batches accumulate gradients.
-        world: processes that share each batch (torch.distributed), each with an equal part.
+        world: number of processes (torch.distributed) that share each batch in equal parts.
     """
 
     def __init__(
@@ -81,7 +87,7 @@ class Training:
         network: nn.Module,
         *,
         betas: tuple[float, float] = (0.9, 0.99),
-        sigma_rels: Sequence[float] = (0.05, 0.10),
+        sigma_rels: Sequence[float | Length] = (0.05, 0.10),
         loss_scaling: float = 1.0,
         microbatch: int | None = None,
         world: int = 1,
@@ -92,7 +98,11 @@ class Training:
         self.optimizer = torch.optim.Adam(list(self.weights.values()), betas=betas, eps=1e-8, fused=fused or None)
         self.ema = PowerEMA(network, sigma_rels=sigma_rels)
         self.steps = 0
-        self.nimg = 0
+
+    @property
+    def nimg(self) -> int:
+        """Images seen: the clock of the averages."""
+        return self.ema.time
 
     def step(self, batch: Batch, *, lr: float) -> tuple[Tensor, Tensor]:
         """Train on this process's share of a batch. Returns its mean loss per element and the number of non-finite
@@ -114,12 +124,11 @@ class Training:
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.steps += 1
-        self.nimg += total
-        self.ema.update(time=self.nimg, delta=total)
+        self.ema.update(time=self.nimg + total, delta=total)
         return torch.stack(losses).sum() / batch.images.numel(), nonfinite
 
     def state(self) -> State:
-        """Everything that training goes on from, in the canonical form that all ports share."""
+        """Everything that training continues from, in the canonical form that all ports share."""
         moments = [self.optimizer.state.get(p, {}) for p in self.weights.values()]
         zeros = {name: torch.zeros_like(p) for name, p in self.weights.items()}
         first, second = (
@@ -130,13 +139,17 @@ class Training:
             params=dump(tensors(self.network)),
             moments1=first,
             moments2=second,
-            averages={s: dump(self.ema.arrays(s)) for s in self.ema.averages},
+            averages={length: dump(self.ema.arrays(length)) for length in self.ema.averages},
             nimg=self.nimg,
             steps=self.steps,
         )
 
     def load_state(self, state: State) -> None:
-        """Go on from ``state``, whichever port wrote it."""
+        """Continue from ``state``, whichever port wrote it.
+
+        Raises:
+            InputError: it is of another network or of other averages.
+        """
         load(self.network, state.params)
         for name, weight in self.weights.items():
             self.optimizer.state[weight] = {
@@ -144,9 +157,13 @@ class Training:
                 "exp_avg": torch.tensor(state.moments1[name], device=weight.device),  # copies: Adam writes to its own
                 "exp_avg_sq": torch.tensor(state.moments2[name], device=weight.device),
             }
-        arrays = {s: {n: torch.tensor(a[n]) for n in self.weights} for s, a in state.averages.items()}
-        self.ema.load_state_dict({"time": state.nimg, "averages": arrays})
-        self.steps, self.nimg = state.steps, state.nimg
+        tracked = next(iter(self.ema.averages.values()))
+        averages = {
+            length.key: {name: torch.tensor(average[name]) for name in tracked}
+            for length, average in state.averages.items()
+        }
+        self.ema.load_state_dict({"time": state.nimg, "averages": averages})
+        self.steps = state.steps
 
 
 def sum_over_processes(gradients: Sequence[Tensor]) -> None:

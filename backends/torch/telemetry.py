@@ -1,18 +1,22 @@
-"""What a training step is made of, measured beside it: see :mod:`backends.pipeline.runs.telemetry`."""
+"""Telemetry of a training step: magnitudes of activations, weights and gradients, measured beside the step itself.
 
-from collections.abc import Iterator
+:class:`backends.ports.Measurement` defines each quantity.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from backends.pipeline.runs.telemetry import Measurement, watched
+from backends.pipeline.runs.telemetry import watched
+from backends.ports import Measurement
 from edm2_core import loss as objective
 
+from .denoiser import evaluating
 from .network import Layer, Network
-from .step import Batch, Training, forced
+from .step import Batch, Learner, forced
 from .weights import canonical_name, unwrapped
 
 
@@ -24,27 +28,28 @@ class Forward(NamedTuple):
     u: Tensor
 
 
-def measured(training: Training, batch: Batch, *, lr: float) -> tuple[tuple[Tensor, Tensor], Measurement]:
-    """A step on ``batch``, what it returns, and what it was made of. The step is the same as without."""
-    network = unwrapped(training.network)
+def measured(learner: Learner, batch: Batch, *, lr: float) -> tuple[tuple[Tensor, Tensor], Measurement]:
+    """Take a step, exactly as without telemetry: what :meth:`Learner.step` returns, and the measurement."""
+    network = unwrapped(learner.network)
+    assert isinstance(network, Network)
     names = [name for weights in watched(network.config).values() for name in weights]
     layers = layers_of(network)
     with torch.no_grad():
         before = {name: forced(layers[name]).clone() for name in names}
-        forward = watch(network, batch, names, size=training.microbatch)
-    metrics = training.step(batch, lr=lr)
+        forward = measured_forward(network, batch, names, size=learner.microbatch)
+    metrics = learner.step(batch, lr=lr)
     with torch.no_grad():
-        weights = {name: training.weights[name] for name in names}
+        weights = {name: learner.weights[name] for name in names}
         gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in weights.items()}
         updates = {name: torch.stack([(weights[name] - w).norm(), w.norm()]) for name, w in before.items()}
         parts = (forward.activations, _by_row(before), _by_row(gradients), updates)
         rows = torch.stack([torch.stack([part[name] for name in names]) for part in parts]).cpu().numpy()
-    activations, of_weights, of_gradients, steps = (dict(zip(names, part, strict=True)) for part in rows)
+    activations, of_weights, of_gradients, of_updates = (dict(zip(names, part, strict=True)) for part in rows)
     return metrics, Measurement(
         activations=activations,
         weights=of_weights,
         gradients=of_gradients,
-        updates=steps,
+        updates=of_updates,
         sigma=batch.sigma.flatten().cpu().numpy(),
         loss=forward.loss.cpu().numpy(),
         u=forward.u.cpu().numpy() if network.config.switches.uncertainty else None,
@@ -57,40 +62,39 @@ def layers_of(network: nn.Module) -> dict[str, Layer]:
     return {f"{canonical_name(name)}.weight": layer for name, layer in layers.items()}
 
 
-def watch(network: Network, batch: Batch, names: list[str], *, size: int | None) -> Forward:
-    """A forward pass in evaluation mode, ``size`` images at a time; the mode is left as it was."""
-    activations: dict[str, list[Tensor]] = {name: [] for name in names}
+def measured_forward(network: Network, batch: Batch, names: list[str], *, size: int | None) -> Forward:
+    """A forward pass in evaluation mode, ``size`` images at a time."""
     losses, uncertainties = [], []
-    training = network.training
-    network.eval()
-    try:
-        with watching(network, activations):
-            for part in batch.split(size):
-                denoised, logvar = network(part.images + part.unit_noise * part.sigma, part.sigma, part.labels)
-                weight = objective.weight(part.sigma, sigma_data=network.config.sigma_data)
-                losses.append((weight * (denoised - part.images).square()).mean(dim=(1, 2, 3)))
-                uncertainties.append(logvar.flatten())
-    finally:
-        network.train(training)
+    with evaluating(network), recording(network, names) as activations:
+        for part in batch.split(size):
+            noisy = part.images + part.unit_noise * part.sigma
+            denoised, logvar = network.forward(noisy, part.sigma, part.labels)  # a compiled call would run no hooks
+            weight = objective.weight(part.sigma, sigma_data=network.sigma_data)
+            losses.append((weight * (denoised - part.images).square()).flatten(1).mean(dim=1))
+            uncertainties.append(logvar.flatten())
     summed = {name: _summary(torch.cat(parts)) for name, parts in activations.items()}
     return Forward(summed, torch.cat(losses), torch.cat(uncertainties))
 
 
 @contextmanager
-def watching(network: Network, found: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Within it, each layer that ``found`` names adds the magnitudes, [images, features], of what it puts out."""
-    layers = {name: layer for name, layer in layers_of(network).items() if name in found}
+def recording(network: Network, names: list[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Within it, each call of a layer in ``names`` adds the magnitudes, [images, features], of its output."""
+    layers = layers_of(network)
+    activations: dict[str, list[Tensor]] = {name: [] for name in names}
+    hooks = [layers[name].register_forward_hook(_record(activations[name]), with_kwargs=True) for name in names]
     try:
-        for name, layer in layers.items():
-            layer.watch = partial(_keep, found[name])
-        yield
+        yield activations
     finally:
-        for layer in layers.values():
-            layer.watch = None
+        for hook in hooks:
+            hook.remove()
 
 
-def _keep(found: list[Tensor], y: Tensor) -> None:
-    found.append(_magnitudes(y, 2))
+def _record(magnitudes: list[Tensor]) -> Callable[..., None]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        factor = kwargs.get("factor", 1.0) or 1.0  # of the sum that follows: not part of the layer's own output
+        magnitudes.append(_magnitudes(output / factor, 2))
+
+    return hook
 
 
 def _magnitudes(x: Tensor, kept: int) -> Tensor:

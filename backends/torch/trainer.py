@@ -1,100 +1,99 @@
-"""What the training loop drives: a network in training on this process's device, with noise of its own."""
+"""The trainer that the training loop drives: a learner on this process's device, and the noise of its batches."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from backends.pipeline.checkpoints.states import State
-from backends.pipeline.runs.config import Settings
-from backends.pipeline.runs.options import TrainOptions
-from backends.pipeline.runs.telemetry import Measurement
+from backends.pipeline.runs.config import TrainConfig
+from backends.ports import Machine, Measurement, Trainer
+from edm2_core.ema import Length
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
+from edm2_core.state import Arrays, State
 
 from . import device as devices
-from .step import Batch, Training
+from .step import Batch, Learner
 from .telemetry import measured
 from .weights import build, dump, tensors
 
+_EXHAUSTED = ("can't allocate memory", "DefaultCPUAllocator")  # of the CPU's allocator, which raises RuntimeError
 
-class TorchTrainer:
-    """A trainer: draws noise on the device, a function of (seed, images seen)."""
 
-    def __init__(self, settings: Settings, options: TrainOptions):
-        processes = devices.Processes.here()
-        self.rank, self.world, self._processes = processes.rank, processes.world, processes
-        self._device = devices.choose(options.device)
-        processes.join(self._device)
+class TorchTrainer(Trainer):
+    """See :class:`backends.ports.Trainer`. Several processes are those of ``torchrun``."""
+
+    def __init__(self, config: TrainConfig, machine: Machine):
+        super().__init__()
+        self._processes = devices.Processes.here()
+        self.rank, self.world = self._processes.rank, self._processes.world
+        self._device = devices.choose(machine.device)
+        self._processes.join(self._device)
         self.device = devices.describe(self._device)
-        self._settings = settings
-        network = build(
-            settings.network,
-            initialize(settings.network, seed=settings.seed),
-            device=self._device,
-            dtype=getattr(torch, settings.precision),
+        self._config = config
+        hyper, params = config.hyper, initialize(config.network, seed=config.seed)
+        self.learner = Learner(
+            build(config.network, params, device=self._device, dtype=getattr(torch, config.precision)),
+            betas=hyper.betas,
+            sigma_rels=hyper.lengths,
+            loss_scaling=hyper.loss_scaling,
+            microbatch=machine.batch_per_device,
+            world=self.world,
         )
-        self.training = Training(
-            network,
-            betas=settings.betas,
-            sigma_rels=settings.lengths,
-            loss_scaling=settings.loss_scaling,
-            microbatch=options.batch_per_device,
-            world=processes.world,
-        )
-        self._losses: list[Tensor] = []
-        self._nonfinite: list[Tensor] = []
 
-    def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> None:
-        self._keep(self.training.step(self._batch(images, labels, nimg), lr=lr))
+    @property
+    def nimg(self) -> int:
+        return self.learner.nimg
 
-    def measured_step(self, images: np.ndarray, labels: np.ndarray | None, /, *, nimg: int, lr: float) -> Measurement:
-        metrics, found = measured(self.training, self._batch(images, labels, nimg), lr=lr)
-        self._keep(metrics)
-        return found
+    def take_step(self, images: np.ndarray, labels: np.ndarray | None, *, lr: float) -> tuple[Any, Any]:
+        return self.learner.step(self._batch(images, labels), lr=lr)
 
-    def _keep(self, metrics: tuple[Tensor, Tensor]) -> None:
-        self._losses.append(metrics[0])
-        self._nonfinite.append(metrics[1])
+    def take_measured_step(
+        self, images: np.ndarray, labels: np.ndarray | None, *, lr: float
+    ) -> tuple[tuple[Any, Any], Measurement]:
+        return measured(self.learner, self._batch(images, labels), lr=lr)
 
-    def _batch(self, images: np.ndarray, labels: np.ndarray | None, nimg: int) -> Batch:
-        """Noise is drawn for the whole batch and cut to this process's share, so their number changes nothing."""
-        settings, start, count = self._settings, self.rank * len(images), len(images)
-        key = np.random.SeedSequence([settings.seed, nimg]).generate_state(2, np.uint64) >> np.uint64(1)
+    def _batch(self, images: np.ndarray, labels: np.ndarray | None) -> Batch:
+        """With noise, a function of (seed, images seen). It is drawn for the whole batch and cut to this process's
+        share, so the number of processes has no effect on it."""
+        config, hyper = self._config, self._config.hyper
+        key = np.random.SeedSequence([config.seed, self.nimg]).generate_state(2, np.uint64) >> np.uint64(1)
         generator = torch.Generator(self._device).manual_seed(int(key[0]))
-        if settings.network.dropout:
+        if config.network.dropout:
             torch.manual_seed(int(key[1]) + self.rank)
-        shape = (settings.batch, *images.shape[1:])
-        normal = torch.randn((settings.batch, 1, 1, 1), generator=generator, device=self._device)
-        noise = torch.randn(shape, generator=generator, device=self._device)
-        sigma = noise_level(normal, P_mean=settings.P_mean, P_std=settings.P_std)
-        share = slice(start, start + count)
-        classes = None if labels is None else self._to_device(labels)
-        return Batch(self._to_device(images), noise[share], sigma[share], classes)
+        normal = torch.randn((hyper.batch, 1, 1, 1), generator=generator, device=self._device)
+        noise = torch.randn((hyper.batch, *images.shape[1:]), generator=generator, device=self._device)
+        sigma = noise_level(normal, P_mean=hyper.P_mean, P_std=hyper.P_std)
+        share = slice(self.rank * len(images), (self.rank + 1) * len(images))
+        one_hot = None if labels is None else self._to_device(labels)
+        return Batch(self._to_device(images), noise[share], sigma[share], one_hot)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
-    def metrics(self) -> Mapping[str, float]:
-        loss, nonfinite = torch.stack(self._losses).mean(), torch.stack(self._nonfinite).sum()
-        if self.world > 1:
-            torch.distributed.all_reduce(loss)
-        self._losses, self._nonfinite = [], []
-        return {"loss": float(loss) / self.world, "nonfinite": int(nonfinite)}
+    def fetch(self, values: Sequence[Tensor], /) -> np.ndarray:
+        return torch.stack(list(values)).cpu().numpy()
 
-    def parameters(self) -> Mapping[str, np.ndarray]:
-        return dump(tensors(self.training.network))
+    def mean_over_processes(self, value: float, /) -> float:
+        return self._processes.mean(value, self._device)
 
-    def averages(self) -> Mapping[float, Mapping[str, np.ndarray]]:
-        ema = self.training.ema
-        return {sigma_rel: dump(ema.arrays(sigma_rel)) for sigma_rel in ema.averages}
+    def is_out_of_memory(self, error: Exception, /) -> bool:
+        on_cpu = isinstance(error, RuntimeError) and any(text in str(error) for text in _EXHAUSTED)
+        return on_cpu or isinstance(error, torch.OutOfMemoryError)
+
+    def images_at_a_time(self, count: int, /) -> int:
+        return min(self.learner.microbatch or count, count)
+
+    def parameters(self) -> Arrays:
+        return dump(tensors(self.learner.network))
+
+    def average(self, length: Length, /) -> Arrays:
+        return dump(self.learner.ema.arrays(length))
 
     def state(self) -> State:
-        return self.training.state()
+        return self.learner.state()
 
     def load_state(self, state: State, /) -> None:
-        self.training.load_state(state)
-
-    def agree(self, stop: bool, /) -> bool:
-        return self._processes.any(stop, self._device)
+        self.learner.load_state(state)

@@ -1,10 +1,10 @@
-"""Averages of weights over training: tracked exactly at any interval, and of any length afterwards.
+"""Averages of weights: tracked during training at any interval, and reconstructed at any length afterwards.
 
 Source: arXiv 2312.02696 Section 3 and Appendix C.
 """
 
 from .lengths import Length, LengthLike
-from .planning import OpenPlan, SnapshotPlan, TimedPlan, plan_from_json, plan_snapshots, uniform_plan, worst_error
+from .planning import plan_snapshots
 from .profiles import (
     LONGEST,
     beta,
@@ -19,6 +19,7 @@ from .reconstruction import (
     reconstructed_profile,
     reconstruction_error,
 )
+from .snapshot_plans import OpenPlan, SnapshotPlan, TimedPlan, plan_from_json, uniform_plan, worst_error
 from .tracking import advance, start
 
 __all__ = [

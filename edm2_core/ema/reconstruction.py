@@ -1,31 +1,40 @@
-"""The least-squares reconstruction of an average of any length from stored ones, and how far off it is.
+"""Reconstruction of an average of any length from stored averages, by least squares, and its error.
 
-With G the inner products of the stored profiles and b those with the wanted one, G x = b (Algorithm 3). In order of
-time, the snapshots up to any target are a leading block of G, and so are their Cholesky factor and its inverse: one
-factorization serves all targets. Where stored profiles repeat each other, the small eigenvalues of G are left out.
+With G the inner products of the stored profiles and b those with the wanted one, the coefficients solve G x = b
+(Algorithm 3). With snapshots sorted by time, those up to any target are a leading block of G, and their Cholesky factor
+and its inverse are leading blocks too: one factorization serves all targets. Where stored profiles repeat each other,
+small eigenvalues of G are dropped.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, cast, overload
 
 import numpy as np
 
-from ..arrays import from_host, to_host
+from ..arrays import A, Numbers, from_host, to_host
 from ..errors import InputError
-from .lengths import Length
+from .lengths import Length, LengthLike
 from .profiles import Profile, check_range
 
 _EPS = np.finfo(np.float64).eps
-_INDEPENDENT = 1e-6  # a profile nearer than this, relatively, to what earlier ones span is lost in G's rounding
+_INDEPENDENT = 1e-6  # relative distance to the span of earlier profiles, below which G's rounding hides a profile
 STORAGE = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
+"""Machine epsilon of the dtypes that snapshots are stored in."""
+Lengths = LengthLike | Sequence[LengthLike]
 
 
+@overload
+def coefficients(*, in_time: Numbers, in_sigma_rel: A, out_time: Numbers, out_sigma_rel: Numbers) -> A: ...
+@overload
+def coefficients(
+    *, in_time: Numbers, in_sigma_rel: Lengths, out_time: Numbers, out_sigma_rel: Numbers
+) -> np.ndarray: ...
 def coefficients(*, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_rel: Any) -> Any:
-    """Weights with which stored averages add up to others: average_out[j] = sum_i coefficients[i, j] * average_in[i].
+    """The coefficients by which stored averages add up to others: average_out[j] = sum_i c[i, j] average_in[i].
 
-    The least-squares fit of the output profile by the input profiles that end no later (later snapshots get 0), scaled
-    to sum to 1. Computed in float64 on the host whatever the library; the minimum-norm answer where inputs repeat.
+    They are the least-squares fit of the output profile by the input profiles that end no later (later snapshots get
+    0), scaled to sum to 1. Where inputs repeat, the solution of least norm. Computed in float64 on the host.
 
     Args:
         in_time, in_sigma_rel: when each stored average was taken and its length; shape [n_in], or broadcast to it. In a
@@ -35,46 +44,56 @@ def coefficients(*, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_re
     Returns:
         [n_in, n_out], in the library, dtype and device of ``in_sigma_rel``; NumPy float64 for lists and numbers.
 
-    Source: Algorithm 3, Eq. 151. Departs from the paper: each column is divided by its sum, as published averages are.
+    Source: Algorithm 3, Eq. 151. Departs from the paper: each column is divided by its sum, as for the published
+    averages.
 
     Raises:
-        InputError: no inputs, a time that is not positive, a length outside (0, 0.2887), a target before every input
+        InputError: no inputs, a time that is not positive, a length outside (0, 0.2887], a target before every input
             or after the last.
+
+    >>> coefficients(in_time=[1, 2], in_sigma_rel=[0.10], out_time=2, out_sigma_rel=0.12).shape
+    (2, 1)
     """
     stored, wanted = _stored(in_time, in_sigma_rel), _wanted(out_time, out_sigma_rel, in_time)
     return from_host(_fit(stored, wanted), like=in_sigma_rel)
 
 
 @dataclass(frozen=True)
-class ReconstructionError:
-    """How far reconstructed averages are from tracked ones; NumPy float64 [n_out], or whatever was asked for.
+class ReconstructionError(Generic[A]):
+    """How far reconstructed averages are from tracked ones: arrays [n_out], one element for each average wanted."""
 
-    ``profile`` is the relative L2 norm of the profiles' difference: the error is at most that times the target
-    profile's norm times the L2 norm of the weights over time, and its standard deviation is just that times the
-    target's where weights are white noise. ``amplification`` is the coefficients' 2-norm, by which rounding that is
-    independent from snapshot to snapshot comes through; ``rounding`` is that times the storage dtype's eps.
-    """
-
-    profile: Any
-    amplification: Any
-    rounding: Any
+    profile: A
+    """Relative L2 norm of the difference of the profiles. The error of an average is at most that times the norm of the
+    wanted profile times the L2 norm of the weights over time. Where weights are white noise, the standard deviation of
+    the error is that times the standard deviation of the average."""
+    amplification: A
+    """2-norm of the coefficients, by which rounding errors grow that are independent between snapshots."""
+    rounding: A
+    """``amplification`` times the epsilon of the dtype of storage."""
 
     @property
-    def total(self) -> Any:
-        return self.profile + self.rounding
+    def total(self) -> A:
+        """``profile`` and ``rounding`` together."""
+        return cast(A, self.profile + self.rounding)
 
 
+@overload
 def reconstruction_error(
-    *,
-    in_time: Any,
-    in_sigma_rel: Any,
-    out_time: Any,
-    out_sigma_rel: Any,
-    dtype: str = "float16",
-) -> ReconstructionError:
-    """The error of what :func:`coefficients`, of the same arguments, reconstructs from snapshots stored in ``dtype``.
+    *, in_time: Numbers, in_sigma_rel: A, out_time: Numbers, out_sigma_rel: Numbers, dtype: str = "float16"
+) -> ReconstructionError[A]: ...
+@overload
+def reconstruction_error(
+    *, in_time: Numbers, in_sigma_rel: Lengths, out_time: Numbers, out_sigma_rel: Numbers, dtype: str = "float16"
+) -> ReconstructionError[np.ndarray]: ...
+def reconstruction_error(
+    *, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_rel: Any, dtype: str = "float16"
+) -> ReconstructionError[Any]:
+    """The error of reconstruction with the :func:`coefficients` of the same arguments, from snapshots in ``dtype``.
 
-    Each field is [n_out] in the library, dtype and device of ``in_sigma_rel``; NumPy float64 for lists and numbers.
+    Returns:
+        Fields [n_out], in the library, dtype and device of ``in_sigma_rel``; NumPy float64 for lists and numbers.
+
+    Source: ours, from the inner products of Eq. 151.
 
     Raises:
         InputError: as :func:`coefficients`, or an unknown ``dtype``.
@@ -88,31 +107,47 @@ def reconstruction_error(
     return ReconstructionError(*(from_host(field, like=in_sigma_rel) for field in fields))
 
 
+@overload
+def reconstructed_profile(
+    t: Numbers, /, *, in_time: Numbers, in_sigma_rel: A, out_time: Numbers, out_sigma_rel: Numbers
+) -> A: ...
+@overload
+def reconstructed_profile(
+    t: Numbers, /, *, in_time: Numbers, in_sigma_rel: Lengths, out_time: Numbers, out_sigma_rel: Numbers
+) -> np.ndarray: ...
 def reconstructed_profile(t: Any, /, *, in_time: Any, in_sigma_rel: Any, out_time: Any, out_sigma_rel: Any) -> Any:
-    """Responses [n_out, n_t] at the times ``t`` [n_t] of what :func:`coefficients`, of the same arguments, add up to.
+    """The profile of a reconstructed average: stored profiles added up by the :func:`coefficients` of the same
+    arguments. To compare with :func:`~edm2_core.ema.profile`.
 
-    To be held against :func:`~edm2_core.ema.profile`. In the library, dtype and device of ``in_sigma_rel``; NumPy
-    float64 for lists and numbers. Raises InputError as :func:`coefficients`.
+    Args:
+        t: times, [n_t].
+        in_time, in_sigma_rel, out_time, out_sigma_rel: as for :func:`coefficients`.
+
+    Returns:
+        [n_out, n_t], in the library, dtype and device of ``in_sigma_rel``; NumPy float64 for lists and numbers.
+
+    Source: Eq. 119, Algorithm 3.
+
+    Raises:
+        InputError: as :func:`coefficients`.
     """
     stored, wanted = _stored(in_time, in_sigma_rel), _wanted(out_time, out_sigma_rel, in_time)
-    responses = stored.take((slice(None), None))(np.atleast_1d(to_host(t)))
+    responses = stored.take((slice(None), None))(np.atleast_1d(to_host(t)))  # [n_in, n_t]
     return from_host(_fit(stored, wanted).T @ responses, like=in_sigma_rel)
 
 
 def _stored(time: Any, sigma_rel: Any) -> Profile:
     if isinstance(sigma_rel, Sequence):
-        times = np.broadcast_to(to_host(time), len(sigma_rel))
-        check_range(times, "in_time", "positive", lambda x: x > 0)
-        if sigma_rel:
-            lengths = map(Length.of, sigma_rel)
-            return Profile.stack(length.profile(t) for t, length in zip(times, lengths, strict=True))
+        times, index = _vectors(time, range(len(sigma_rel)), "in")
+        lengths = [Length.of(length) for length in sigma_rel]
+        return Profile.stack(lengths[int(i)].profile(t) for t, i in zip(times, index, strict=True))
     return Profile.power(*_vectors(time, sigma_rel, "in"))
 
 
 def _wanted(time: Any, sigma_rel: Any, in_time: Any) -> Profile:
     times, lengths = _vectors(time, sigma_rel, "out")
     first, last = np.min(to_host(in_time)), np.max(to_host(in_time))
-    near = 8 * _EPS  # times may have been scaled
+    near = 8 * _EPS  # times may carry rounding of a change of unit
     outside = times[(times < first * (1 - near)) | (times > last * (1 + near))]
     if outside.size:
         raise InputError(
@@ -137,11 +172,10 @@ def _fit(stored: Profile, wanted: Profile) -> np.ndarray:
     order = np.argsort(stored.time, kind="stable")
     stored = stored.take(order)
     usable = np.searchsorted(stored.time, wanted.time * (1 + 8 * _EPS), side="right")
-    gram = stored.take((slice(None), None)) @ stored.take(None)
-    target = stored.take((slice(None), None)) @ wanted.take(None)
+    gram, target = stored.outer(stored), stored.outer(wanted)
     scale = np.diagonal(gram)[:, None] ** -0.5  # unit diagonal: short and long averages count alike
     fit = scale * _solve(gram * scale * scale.T, target * scale, usable)
-    result = np.empty_like(fit)
+    result: np.ndarray = np.empty_like(fit)
     result[order] = fit / fit.sum(axis=0)
     return result
 
@@ -155,7 +189,8 @@ def _solve(gram: np.ndarray, target: np.ndarray, usable: np.ndarray) -> np.ndarr
         factor = np.zeros_like(gram)
     if np.diagonal(factor).min() > _INDEPENDENT:
         inverse = np.linalg.inv(factor)  # lower triangular: its leading blocks are those blocks' inverses
-        return np.where(among, inverse.T @ np.where(among, inverse @ target, 0), 0)
+        solution: np.ndarray = np.where(among, inverse.T @ np.where(among, inverse @ target, 0), 0)
+        return solution
     result = np.zeros_like(target)
     for count in np.unique(usable):
         values, vectors = np.linalg.eigh(gram[:count, :count])
@@ -168,8 +203,8 @@ def _solve(gram: np.ndarray, target: np.ndarray, usable: np.ndarray) -> np.ndarr
 
 def _distance(stored: Profile, wanted: Profile, fit: np.ndarray) -> np.ndarray:
     """[n_out]: relative L2 norm of the difference between the fitted profile and the wanted one."""
-    gram = stored.take((slice(None), None)) @ stored.take(None)
-    target = stored.take((slice(None), None)) @ wanted.take(None)
+    gram, target = stored.outer(stored), stored.outer(wanted)
     norm = wanted @ wanted
     square = np.sum(fit * (gram @ fit), axis=0) - 2 * np.sum(fit * target, axis=0) + norm
-    return np.sqrt(np.maximum(square, 0) / norm)
+    distance: np.ndarray = np.sqrt(np.maximum(square, 0) / norm)
+    return distance

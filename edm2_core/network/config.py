@@ -58,11 +58,19 @@ class NetworkConfig(_Fields):
     converted to tuples, and names of enum values to the enum, as JSON needs. :meth:`to_json` writes the flat form.
 
     Raises:
-        InputError: a field is out of range, or the resolution cannot be halved often enough.
-        TypeError: an unknown field.
+        InputError: an unknown field, a field out of range, or a resolution that cannot be halved often enough.
+        TypeError: ``img_resolution`` or ``img_channels`` is missing.
+
+    >>> NetworkConfig(img_resolution=64, img_channels=3, ladder="C", bias=True).switches.bias
+    True
     """
 
     def __init__(self, *, ladder: Rung | None = None, switches: Switches | None = None, **given: Any) -> None:
+        if unknown := sorted(given.keys() - _KNOWN):
+            raise InputError(
+                f"fields of a network must be those of NetworkConfig and Switches, got {unknown[0]!r}: "
+                "check the spelling, or the version of edm2"
+            )
         own = {name: value for name in _SWITCHES if (value := given.pop(name, None)) is not None}
         start = LADDER["G"] if switches is None else switches
         chosen = with_switches(start if ladder is None else rung(ladder), **own)
@@ -73,8 +81,10 @@ class NetworkConfig(_Fields):
         _check(self)
 
     def to_json(self) -> dict[str, Any]:
-        """The config as plain values: its fields with the switches flat, None where they are the rung's.
-        ``NetworkConfig(**config.to_json())`` equals it, also after a passage through JSON text."""
+        """The config as plain values: its fields, with the switches flat, and None for those that are the rung's.
+
+        ``NetworkConfig(**config.to_json())`` equals the config, also after the values went through JSON text.
+        """
         own, usual = vars(self.switches), vars(LADDER[self.ladder])
         flat = {name: own[name] if own[name] != usual[name] else None for name in _SWITCHES}
         plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "switches"}
@@ -99,47 +109,54 @@ class NetworkConfig(_Fields):
 
     @property
     def silu_rms(self) -> float:
-        """What silu is divided by. Source: Eq. 81, or 1."""
+        """The divisor of silu. Source: Eq. 81, or 1."""
         return SILU_RMS if self.switches.mp_functions else 1.0
 
     @property
     def fourier_scale(self) -> float:
-        """What cosines are multiplied by. Source: Eq. 75, or 1."""
+        """The factor of the cosines of Fourier features. Source: Eq. 75, or 1."""
         return sqrt(2) if self.switches.mp_functions else 1.0
 
     def groups(self, channels: int, /) -> int:
-        """Groups that a group norm divides ``channels`` into: equal, and ``channels_per_group`` wide or as little more
-        as can be; one where the width is less."""
+        """How many groups a group norm divides ``channels`` into. Groups are of equal width, the least from
+        ``channels_per_group`` on that divides ``channels``; there is one group where there are fewer channels."""
         sizes = range(min(self.channels_per_group, channels), channels + 1)
         return channels // next(size for size in sizes if channels % size == 0)
 
     def weight_scale(self, fan_in: int, /) -> float:
-        """What a stored weight, normalized or not, is multiplied by in its layer."""
+        """The factor by which a layer multiplies its stored weight where it does not normalize it."""
         return 1 / sqrt(fan_in) if self.switches.fan_in_scaled else 1.0
 
     @property
     def level_channels(self) -> tuple[int, ...]:
+        """Channels of each level, the highest resolution first."""
         return tuple(int(self.model_channels * mult) for mult in self.channel_mult)
 
     @property
     def level_resolutions(self) -> tuple[int, ...]:
+        """Resolution of each level, the highest first."""
         return tuple(self.img_resolution >> level for level in range(len(self.channel_mult)))
 
     @property
     def noise_channels(self) -> int:
+        """Width of the Fourier features of the noise level."""
         mult = self.channel_mult_noise
         return self.level_channels[0] if mult is None else int(self.model_channels * mult)
 
     @property
     def emb_channels(self) -> int:
+        """Width of the embedding that conditions the blocks."""
         mult = self.channel_mult_emb
         return max(self.level_channels) if mult is None else int(self.model_channels * mult)
 
 
 _SWITCHES = tuple(field.name for field in fields(Switches) if field.name != "ladder")
+_KNOWN = {*_SWITCHES, *(field.name for field in fields(_Fields))}
 
 
 def _check(config: NetworkConfig) -> None:
+    """Raise InputError unless every field is in range and the levels have whole pixels and whole heads."""
+
     def rule(holds: bool, name: str, need: str, cure: str) -> None:
         if not holds:
             raise InputError(f"{name} must be {need}, got {getattr(config, name)!r}: {cure}")

@@ -7,18 +7,18 @@ from .unet import plan
 
 
 def parameter_count(config: NetworkConfig, /) -> int:
-    """Trained scalars of the denoiser, the count of Tables 1 and 6: without the uncertainty u(sigma), which is dropped
-    after training, and without Fourier constants."""
+    """How many trained scalars the denoiser has, as Tables 1 and 6 count them: without the uncertainty u(sigma), which
+    is dropped after training, and without Fourier constants."""
     table = plan(config).parameters
     return sum(prod(p.shape) for name, p in table.items() if p.trained and not name.startswith("logvar"))
 
 
 def multiply_adds(config: NetworkConfig, /) -> int:
-    """Multiply-adds of one evaluation of one image: of convolutions, linear layers and attention products, and three
-    for each weight that is normalized on the way (its square, its root's share, its scaling).
+    """Multiply-adds of one evaluation of one image; twice this number is the usual FLOP count.
 
-    Departs from the paper: its Gflops count elementwise work on activations as well, so they are up to 1.5 % larger.
-    Twice this number is the usual FLOP count.
+    Counted are convolutions, linear layers and attention products, and three operations for each weight that is
+    normalized in its layer. Departs from the paper, whose Gflops also count elementwise work on activations and are up
+    to 1.5 % larger.
     """
     walk = plan(config)
     blocks = (*walk.encoder, *walk.decoder)

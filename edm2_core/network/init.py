@@ -10,11 +10,14 @@ from .unet import Parameter, plan
 
 
 def initialize(config: NetworkConfig, /, *, seed: int) -> dict[str, np.ndarray]:
-    """Initial parameters, float32, the same in every port: each array depends on (seed, its name) alone.
+    """Initial parameters as float32 NumPy arrays by canonical name, of the shapes in ``plan(config).parameters``.
 
-    Weights are N(0, 1) (Appendix B.4) or He's uniform, +-sqrt(6 / fan-in) (Appendix B.1), and so are biases; gains 0;
-    scales of group norms 1. Frequencies are 2 pi N(0, 1) and phases 2 pi U(0, 1) (Eqs. 35-36); of the positional
-    embedding they are 10000^(-i / n), i < n = channels / 2, once for cosines and once more for sines.
+    They are the same in every port: each array depends on ``seed`` and its name alone.
+
+    Weights are N(0, 1) (Appendix B.4), or He's uniform +-sqrt(6 / fan-in) with biases alike (Appendix B.1). Gains are 0
+    and scales of group norms 1. Frequencies are 2 pi N(0, 1) and phases 2 pi U(0, 1) (Eqs. 35-36). Those of the
+    positional embedding are 10000^(-i / n), i < n = channels / 2, once for cosines and once for sines. Departs from the
+    paper: it states no bound for He's uniform.
     """
 
     def draw(name: str, parameter: Parameter) -> np.ndarray:

@@ -1,8 +1,7 @@
-"""The U-Net as data: a config becomes a plan that the reference and every port walk.
+"""The U-Net as data: :func:`plan` turns a config into a :class:`Plan`, which the reference and every port execute.
 
-:func:`plan` turns a :class:`NetworkConfig` into a :class:`Plan`: the blocks in the order they run, and the table of
-parameters, each with its canonical name, shape and initial distribution. No port derives a shape, an order or a meaning
-from a name.
+A plan holds the blocks in the order they run, and the table of parameters, each with its canonical name, shape and
+initial distribution. No port derives a shape, an order or a role from a name.
 
 Source: arXiv 2312.02696 Appendix B, Figures 16 to 22 (CONFIG A to G).
 """
@@ -25,10 +24,11 @@ Init = Literal["normal", "he", "zeros", "ones", "frequencies", "phases", "positi
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One step of the walk. ``in_channels`` counts the skip's, if it takes one; ``resolution`` is the one it ends at.
+    """One block of the network.
 
-    Every encoder block's output (the ``conv`` too) is a skip; decoder blocks with ``takes_skip`` take the newest.
-    ``conv_skip``, where widths differ, stands before the two paths part if ``widens_first``, else on the main path.
+    ``in_channels`` includes the channels of the skip, if the block takes one; ``resolution`` is that of the output. The
+    output of every encoder block, ``conv`` included, is a skip; decoder blocks with ``takes_skip`` take the newest one.
+    ``conv_skip`` exists where widths differ: before the two paths part if ``widens_first``, else on the main path.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Block:
 
     @property
     def has_conv_skip(self) -> bool:
+        """Whether the block changes the number of channels by a 1x1 convolution."""
         return self.in_channels != self.out_channels
 
     @property
@@ -53,9 +54,11 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """Shape and nature of one named array. ``fan_in`` is the number of inputs of a weight's outputs, or of the weight
-    whose bias it is. ``normalized`` weights are kept on their spheres by forced normalization; constants (Fourier
-    frequencies and phases) are stored but never trained."""
+    """Shape, kind and initial distribution of one named array.
+
+    ``fan_in`` is the number of inputs of each output of a weight; a bias has that of its weight. ``normalized`` weights
+    are subject to forced normalization. Constants (Fourier frequencies and phases) are stored but never trained.
+    """
 
     shape: tuple[int, ...]
     kind: Kind
@@ -65,12 +68,13 @@ class Parameter:
 
     @property
     def trained(self) -> bool:
+        """Whether the optimizer changes it."""
         return self.kind != "constant"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a port walks: blocks in running order, parameters by canonical name, and the switches of the rung."""
+    """What a port executes: blocks in the order they run, parameters by canonical name, the switches of the rung."""
 
     config: NetworkConfig
     switches: Switches
@@ -203,7 +207,7 @@ _WEIGHT_INIT: dict[Initialization, Init] = {
 
 
 def _norm(has: Switches, name: str, channels: int) -> Named:
-    """What a group norm learns."""
+    """The learned scale and bias of a group norm, if it has them."""
     if has.group_norm is GroupNorm.AFFINE:
         yield f"{name}.scale", Parameter(shape=(channels,), kind="scale", init="ones")
         yield f"{name}.bias", Parameter(shape=(channels,), kind="bias", init="zeros")

@@ -101,11 +101,6 @@ class Combination:
         """The arrays of the first source; those of the others have the same shapes."""
         return self.sources[0].reader.entries
 
-    @property
-    def size(self) -> int:
-        """Elements of one average."""
-        return sum(entry.size for entry in self.entries.values())
-
     def arguments(self, sigma_rels: Sequence[float] | np.ndarray, /) -> dict[str, Any]:
         """The arguments of :func:`edm2_core.ema.coefficients` and of :func:`~edm2_core.ema.reconstruction_error` for
         these lengths."""

@@ -1,4 +1,4 @@
-"""What a user says that files hold which do not say it themselves."""
+"""The lengths of averages in files without metadata, as the user describes them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,16 @@ from edm2_core.ema import Length
 from edm2_core.errors import InputError
 
 from .ema_pytorch import tracked_length
+
+
+class Undescribed(InputError):
+    """The file at ``path`` does not say what was averaged, and nobody said it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} does not say what was averaged: add --source-sigma-rels, --source-half-life or --source-raw"
+        )
+        self.path = path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +35,10 @@ class Described:
             raise InputError(f"update_every must be at least 1, got {self.update_every}: 1 is every step")
 
     def length(self, path: Path, index: int) -> Length:
-        """The length of the average in a file. Raises InputError where nothing is said about it."""
+        """The length of the average in a file. Raises :class:`Undescribed` where nothing is said of it."""
         count = len(self.lengths)
         if not count:
-            raise InputError(
-                f"{path} does not say what was averaged: add --source-sigma-rels, --source-half-life or --source-raw"
-            )
+            raise Undescribed(path)
         if count > 1 and index >= count:
             raise InputError(f"{path} has index {index}, got {count} lengths: give one for each index")
-        try:
-            return tracked_length(self.lengths[min(index, count - 1)], self.update_every)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+        return tracked_length(self.lengths[min(index, count - 1)], self.update_every)

@@ -54,7 +54,11 @@ def plan_outputs(folder: Path, combination: Combination, /, *, dtype: str) -> tu
         InputError: two lengths share a file name, or a file of such a name has other content.
     """
     name = snapshot_name if combination.config else tracked_name
-    files = _identity(combination)
+    stats = [source.path.stat() for source in combination.sources]
+    files = [
+        [source.path.name, source.time, source.length.key, stat.st_size, stat.st_mtime_ns]
+        for source, stat in zip(combination.sources, stats, strict=True)
+    ]
     todo: dict[Path, Output] = {}
     existing = []
     for sigma_rel in combination.sigma_rels:
@@ -72,15 +76,6 @@ def plan_outputs(folder: Path, combination: Combination, /, *, dtype: str) -> tu
                 f"outputs must not take another's place, got {path} made otherwise: choose another --outdir"
             )
     return list(todo.values()), existing
-
-
-def _identity(combination: Combination) -> list[list[Any]]:
-    """The sources by name, time, length, size and date."""
-    stats = [source.path.stat() for source in combination.sources]
-    return [
-        [source.path.name, source.time, source.length.key, stat.st_size, stat.st_mtime_ns]
-        for source, stat in zip(combination.sources, stats, strict=True)
-    ]
 
 
 def _made_from(path: Path) -> str | None:

@@ -173,7 +173,7 @@ def _unreadable(path: Path, error: OSError) -> InputError:
 
 
 def check_format(file: TensorFile, *, kind: str, version: int) -> None:
-    """Raise InputError unless the file's metadata say format ``kind``, in ``version`` or an earlier one."""
+    """Raise InputError unless the file's metadata have the format ``kind``, in ``version`` or an earlier one."""
     if (format_ := file.metadata.get("format")) != kind:
         raise InputError(f"{file.path} must have the format {kind}, got {format_ or 'none'}: choose another file")
     if not (number := file.metadata.get("version", "")).isdecimal() or int(number) > version:

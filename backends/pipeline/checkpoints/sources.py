@@ -59,8 +59,8 @@ def open_sources(
 ) -> list[Source]:
     """Open the averages in a run folder, in any folder of files, or at these paths; in order of time, then of length.
 
-    All must hold the same arrays of one network: files that differ from the majority are broken. ``described`` says
-    what files hold that do not say it. ``skip`` is called with each broken file, which is left out; without it they
+    All must hold the same arrays of one network: files that differ from the majority are broken. ``described`` gives
+    the lengths of files without metadata. ``skip`` is called with each broken file, which is left out; without it they
     raise.
 
     Raises:

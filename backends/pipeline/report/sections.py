@@ -200,7 +200,9 @@ def _sample(
         notes.append("No seeds were sampled, as asked.")
         return {}, ""
     if (opened := sampling.open_port()) is None:
-        notes.append("No port is installed to sample with, so there are no pictures: pip install 'edm2[torch]', say.")
+        notes.append(
+            "No port is installed to sample with, so there are no pictures: pip install 'edm2[torch]' for example."
+        )
         return {}, ""
     port, open_sampler = opened
     strips: dict[str, list[Strip]] = {}

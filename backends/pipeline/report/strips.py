@@ -60,12 +60,10 @@ def combine(history: History, /, sigma_rels: Sequence[float] | None) -> Combinat
     Raises:
         InputError: no snapshots, or a damaged one.
     """
-    sources = history.run.snapshots(history.config.network)
-    if not sources:
-        every = history.config.hyper.snapshot
-        raise InputError(
-            f"a run must have snapshots, got none in {history.run.path}: it stores some every {every} images"
-        )
+    run, config = history.run, history.config
+    if not (sources := run.snapshots(config.network)):
+        every = config.hyper.snapshot
+        raise InputError(f"a run must have snapshots, got none in {run.path}: it stores some every {every} images")
     stored = (source.length.value for source in _latest(sources) if source.length.relative)
     return Combination.of(sources, sigma_rels=sigma_rels or sorted({*LENGTHS, *stored}))
 
@@ -93,9 +91,9 @@ def draw_strips(
         InputError: images that are neither grey nor RGB, or damaged files.
     """
     config = combination.config
-    if config is None or config.img_channels not in (1, 3):
-        came = f"{config.img_channels} channels" if config else "a network that is not edm2's"
-        raise InputError(f"pictures must be grey or RGB, got {came}: latents must be decoded elsewhere")
+    assert config  # Run.snapshots returns averages of the run's network
+    if (channels := config.img_channels) not in (1, 3):
+        raise InputError(f"pictures must be grey or RGB, got {channels} channels: latents must be decoded elsewhere")
     labels = labels_of_seeds(seeds, config.label_dim)
 
     def strip(snapshot: Snapshot, length: Length, made: str) -> Strip:

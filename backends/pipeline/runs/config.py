@@ -98,7 +98,8 @@ class TrainConfig:
             if version > FORMAT:
                 raise InputError(f"{name} must have format {FORMAT} or less, got {version}: install a newer edm2")
             values["network"] = NetworkConfig(**values["network"])
-            values["data_summary"] = DataSummary(**values["data_summary"])
+            if values.get("data_summary") is not None:
+                values["data_summary"] = DataSummary(**values["data_summary"])
             if values.get("snapshot_plan") is not None:
                 values["snapshot_plan"] = plan_from_json(json.dumps(values["snapshot_plan"]), name=f"{name}: plan")
             hyper = {f.name: _tuple(values.pop(f.name)) for f in fields(Hyperparameters) if f.name in values}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.pipeline.checkpoints.atomic import write_bytes, write_error
+from backends.pipeline.checkpoints.described import Undescribed
 from backends.pipeline.checkpoints.sources import Source, open_sources
 from backends.pipeline.checkpoints.states import read_counters
 from edm2_core.errors import InputError
@@ -109,12 +110,13 @@ class Run:
             InputError: one is damaged or not of this run.
         """
         paths = sorted(self.snapshots_path.glob("*.safetensors"))
-        sources = open_sources(paths) if paths else []
+        try:
+            sources = open_sources(paths) if paths else []
+        except Undescribed as error:  # raw weights
+            raise _foreign(error.path) from error
         for source in sources:
             if source.config != network:
-                raise InputError(
-                    f"snapshots of a run must be averages of its network, got {source.path}: move it elsewhere"
-                )
+                raise _foreign(source.path)
         return sources
 
     def append_log(self, record: dict[str, Any], /) -> None:
@@ -142,6 +144,10 @@ class Run:
             if path.exists():
                 write_bytes(path, "".join(json.dumps(r) + "\n" for r in records).encode())
         return kept
+
+
+def _foreign(path: Path) -> InputError:
+    return InputError(f"snapshots of a run must be averages of its network, got {path}: move it elsewhere")
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from math import inf, isnan
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -114,24 +114,25 @@ _REGISTRY = ConstructorRegistry()
 @_REGISTRY.primitive_rule
 def _by_type(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """The reader of a type: int, float, str, Path, a Literal of words, a tuple of one of these, any of them or None."""
-    kind, optional = info.type, False
+    kind: Any = info.type
+    optional = False
     if get_origin(kind) in (Union, UnionType) and NoneType in get_args(kind):
         members = [member for member in get_args(kind) if member is not NoneType]
         kind, optional = (members[0] if len(members) == 1 else None), True
     if get_origin(kind) is Literal:
         words = get_args(kind)
         rule = f"one of {', '.join(words)}"
-        return reader(lambda text: words[words.index(text)], f"{{{','.join(words)}}}", rule, optional=optional)  # type: ignore[no-any-return]
+        return reader(lambda text: words[words.index(text)], f"{{{','.join(words)}}}", rule, optional=optional)
     if get_origin(kind) is tuple and get_args(kind)[0] in _READERS:
         element, *others = get_args(kind)
         read, metavar, rule = _READERS[element]
         if others == [Ellipsis]:
-            return reader(read, f"{metavar} [{metavar} ...]", f"one or more of: {rule}", nargs="*", optional=optional)  # type: ignore[no-any-return]
+            return reader(read, f"{metavar} [{metavar} ...]", f"one or more of: {rule}", nargs="*", optional=optional)
         count = 1 + len(others)
-        return reader(read, " ".join([metavar] * count), f"{count} of: {rule}", nargs=count, optional=optional)  # type: ignore[no-any-return]
+        return reader(read, " ".join([metavar] * count), f"{count} of: {rule}", nargs=count, optional=optional)
     if kind not in _READERS:
         return None
-    return reader(*_READERS[kind], optional=optional)  # type: ignore[no-any-return]
+    return reader(*_READERS[kind], optional=optional and kind in (int, float))
 
 
 def parse(
@@ -145,9 +146,10 @@ def parse(
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return tyro.cli(
+        options: Any = tyro.cli(
             cls, args=words, prog=prog, description=description, default=default, config=_FLAT, registry=_REGISTRY
         )
+        return cast(T, options)
     except _Unreadable as error:
         raise InputError(
             f"{_flag_before(error.words, words)} must be {error.rule}, got {' '.join(error.words)!r}"
@@ -284,7 +286,6 @@ def _defaults(words: Sequence[str], *, prog: str) -> TrainOptions:
             preset=config.preset,
             ladder=config.network.ladder,
             dropout=config.network.dropout,
-            unconditional=config.network.label_dim == 0,
             config=config,
             previous=config,
         )

@@ -122,7 +122,7 @@ def microbatches(batch: int, per_device: int | None, *, world: int) -> int:
 
 def _fresh(options: TrainOptions, dataset: Dataset) -> TrainConfig:
     own = _switches(options)
-    network = replace(options.config.network, dropout=options.dropout, **own)  # type: ignore[arg-type]
+    network = replace(options.config.network, dropout=options.dropout, **own)
     config = replace(options.config, network=network, data=data_spec(options))
     if options.snapshot_plan is not None:
         plan = _read_plan(options.snapshot_plan)
@@ -174,7 +174,8 @@ def _wishes(options: TrainOptions, previous: TrainConfig) -> Iterator[tuple[str,
     yield "--data", previous.data, data_spec(options, previous)
     yield "--dropout", network.dropout, options.dropout
     yield "--ladder", network.ladder, options.ladder
-    yield "--unconditional", network.label_dim == 0, options.unconditional
+    if options.unconditional:
+        yield "--unconditional", network.label_dim == 0, True
     for name, value in _switches(options).items():
         yield f"--switches {name}", getattr(network.switches, name), value
     if options.snapshot_plan is not None:

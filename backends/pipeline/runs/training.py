@@ -87,7 +87,8 @@ def train(
     if run is not None and start >= config.hyper.duration:
         return run
     trainer = open_trainer(config, machine)
-    made, status = _train(config, dataset, trainer, open_sampler, outdir=run and run.path, start=start, prog=prog)
+    folder = None if run is None else run.path
+    made, status = _train(config, dataset, trainer, open_sampler, outdir=folder, start=start, prog=prog)
     if status:
         raise KeyboardInterrupt
     return made

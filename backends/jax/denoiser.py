@@ -1,0 +1,91 @@
+"""The denoiser of any network: EDM preconditioning around a backbone, and a network with its parameters.
+
+denoise = denoiser(backbone, sigma_data=0.5)        # backbone(params, x, c_noise, labels, key=...) -> like x
+denoised, logvar = denoise(params, x, sigma)        # pure: jit, grad, vmap and sharding apply
+network = Network(denoise, params)                  # for backends.jax.api.sample
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from edm2_core import precond
+from edm2_core.network import NetworkConfig
+
+Tree = Any  # a pytree of arrays
+
+
+class Backbone(Protocol):
+    """The raw network F: x [N, ...], scaled to unit variance, and c_noise [N] to an array like x.
+
+    ``labels`` are whatever the denoiser was given; ``key`` is a PRNG key in training (dropout), otherwise None.
+    """
+
+    def __call__(self, params: Tree, x: Array, c_noise: Array, labels: Any, /, *, key: Array | None) -> Array: ...
+
+
+class Denoise(Protocol):
+    """x [N, ...] and sigma [N, 1, ...], with as many axes, to denoised, like x, and logvar, like sigma."""
+
+    def __call__(
+        self, params: Tree, x: Array, sigma: Array, labels: Any = None, /, *, key: Array | None = None
+    ) -> tuple[Array, Array]: ...
+
+
+def denoiser(
+    backbone: Backbone, *, sigma_data: float = 0.5, uncertainty: Callable[[Tree, Array], Array] | None = None
+) -> Denoise:
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), with its uncertainty u. Source: Eqs. 4-8, 21.
+
+    Args:
+        backbone: the raw network F.
+        sigma_data: standard deviation of the data.
+        uncertainty: ``(params, c_noise [N]) -> u``, N elements, in training; None: u is 0.
+    """
+
+    def denoise(
+        params: Tree, x: Array, sigma: Array, labels: Any = None, /, *, key: Array | None = None
+    ) -> tuple[Array, Array]:
+        def raw(scaled: Array, c_noise: Array) -> Array:
+            return backbone(params, scaled, c_noise, labels, key=key)
+
+        denoised = precond.denoise(raw, x, sigma, sigma_data=sigma_data)
+        if uncertainty is None:
+            return denoised, jnp.zeros_like(sigma)
+        c_noise = precond.precondition(sigma, sigma_data=sigma_data).c_noise.reshape(-1)  # [N]
+        return denoised, uncertainty(params, c_noise).reshape(sigma.shape)
+
+    return denoise
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("apply", "config", "label_dim"))
+@dataclass(frozen=True)
+class Network:
+    """A network ready to use; a pytree, whose leaves are its parameters.
+
+    ``apply(params, x, sigma, labels=None) -> (denoised, logvar)`` is pure. ``network(x, sigma, labels)`` is the
+    denoised images alone, compiled. ``label_dim`` is 0 for a network without labels. ``config`` is None for a
+    backbone of one's own.
+    """
+
+    apply: Denoise
+    params: Tree
+    config: NetworkConfig | None = None
+    label_dim: int = 0
+
+    def __call__(self, x: Array, sigma: float | Array, labels: Array | None = None, /) -> Array:
+        """Images x [N, ...] (NHWC for our own network) denoised; ``sigma`` is a number, [N] or [N, 1, ...]."""
+        return _denoised(self.apply, self.params, x, sigma, labels)
+
+
+@partial(jax.jit, static_argnums=0)
+def _denoised(apply: Denoise, params: Tree, x: Array, sigma: Array, labels: Array | None) -> Array:
+    column = (len(x), *(1,) * (x.ndim - 1))
+    levels = jnp.asarray(sigma, jnp.float32)
+    levels = jnp.full(column, levels) if levels.ndim == 0 else levels.reshape(column)
+    return apply(params, x, levels, labels)[0]

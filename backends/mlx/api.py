@@ -1,0 +1,108 @@
+"""Load, sample and train in a few calls.
+
+    network = load("runs/0001-digits")                                  # a Network, with .config
+    images = sample(network, mx.random.normal((16, 8, 8, 1)), one_hot, guidance=2.0)
+    run = train(config, dataset)                                        # as python -m backends.mlx.train does
+
+Arrays are MLX's own, images in its layout [N, H, W, C].
+"""
+
+from collections.abc import Iterable
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from backends.pipeline.data.datasets import Dataset
+from backends.pipeline.runs import sampling, training
+from backends.pipeline.runs.config import TrainConfig
+from backends.pipeline.runs.folder import Run
+from backends.ports import Machine, guided_denoiser
+from edm2_core import sampler
+
+from . import device as devices
+from .denoiser import Denoiser, SamplingDenoiser
+from .network import Network
+from .port import Port
+from .trainer import MLXTrainer
+from .weights import build
+
+__all__ = ["Denoiser", "Network", "load", "sample", "train"]
+
+PROG = "python -m backends.mlx.train"
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    sigma_rel: float | None = None,
+    dtype: mx.Dtype = mx.float32,
+) -> Network:
+    """A stored network, ready to use, with its ``config``.
+
+    Args:
+        path: a snapshot file or a run folder.
+        device: gpu or cpu, which becomes MLX's default device. MLX's arrays have no device of their own. Default:
+            MLX's default device stays.
+        sigma_rel: length of a run's average, reconstructed unless it is stored. Default: 0.10 where it is stored, else
+            the longest.
+        dtype: of activations: float32, bfloat16 or float16.
+
+    Raises:
+        InputError: nothing is stored there, it is damaged or no network of edm2's; or there is no such device.
+    """
+    if device is not None:
+        mx.set_default_device(devices.choose(device))
+    snapshot = sampling.stored_network(path, sigma_rel=sigma_rel)
+    return build(snapshot.required_config(), snapshot.params, dtype=dtype)
+
+
+def sample(
+    network: Denoiser,
+    noise: mx.array,
+    labels: mx.array | None = None,
+    *,
+    guide: Denoiser | None = None,
+    guidance: float = 1.0,
+    guide_interval: tuple[float, float] = (0.0, inf),
+    churn_noise: Iterable[mx.array] | None = None,
+    **solver: Any,
+) -> mx.array:
+    """Samples of any denoiser from standard normal ``noise``, on MLX's default device.
+
+    Args:
+        noise: float32 [N, ...]; for a :class:`Network` [N, H, W, C], channels last.
+        labels: one-hot [N, label_dim], or None.
+        guide, guidance, guide_interval: of :func:`backends.ports.guided_denoiser`.
+        churn_noise, solver: of :func:`edm2_core.sampler.sample`, among them ``num_steps``, ``sigmas`` and
+            ``callback``.
+
+    Returns: like ``noise``, in the units of the training data.
+
+    Raises:
+        InputError: guidance without a guide or labels; or as :func:`edm2_core.sampler.sample`.
+    """
+    denoise = guided_denoiser(
+        SamplingDenoiser(network),
+        labels,
+        guide=None if guide is None else SamplingDenoiser(guide),
+        guidance=guidance,
+        guide_interval=guide_interval,
+    )
+    return sampler.sample(denoise, noise, churn_noise=churn_noise, **solver)
+
+
+def train(
+    config: TrainConfig, dataset: Dataset, *, outdir: str | Path | None = None, machine: Machine | None = None
+) -> Run | None:
+    """Train a network. See :func:`backends.pipeline.runs.training.train`, also for errors.
+
+    Args:
+        outdir: the run folder; training continues from where a run in it stopped. Default: a new one under runs/.
+        machine: the device, and how many images it takes at a time. Default: the fastest device, all at once.
+    """
+    machine = machine or Machine()
+    open_sampler = Port(device=machine.device).sampler
+    return training.train(config, dataset, MLXTrainer, open_sampler, outdir=outdir, machine=machine, prog=PROG)

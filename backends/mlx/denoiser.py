@@ -1,0 +1,78 @@
+"""Any network as a denoiser: preconditioning around a backbone, and the form in which the sampler calls it.
+
+D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)                                                        (Eq. 4)
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+from mlx import nn
+
+from edm2_core.precond import precondition
+
+from .device import compiled
+
+
+class Denoiser(nn.Module):
+    """The denoiser D of any network F: ``D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)``. Source: Eq. 4.
+
+    Args:
+        backbone: F, called as ``backbone(x, c_noise, labels)`` with x [N, ...] in ``dtype`` and c_noise [N] float32;
+            ``labels`` are passed on as they come. Returns the shape of x. A call with a dropout key passes it on as
+            ``dropout=key``.
+        sigma_data: standard deviation of the data.
+        uncertainty: u, called as ``uncertainty(c_noise)``, [N] to [N] or [N, 1]; None: u is 0.
+        label_dim: number of classes, 0 for a network without labels.
+        dtype: of the backbone's input, and so of its activations.
+    """
+
+    def __init__(
+        self,
+        backbone: Callable[..., mx.array],
+        *,
+        sigma_data: float = 0.5,
+        uncertainty: Callable[[mx.array], mx.array] | None = None,
+        label_dim: int = 0,
+        dtype: mx.Dtype = mx.float32,
+    ):
+        super().__init__()
+        self.backbone, self.uncertainty = backbone, uncertainty
+        self.sigma_data, self.label_dim, self.dtype = sigma_data, label_dim, dtype
+
+    def __call__(
+        self, x: mx.array, sigma: mx.array, labels: mx.array | None = None, *, dropout: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Denoised x, and the uncertainty u(sigma). Source: Eqs. 4-8, 21.
+
+        Shapes: x [N, ...]; sigma [N, 1, ...], with as many axes as x; labels [N, label_dim], one-hot, or None.
+        Returns: denoised, like x; logvar, like sigma. Dtype: float32. ``dropout`` is a key, in training; None disables
+        dropout.
+        """
+        c = precondition(sigma, sigma_data=self.sigma_data)
+        c_noise = c.c_noise.reshape(-1)  # (N,)
+        options = {} if dropout is None else {"dropout": dropout}
+        output = self.raw((x * c.c_in).astype(self.dtype), c_noise, labels, **options).astype(x.dtype)
+        return c.c_skip * x + c.c_out * output, self.logvar(c_noise).reshape(sigma.shape)
+
+    def raw(self, x: mx.array, c_noise: mx.array, labels: mx.array | None, **dropout: mx.array) -> mx.array:
+        """F: x [N, ...] already scaled by c_in, c_noise [N] to [N, ...]."""
+        return self.backbone(x, c_noise, labels, **dropout)
+
+    def logvar(self, c_noise: mx.array) -> mx.array:
+        """u(sigma) from c_noise [N]; 0 where none is learned. Source: Eq. 21."""
+        return mx.zeros_like(c_noise) if self.uncertainty is None else self.uncertainty(c_noise)
+
+
+class SamplingDenoiser:
+    """``network`` as :class:`backends.ports.LabelledDenoiser`: sigma is a float, and the denoised data come back alone.
+
+    Compiled on a GPU. Each answer is evaluated, so that no graph over many sampling steps grows.
+    """
+
+    def __init__(self, network: Denoiser):
+        self.label_dim, self._network = network.label_dim, compiled(network, inputs=[network])
+
+    def __call__(self, x: mx.array, sigma: float, labels: mx.array | None, /) -> mx.array:
+        denoised: mx.array = self._network(x, mx.full((len(x), *[1] * (x.ndim - 1)), sigma), labels)[0]
+        mx.eval(denoised)
+        return denoised

@@ -1,0 +1,122 @@
+"""EDM2 from Python: load a trained network, sample, train.
+
+    network = load("runs/00000-digits", sigma_rel=0.15)       # an nn.Module, with .config
+    images = sample(network, torch.randn(16, 1, 8, 8), labels, guidance=2.0)
+    run = train(config, dataset)                              # as the train command does
+
+:class:`Denoiser` makes a denoiser of any network, :class:`Network` is the EDM2 one with initial weights;
+:mod:`.step` trains either, :class:`.ema.PowerEMA` averages any module.
+"""
+
+from collections.abc import Iterable
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.pipeline.data.datasets import Dataset
+from backends.pipeline.runs.config import TrainConfig
+from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.sampling import stored_network
+from backends.pipeline.runs.training import train as run_train
+from backends.ports import Machine, guided_denoiser
+from edm2_core import sampler
+from edm2_core.errors import InputError
+
+from . import device as devices
+from .denoiser import Denoiser, SamplingDenoiser, evaluating
+from .network import Network
+from .port import Port
+from .trainer import TorchTrainer
+from .weights import build
+
+__all__ = ["Denoiser", "Machine", "Network", "load", "sample", "train"]
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    sigma_rel: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Network:
+    """A trained network in evaluation mode, with its ``config``.
+
+    Args:
+        path: a snapshot file, or a run folder: then its newest average of length ``sigma_rel``.
+        device: where it computes; None: the fastest device available.
+        sigma_rel: length of the average, reconstructed where it is not stored; None: 0.10 if stored, else the longest.
+        dtype: of activations.
+
+    Raises:
+        InputError: no such file, run or device; a damaged file; or a length that cannot be reconstructed.
+    """
+    snapshot = stored_network(path, sigma_rel=sigma_rel)
+    place = devices.choose(None if device is None else str(device))
+    return build(snapshot.required_config(), snapshot.params, device=place, dtype=dtype)
+
+
+@torch.inference_mode()
+def sample(
+    network: Denoiser,
+    noise: Tensor,
+    labels: Tensor | None = None,
+    *,
+    guide: Denoiser | None = None,
+    guidance: float = 1.0,
+    guide_interval: tuple[float, float] = (0.0, inf),
+    churn_noise: Iterable[Tensor] | None = None,
+    **solver: Any,
+) -> Tensor:
+    """Images, or data of any shape, from standard normal ``noise``.
+
+    Args:
+        network: any denoiser; it computes in evaluation mode and is left in the mode it had.
+        noise: [N, ...], on the network's device; the result is shaped like it.
+        labels: one-hot [N, label_dim], or None.
+        guide: another denoiser of such data; None: the network itself without its label.
+        guidance: guide + guidance (network - guide); 1 is no guidance.
+        guide_interval: noise levels at which guidance acts.
+        churn_noise, solver: of :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas`` and ``callback``.
+
+    Raises:
+        InputError: labels that are not one-hot rows; guidance without a guide or labels; or as
+            :func:`edm2_core.sampler.sample`.
+    """
+    if labels is not None and network.label_dim and labels.shape != (len(noise), network.label_dim):
+        raise InputError(
+            f"labels must be one-hot rows of shape {(len(noise), network.label_dim)}, got {tuple(labels.shape)}: "
+            "torch.nn.functional.one_hot makes them"
+        )
+    denoise = guided_denoiser(
+        SamplingDenoiser(network),
+        labels,
+        guide=None if guide is None else SamplingDenoiser(guide),
+        guidance=guidance,
+        guide_interval=guide_interval,
+    )
+    with evaluating(*(net for net in (network, guide) if net is not None)):
+        images: Tensor = sampler.sample(denoise, noise, churn_noise=churn_noise, **solver)
+    return images
+
+
+def train(
+    config: TrainConfig, dataset: Dataset, *, outdir: str | Path | None = None, machine: Machine = Machine()
+) -> Run | None:
+    """Train as ``python -m backends.torch.train`` does. Returns the run; None in processes other than the first.
+
+    Args:
+        config: everything that determines the result.
+        dataset: see :func:`backends.pipeline.data.datasets.open_dataset`.
+        outdir: the run folder; a run that stopped in it is resumed. None: a new one under ``runs/``.
+        machine: device and images per device; by default the fastest device available.
+
+    Raises:
+        InputError, KeyboardInterrupt: as :func:`backends.pipeline.runs.training.train`.
+    """
+    sampler = Port(device=str(devices.choose(machine.device))).sampler
+    return run_train(
+        config, dataset, TorchTrainer, sampler, outdir=outdir, machine=machine, prog="python -m backends.torch.train"
+    )

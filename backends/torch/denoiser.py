@@ -1,0 +1,95 @@
+"""Any network as a denoiser: preconditioning around a backbone, and the form in which the sampler calls it.
+
+D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)                                                        (Eq. 4)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edm2_core.precond import Preconditioning
+
+
+def precondition(sigma: Tensor, *, sigma_data: float) -> Preconditioning:
+    """:func:`edm2_core.precond.precondition` in PyTorch calls alone, which torch.compile traces without a warning."""
+    variance = sigma.square() + sigma_data**2
+    root = variance.sqrt()
+    return Preconditioning(sigma_data**2 / variance, sigma * sigma_data / root, 1 / root, sigma.log() / 4)
+
+
+class Denoiser(nn.Module):
+    """The denoiser D of any network F, and its uncertainty u. Source: Eqs. 4-8, 21.
+
+    Args:
+        backbone: F, called as ``backbone(x, c_noise, labels)`` with x [N, ...] in ``dtype`` and c_noise [N] float32;
+            ``labels`` are passed on as they come. Returns the shape of x.
+        sigma_data: standard deviation of the data.
+        uncertainty: u, called as ``uncertainty(c_noise)``, [N] to [N] or [N, 1]; None: u is 0.
+        label_dim: number of classes, 0 for a network without labels.
+        dtype: of the backbone's input, and so of its activations.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        sigma_data: float = 0.5,
+        uncertainty: nn.Module | None = None,
+        label_dim: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.backbone, self.uncertainty = backbone, uncertainty
+        self.sigma_data, self.label_dim, self.dtype = sigma_data, label_dim, dtype
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Denoise ``x`` at noise level ``sigma``; also the uncertainty, named logvar.
+
+        Shapes: x [N, ...]; sigma [N, 1, ...], with as many axes as x; labels one-hot [N, label_dim], or None for the
+        unconditional answer. Returns denoised like x, and logvar like sigma. Dtype: that of x, float32 or wider.
+        """
+        c = precondition(sigma, sigma_data=self.sigma_data)
+        c_noise = c.c_noise.flatten()  # (N, 1, ...) to (N,)
+        output = self.raw((x * c.c_in).to(self.dtype), c_noise, labels).to(x.dtype)
+        return torch.addcmul(c.c_skip * x, c.c_out, output), self.logvar(c_noise).reshape(sigma.shape)
+
+    def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """The network F: x [N, ...] already scaled by c_in, c_noise [N]."""
+        output: Tensor = self.backbone(x, c_noise, labels)
+        return output
+
+    def logvar(self, c_noise: Tensor) -> Tensor:
+        """u(sigma) from c_noise [N]; 0 where none is learned. Source: Eq. 21."""
+        return torch.zeros_like(c_noise) if self.uncertainty is None else self.uncertainty(c_noise)
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Within it, ``networks`` are in evaluation mode; afterwards every module has its own mode again."""
+    modes = {module: module.training for network in networks for module in network.modules()}
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class SamplingDenoiser:
+    """``network`` as :class:`backends.ports.LabelledDenoiser`: sigma is a float, and logvar is dropped."""
+
+    network: Denoiser
+
+    @property
+    def label_dim(self) -> int:
+        return self.network.label_dim
+
+    def __call__(self, x: Tensor, sigma: float, labels: Tensor | None, /) -> Tensor:
+        level = x.new_full((len(x), *[1] * (x.ndim - 1)), sigma)  # (N, 1, ...)
+        denoised: Tensor = self.network(x, level, labels)[0]
+        return denoised
