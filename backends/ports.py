@@ -23,6 +23,7 @@ Params = Mapping[str, np.ndarray]
 """Canonical parameters: float32 arrays by name."""
 
 Network = tuple[NetworkConfig, Params]
+Betas = tuple[float, float]
 Batch = Sequence[np.ndarray | None]
 """images and unit_noise [N, C, H, W], sigma [N, 1, 1, 1], one-hot labels [N, label_dim] or None; float32."""
 
@@ -84,22 +85,29 @@ def guided_denoiser(
 # ---- sampling
 
 
+def sample(
+    net: LabelledDenoiser,
+    noise: Any,
+    labels: Any = None,
+    /,
+    *,
+    guide: LabelledDenoiser | None = None,
+    guidance: float = 1.0,
+    guide_interval: tuple[float, float] = (0.0, inf),
+    **solver: Any,
+) -> Any:
+    """Samples on native arrays: :func:`edm2_core.sampler.sample` with :func:`guided_denoiser`."""
+    denoise = guided_denoiser(net, labels, guide=guide, guidance=guidance, guide_interval=guide_interval)
+    return sampler.sample(denoise, noise, **solver)
+
+
 class Sampler(Protocol):
     """Float32 noise [N, C, H, W] and one-hot labels [N, label_dim], or None, to float32 images.
 
-    ``steps`` are options of :func:`edm2_core.sampler.sample`.
+    ``options`` are those of :func:`sample`; arrays in them are NumPy's too.
     """
 
-    def __call__(
-        self,
-        noise: np.ndarray,
-        labels: np.ndarray | None = None,
-        *,
-        guidance: float = ...,
-        guide_interval: tuple[float, float] = ...,
-        churn_noise: Iterable[np.ndarray] | None = ...,
-        **steps: Any,
-    ) -> np.ndarray: ...
+    def __call__(self, noise: np.ndarray, labels: np.ndarray | None = None, **options: Any) -> np.ndarray: ...
 
 
 class OpenSampler(Protocol):
@@ -120,13 +128,14 @@ class Port(ABC):
 
     name: ClassVar[str]
 
-    @abstractmethod
     def denoise(
         self, config: NetworkConfig, params: Params, x: np.ndarray, sigma: np.ndarray, labels: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """denoised [N, C, H, W] and logvar [N, 1, 1, 1]. See :func:`edm2_core.reference.denoise`."""
+        with self.place():
+            denoised, logvar = self.native_denoise((config, params), *self.batch(x, sigma, labels))
+            return self.to_numpy(denoised), self.to_numpy(logvar)
 
-    @abstractmethod
     def loss_and_gradients(
         self,
         config: NetworkConfig,
@@ -138,8 +147,10 @@ class Port(ABC):
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The loss of each element [N, C, H, W], and by name the gradients of loss.sum() / N with respect to the stored
         weights as they are."""
+        with self.place():
+            loss, gradients = self.native_gradients((config, params), *self.batch(images, unit_noise, sigma, labels))
+            return self.to_numpy(loss), gradients
 
-    @abstractmethod
     def jvp(
         self,
         config: NetworkConfig,
@@ -150,38 +161,51 @@ class Port(ABC):
         tangent: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The denoised images, and their derivative along ``tangent``, both [N, C, H, W]."""
+        with self.place():
+            denoised, derivative = self.native_jvp((config, params), *self.batch(x, sigma, labels, tangent))
+            return self.to_numpy(denoised), self.to_numpy(derivative)
+
+    def batch(self, *arrays: np.ndarray | None) -> list[Any]:
+        """Native arrays; None stays None."""
+        return [None if array is None else self.to_native(np.asarray(array)) for array in arrays]
 
     @abstractmethod
     def variants(self) -> Mapping[str, "Port"]:
         """This port in other precision, compiled or not, and on the other devices of this machine."""
 
     @abstractmethod
-    def steps(
-        self,
-        config: NetworkConfig,
-        state: State,
-        batches: Iterable[Batch],
-        *,
-        learning_rates: Sequence[float],
-        betas: tuple[float, float],
-    ) -> tuple[list[float], State]:
-        """Train from ``state`` on, one step per batch: the mean loss of each, and the state afterwards."""
-
-    @abstractmethod
     def place(self) -> AbstractContextManager[Any]:
         """Within it, the framework computes on this port's device and with its settings."""
+
+    @abstractmethod
+    def to_native(self, array: np.ndarray, /) -> Any:
+        """Images [N, C, H, W], sigma [N, 1, 1, 1] or one-hot labels [N, label_dim] in the layout of the network."""
+
+    @abstractmethod
+    def to_numpy(self, images: Any, /) -> np.ndarray:
+        """Native images, or [N, 1, 1, 1], as float32 NumPy [N, C, H, W]."""
 
     @abstractmethod
     def denoiser(self, config: NetworkConfig, params: Params) -> LabelledDenoiser:
         """A network with these parameters, ready to be called batch after batch on native arrays."""
 
     @abstractmethod
-    def to_native(self, array: np.ndarray, /) -> Any:
-        """Images [N, C, H, W] or one-hot labels [N, label_dim] as an array in the layout of :meth:`denoiser`."""
+    def native_denoise(self, network: Network, x: Any, sigma: Any, labels: Any, /) -> tuple[Any, Any]:
+        """:meth:`denoise` of native arrays."""
 
     @abstractmethod
-    def to_numpy(self, images: Any, /) -> np.ndarray:
-        """Native images as float32 NumPy [N, C, H, W]."""
+    def native_gradients(self, network: Network, /, *batch: Any) -> tuple[Any, dict[str, np.ndarray]]:
+        """:meth:`loss_and_gradients` of native arrays: the native loss, and canonical gradients."""
+
+    @abstractmethod
+    def native_jvp(self, network: Network, x: Any, sigma: Any, labels: Any, tangent: Any, /) -> tuple[Any, Any]:
+        """:meth:`jvp` of native arrays."""
+
+    @abstractmethod
+    def steps(
+        self, config: NetworkConfig, state: State, batches: Iterable[Batch], *, rates: Sequence[float], betas: Betas
+    ) -> tuple[list[float], State]:
+        """Train from ``state`` on, a step per batch at each of the learning ``rates``: mean losses, and the state."""
 
     def train(
         self,
@@ -190,20 +214,20 @@ class Port(ABC):
         batches: Iterable[Batch],
         *,
         learning_rates: Sequence[float],
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: Betas = (0.9, 0.99),
         sigma_rels: Sequence[float] = (0.05, 0.10),
     ) -> tuple[list[float], Params, dict[float, Params]]:
         """One step per batch from fresh moments and averages: mean losses, last parameters, averages by sigma_rel."""
         trained = [name for name, parameter in plan(config).parameters.items() if parameter.trained]
         start = State.start(params, trained=trained, lengths=map(Length.of, sigma_rels))
-        losses, end = self.steps(config, start, batches, learning_rates=learning_rates, betas=betas)
+        losses, end = self.steps(config, start, batches, rates=learning_rates, betas=betas)
         return losses, end.params, {length.value: average for length, average in end.averages.items()}
 
     def advance(
         self, config: NetworkConfig, state: State, batches: Iterable[Batch], *, learning_rates: Sequence[float]
     ) -> tuple[list[float], State]:
         """:meth:`steps` with Adam's betas (0.9, 0.99)."""
-        return self.steps(config, state, batches, learning_rates=learning_rates, betas=(0.9, 0.99))
+        return self.steps(config, state, batches, rates=learning_rates, betas=(0.9, 0.99))
 
     def sampler(self, config: NetworkConfig, params: Params, *, guide: Params | Network | None = None) -> Sampler:
         """A sampler that keeps its networks: call it for batch after batch.
@@ -226,15 +250,11 @@ class Port(ABC):
         labels: np.ndarray | None = None,
         *,
         guide: Params | Network | None = None,
-        guidance: float = 1.0,
-        guide_interval: tuple[float, float] = (0.0, inf),
-        churn_noise: Iterable[np.ndarray] | None = None,
-        **steps: Any,
+        **options: Any,
     ) -> np.ndarray:
-        """Images from ``noise``. ``guide`` as in :meth:`sampler`, ``steps`` as in :func:`edm2_core.sampler.sample`."""
-        return self.sampler(config, params, guide=guide)(
-            noise, labels, guidance=guidance, guide_interval=guide_interval, churn_noise=churn_noise, **steps
-        )
+        """Images from ``noise``. ``guide`` as in :meth:`sampler`; ``options``: guidance, guide_interval, and those of
+        :func:`edm2_core.sampler.sample`, arrays of NumPy."""
+        return self.sampler(config, params, guide=guide)(noise, labels, **options)
 
 
 @dataclass(frozen=True)
@@ -250,19 +270,14 @@ class NetworkSampler:
         noise: np.ndarray,
         labels: np.ndarray | None = None,
         *,
-        guidance: float = 1.0,
-        guide_interval: tuple[float, float] = (0.0, inf),
         churn_noise: Iterable[np.ndarray] | None = None,
-        **steps: Any,
+        **options: Any,
     ) -> np.ndarray:
-        port = self.port
-        with port.place():
-            one_hot = None if labels is None else port.to_native(labels)
-            denoise = guided_denoiser(
-                self.net, one_hot, guide=self.guide, guidance=guidance, guide_interval=guide_interval
-            )
-            churn = None if churn_noise is None else map(port.to_native, churn_noise)
-            return port.to_numpy(sampler.sample(denoise, port.to_native(noise), churn_noise=churn, **steps))
+        """``options`` are those of :func:`sample`."""
+        with self.port.place():
+            start, one_hot = self.port.batch(noise, labels)
+            churn = None if churn_noise is None else map(self.port.to_native, churn_noise)
+            return self.port.to_numpy(sample(self.net, start, one_hot, guide=self.guide, churn_noise=churn, **options))
 
 
 # ---- training

@@ -40,58 +40,27 @@ class Port(ports.Port):
     matmul: str | None = SAMPLING_MATMUL
     compiles: bool = True
 
-    def denoise(
-        self, config: NetworkConfig, params: Params, x: np.ndarray, sigma: np.ndarray, labels: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        with self.place():
-            native = weights.load(config, params)
-            denoised, logvar = _denoise(config, self.precision)(native, *self._native(x, sigma, labels))
-        return to_nchw(denoised), np.asarray(logvar)
+    def native_denoise(self, network: ports.Network, x: Array, sigma: Array, labels: Array | None, /) -> Any:
+        config, params = network
+        return _denoise(config, self.precision)(weights.load(config, params), x, sigma, labels)
 
-    def loss_and_gradients(
-        self,
-        config: NetworkConfig,
-        params: Params,
-        images: np.ndarray,
-        unit_noise: np.ndarray,
-        sigma: np.ndarray,
-        labels: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        with self.place():
-            trained, constants = weights.load_divided(config, params)
-            batch = self._batch(images, unit_noise, sigma, labels)
-            gradients, loss = _gradients(config, self.precision)(trained, constants, batch)
-        return to_nchw(loss), weights.dump(gradients)
+    def native_gradients(self, network: ports.Network, /, *batch: Any) -> tuple[Array, dict[str, np.ndarray]]:
+        trained, constants = weights.load_divided(*network)
+        gradients, loss = _gradients(network[0], self.precision)(trained, constants, Batch(*batch))
+        return loss, weights.dump(gradients)
 
-    def jvp(
-        self,
-        config: NetworkConfig,
-        params: Params,
-        x: np.ndarray,
-        sigma: np.ndarray,
-        labels: np.ndarray | None,
-        tangent: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        with self.place():
-            native = weights.load(config, params)
-            pair = _derivative(config, self.precision)(native, *self._native(x, tangent, sigma, labels))
-        denoised, derivative = map(to_nchw, pair)
-        return denoised, derivative
+    def native_jvp(self, network: ports.Network, x: Array, sigma: Array, labels: Any, tangent: Array, /) -> Any:
+        config, params = network
+        return _derivative(config, self.precision)(weights.load(config, params), x, tangent, sigma, labels)
 
     def steps(
-        self,
-        config: NetworkConfig,
-        state: State,
-        batches: Iterable[ports.Batch],
-        *,
-        learning_rates: Sequence[float],
-        betas: tuple[float, float],
+        self, config: NetworkConfig, state: State, batches: Iterable[ports.Batch], *, rates: Sequence[float], betas: ports.Betas
     ) -> tuple[list[float], State]:
         step, losses = _step(config, self.precision, betas, tuple(state.averages)), []
         with self.place():
             current = from_state(config, state)
-            for batch, lr in zip(batches, learning_rates, strict=True):
-                current, metrics = step(current, self._batch(*batch), lr=jnp.float32(lr))
+            for batch, lr in zip(batches, rates, strict=True):
+                current, metrics = step(current, Batch(*self.batch(*batch)), lr=jnp.float32(lr))
                 losses.append(float(metrics.loss))
             return losses, to_state(current)
 
@@ -117,13 +86,6 @@ class Port(ports.Port):
 
     def to_numpy(self, images: Array, /) -> np.ndarray:
         return to_nchw(images)
-
-    def _native(self, *arrays: np.ndarray | None) -> list[Any]:
-        # sigma [N, 1, 1, 1] is the same in either layout
-        return [None if array is None else self.to_native(array) for array in arrays]
-
-    def _batch(self, *arrays: np.ndarray | None) -> Batch:
-        return Batch(*self._native(*arrays))
 
 
 @lru_cache(maxsize=64)

@@ -7,19 +7,17 @@
 Arrays are MLX's own, images in its layout [N, H, W, C].
 """
 
-from collections.abc import Iterable
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from backends import ports
 from backends.pipeline.data.datasets import Dataset
 from backends.pipeline.runs import sampling, training
 from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
-from backends.ports import Machine, guided_denoiser
-from edm2_core import sampler
+from backends.ports import Machine
 
 from . import device as devices
 from .denoiser import Denoiser, SamplingDenoiser
@@ -60,38 +58,24 @@ def load(
 
 
 def sample(
-    network: Denoiser,
-    noise: mx.array,
-    labels: mx.array | None = None,
-    *,
-    guide: Denoiser | None = None,
-    guidance: float = 1.0,
-    guide_interval: tuple[float, float] = (0.0, inf),
-    churn_noise: Iterable[mx.array] | None = None,
-    **solver: Any,
+    network: Denoiser, noise: mx.array, labels: mx.array | None = None, *, guide: Denoiser | None = None, **options: Any
 ) -> mx.array:
-    """Samples of any denoiser from standard normal ``noise``, on MLX's default device.
+    """Images, or data of any shape, from standard normal ``noise``, on MLX's default device.
 
     Args:
-        noise: float32 [N, ...]; for a :class:`Network` [N, H, W, C], channels last.
+        network: any denoiser.
+        noise: float32 [N, ...]; for a :class:`Network` [N, H, W, C], channels last. The result is shaped like it.
         labels: one-hot [N, label_dim], or None.
-        guide, guidance, guide_interval: of :func:`backends.ports.guided_denoiser`.
-        churn_noise, solver: of :func:`edm2_core.sampler.sample`, among them ``num_steps``, ``sigmas`` and
-            ``callback``.
-
-    Returns: like ``noise``, in the units of the training data.
+        guide: another denoiser of such data; None: the network itself without its label.
+        options: ``guidance`` and ``guide_interval`` of :func:`backends.ports.guided_denoiser`; and those of
+            :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas``, ``callback`` and ``churn_noise``.
 
     Raises:
         InputError: guidance without a guide or labels; or as :func:`edm2_core.sampler.sample`.
     """
-    denoise = guided_denoiser(
-        SamplingDenoiser(network),
-        labels,
-        guide=None if guide is None else SamplingDenoiser(guide),
-        guidance=guidance,
-        guide_interval=guide_interval,
-    )
-    return sampler.sample(denoise, noise, churn_noise=churn_noise, **solver)
+    other = None if guide is None else SamplingDenoiser(guide)
+    images: mx.array = ports.sample(SamplingDenoiser(network), noise, labels, guide=other, **options)
+    return images
 
 
 def train(

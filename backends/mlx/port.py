@@ -38,60 +38,33 @@ class Port(ports.Port):
         devices.choose(self.device)
         devices.arithmetic(self.precision)
 
-    def denoise(
-        self, config: NetworkConfig, params: Params, x: np.ndarray, sigma: np.ndarray, labels: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        with self.place():
-            denoised, logvar = self._network(config, params)(*_batch(x, sigma, labels))
-            return to_canonical(denoised), to_canonical(logvar)
+    def native_denoise(self, network: ports.Network, x: mx.array, sigma: mx.array, labels: Any, /) -> Any:
+        return self._network(*network)(x, sigma, labels)
 
-    def loss_and_gradients(
-        self,
-        config: NetworkConfig,
-        params: Params,
-        images: np.ndarray,
-        unit_noise: np.ndarray,
-        sigma: np.ndarray,
-        labels: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        with self.place():
-            network, batch = self._network(config, params), Batch(*_batch(images, unit_noise, sigma, labels))
-            loss, gradients = gradients_of(network, batch, scale=1 / len(images))
-            return to_canonical(loss), dump(gradients)
+    def native_gradients(self, network: ports.Network, /, *batch: Any) -> tuple[mx.array, dict[str, np.ndarray]]:
+        arrays = Batch(*batch)
+        loss, gradients = gradients_of(self._network(*network), arrays, scale=1 / len(arrays.images))
+        return loss, dump(gradients)
 
-    def jvp(
-        self,
-        config: NetworkConfig,
-        params: Params,
-        x: np.ndarray,
-        sigma: np.ndarray,
-        labels: np.ndarray | None,
-        tangent: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        with self.place(), mx.stream(mx.cpu):  # conv2d has no forward derivative on the GPU
-            network, (level, one_hot) = self._network(config, params), _batch(sigma, labels)
-            primals, tangents = [to_native(x)], [to_native(tangent)]
-            (denoised,), (derivative,) = mx.jvp(lambda x: network(x, level, one_hot)[0], primals, tangents)
-            return to_canonical(denoised), to_canonical(derivative)
+    def native_jvp(self, network: ports.Network, x: mx.array, sigma: mx.array, labels: Any, tangent: Any, /) -> Any:
+        module = self._network(*network)
+        with mx.stream(mx.cpu):  # conv2d has no forward derivative on the GPU
+            (denoised,), (derivative,) = mx.jvp(lambda moved: module(moved, sigma, labels)[0], [x], [tangent])
+            mx.eval(denoised, derivative)
+        return denoised, derivative
 
     def variants(self) -> dict[str, "Port"]:
         on_gpu = {"gpu": replace(self, device="gpu")} if mx.is_available(mx.gpu) else {}
         return on_gpu | {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
 
     def steps(
-        self,
-        config: NetworkConfig,
-        state: State,
-        batches: Iterable[ports.Batch],
-        *,
-        learning_rates: Sequence[float],
-        betas: tuple[float, float],
+        self, config: NetworkConfig, state: State, batches: Iterable[ports.Batch], *, rates: Sequence[float], betas: ports.Betas
     ) -> tuple[list[float], State]:
         with self.place():
             learner = Learner(self._network(config, state.params), betas=betas, sigma_rels=tuple(state.averages))
             learner.load_state(state)
-            steps = zip(batches, learning_rates, strict=True)
-            losses = [learner.step(Batch(*_batch(*batch)), lr=lr)[0] for batch, lr in steps]
+            pairs = zip(batches, rates, strict=True)
+            losses = [learner.step(Batch(*self.batch(*batch)), lr=lr)[0] for batch, lr in pairs]
             return [float(np.array(loss)) for loss in losses], learner.state()
 
     def place(self) -> AbstractContextManager[Any]:
@@ -108,10 +81,6 @@ class Port(ports.Port):
 
     def _network(self, config: NetworkConfig, params: Params) -> Network:
         return build(config, params, dtype=devices.arithmetic(self.precision))
-
-
-def _batch(*arrays: np.ndarray | None) -> list[Any]:
-    return [None if array is None else to_native(np.asarray(array)) for array in arrays]
 
 
 PORT = Port()

@@ -8,21 +8,19 @@
 :mod:`.step` trains either, :class:`.ema.PowerEMA` averages any module.
 """
 
-from collections.abc import Iterable
-from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from backends import ports
 from backends.pipeline.data.datasets import Dataset
 from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.sampling import stored_network
 from backends.pipeline.runs.training import train as run_train
-from backends.ports import Machine, guided_denoiser
-from edm2_core import sampler
+from backends.ports import Machine
 from edm2_core.errors import InputError
 
 from . import device as devices
@@ -60,15 +58,7 @@ def load(
 
 @torch.inference_mode()
 def sample(
-    network: Denoiser,
-    noise: Tensor,
-    labels: Tensor | None = None,
-    *,
-    guide: Denoiser | None = None,
-    guidance: float = 1.0,
-    guide_interval: tuple[float, float] = (0.0, inf),
-    churn_noise: Iterable[Tensor] | None = None,
-    **solver: Any,
+    network: Denoiser, noise: Tensor, labels: Tensor | None = None, *, guide: Denoiser | None = None, **options: Any
 ) -> Tensor:
     """Images, or data of any shape, from standard normal ``noise``.
 
@@ -77,9 +67,8 @@ def sample(
         noise: [N, ...], on the network's device; the result is shaped like it.
         labels: one-hot [N, label_dim], or None.
         guide: another denoiser of such data; None: the network itself without its label.
-        guidance: guide + guidance (network - guide); 1 is no guidance.
-        guide_interval: noise levels at which guidance acts.
-        churn_noise, solver: of :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas`` and ``callback``.
+        options: ``guidance`` and ``guide_interval`` of :func:`backends.ports.guided_denoiser`; and those of
+            :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas``, ``callback`` and ``churn_noise``.
 
     Raises:
         InputError: labels that are not one-hot rows; guidance without a guide or labels; or as
@@ -90,15 +79,9 @@ def sample(
             f"labels must be one-hot rows of shape {(len(noise), network.label_dim)}, got {tuple(labels.shape)}: "
             "torch.nn.functional.one_hot makes them"
         )
-    denoise = guided_denoiser(
-        SamplingDenoiser(network),
-        labels,
-        guide=None if guide is None else SamplingDenoiser(guide),
-        guidance=guidance,
-        guide_interval=guide_interval,
-    )
+    other = None if guide is None else SamplingDenoiser(guide)
     with evaluating(*(net for net in (network, guide) if net is not None)):
-        images: Tensor = sampler.sample(denoise, noise, churn_noise=churn_noise, **solver)
+        images: Tensor = ports.sample(SamplingDenoiser(network), noise, labels, guide=other, **options)
     return images
 
 

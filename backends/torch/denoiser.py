@@ -89,6 +89,7 @@ class SamplingDenoiser:
     def label_dim(self) -> int:
         return self.network.label_dim
 
+    @torch.inference_mode()
     def __call__(self, x: Tensor, sigma: float, labels: Tensor | None, /) -> Tensor:
         level = x.new_full((len(x), *[1] * (x.ndim - 1)), sigma)  # (N, 1, ...)
         denoised: Tensor = self.network(x, level, labels)[0]

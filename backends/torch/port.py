@@ -1,7 +1,7 @@
 """The NumPy face of the PyTorch port. See :class:`backends.ports.Port`."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from os import environ
 from shutil import which
@@ -32,45 +32,20 @@ class Port(ports.Port):
     precision: str = "float32"
     compiles: bool = False
 
-    def denoise(
-        self, config: NetworkConfig, params: Params, x: np.ndarray, sigma: np.ndarray, labels: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def native_denoise(self, network: ports.Network, x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Any:
         with torch.inference_mode():
-            denoised, logvar = self.network(config, params)(*self.batch(x, sigma, labels))
-        return denoised.cpu().numpy(), logvar.cpu().numpy()
+            return self.network(*network)(x, sigma, labels)
 
-    def loss_and_gradients(
-        self,
-        config: NetworkConfig,
-        params: Params,
-        images: np.ndarray,
-        unit_noise: np.ndarray,
-        sigma: np.ndarray,
-        labels: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        network = self.network(config, params)
-        loss = batch_loss(network, Batch(*self.batch(images, unit_noise, sigma, labels)))
-        (loss.sum() / len(images)).backward()
-        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-        return loss.detach().cpu().numpy(), dump(gradients)
+    def native_gradients(self, network: ports.Network, /, *batch: Any) -> tuple[Tensor, dict[str, np.ndarray]]:
+        module, arrays = self.network(*network), Batch(*batch)
+        loss = batch_loss(module, arrays)
+        (loss.sum() / len(arrays.images)).backward()
+        return loss.detach(), dump({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
 
-    def jvp(
-        self,
-        config: NetworkConfig,
-        params: Params,
-        x: np.ndarray,
-        sigma: np.ndarray,
-        labels: np.ndarray | None,
-        tangent: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        network, (noisy, level, one_hot, direction) = (
-            self.network(config, params),
-            self.batch(x, sigma, labels, tangent),
-        )
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no forward derivative
-            pair = torch.func.jvp(lambda moved: network(moved, level, one_hot)[0], (noisy,), (direction,))
-        denoised, along = (array.detach().cpu().numpy() for array in pair)
-        return denoised, along
+    def native_jvp(self, network: ports.Network, x: Tensor, sigma: Tensor, labels: Any, tangent: Tensor, /) -> Any:
+        module = self.network(*network)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no forward derivative
+            return torch.func.jvp(lambda moved: module(moved, sigma, labels)[0], (x,), (tangent,))
 
     def variants(self) -> "dict[str, Port]":
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -80,22 +55,16 @@ class Port(ports.Port):
         return devices | narrow | compiled
 
     def steps(
-        self,
-        config: NetworkConfig,
-        state: State,
-        batches: Iterable[ports.Batch],
-        *,
-        learning_rates: Sequence[float],
-        betas: tuple[float, float],
+        self, config: NetworkConfig, state: State, batches: Iterable[ports.Batch], *, rates: Sequence[float], betas: ports.Betas
     ) -> tuple[list[float], State]:
         learner = Learner(self.network(config, state.params), betas=betas, sigma_rels=tuple(state.averages))
         learner.load_state(state)
-        pairs = zip(batches, learning_rates, strict=True)
+        pairs = zip(batches, rates, strict=True)
         losses = [float(learner.step(Batch(*self.batch(*batch)), lr=lr)[0]) for batch, lr in pairs]
         return losses, learner.state()
 
     def place(self) -> AbstractContextManager[Any]:
-        return torch.inference_mode()
+        return nullcontext()  # arrays name their device
 
     def denoiser(self, config: NetworkConfig, params: Params) -> SamplingDenoiser:
         return SamplingDenoiser(self.network(config, params))
@@ -112,10 +81,6 @@ class Port(ports.Port):
         if self.compiles:
             network.compile(fullgraph=True, dynamic=False)
         return network
-
-    def batch(self, *arrays: np.ndarray | None) -> list[Any]:
-        """Native arrays; None stays None."""
-        return [None if array is None else self.to_native(array) for array in arrays]
 
 
 def _has_a_compiler() -> bool:
