@@ -38,10 +38,10 @@ def run(session: nox.Session, module: str, *arguments: str, **environment: str) 
     session.run(python, "-m", module, *arguments, external=True, env=environment)
 
 
-def pytest(session: nox.Session, *arguments: str) -> None:
-    """pytest in several processes; arguments after ``--`` go last."""
+def pytest(session: nox.Session, *arguments: str, module: str = "pytest") -> None:
+    """pytest, or a module that passes its arguments on, in several processes; arguments after ``--`` go last."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(".nox", "xla").absolute())}
-    run(session, "pytest", *PARALLEL, *arguments, *session.posargs, **CHEAP_XLA, **ONE_THREAD, **cache)
+    run(session, module, *PARALLEL, *arguments, *session.posargs, **CHEAP_XLA, **ONE_THREAD, **cache)
 
 
 @nox.session
@@ -73,7 +73,7 @@ def conformance(session: nox.Session) -> None:
     ``nox -s conformance -- --port torch --profile deep``: one port, more examples.
     """
     options = ("--profile", "ci", "--report", "build/conformance")
-    pytest(session, "--pyargs", "conformance", "--dist", "worksteal", *options)
+    pytest(session, "--dist", "worksteal", *options, module="conformance")
 
 
 @nox.session(default=False)

@@ -32,9 +32,9 @@ class Machine:
     """Where and in what portions a command computes. It decides nothing about the result but rounding."""
 
     device: str | None = None
-    """Device to compute on. Default: the fastest there is."""
+    """Device to compute on. Without it: the fastest there is."""
     batch_per_device: int | None = None
-    """Images per device at a time; a larger share of the batch is accumulated. Default: all of the device's share."""
+    """Images per device at a time; a larger share of the batch is accumulated. Without it: all of the share."""
 
 
 # ---- guidance

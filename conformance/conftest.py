@@ -3,6 +3,6 @@
 import pytest
 
 
-def pytest_collection(session: pytest.Session) -> None:
-    if not session.config.pluginmanager.has_plugin("conformance.plugin"):
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.has_plugin("conformance.plugin"):
         raise pytest.UsageError("the conformance suite needs its plugin: add -p conformance.plugin")

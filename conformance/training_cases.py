@@ -148,8 +148,8 @@ def state_file(port: Subject, config: NetworkConfig, seed: int) -> None:
         states.save_state(second, after)
         same = first.read_bytes() == second.read_bytes()
     returned = states.parts(after)
-    changed = [f"{part}/{name}" for part, arrays in states.parts(before).items() for name in arrays
-               if not np.array_equal(arrays[name], returned.get(part, {}).get(name, ()))]  # fmt: skip
+    changed = [f"{part}/{name}" for part, arrays in states.parts(before).items() for name, array in arrays.items()
+               if not np.array_equal(array, returned.get(part, {}).get(name, np.nan))]  # fmt: skip
     got = f"{', '.join(changed[:3]) or 'counters'} changed"
     measure.holds(same, "a state file must come back from the port byte for byte", got=got, wanted="the same bytes")
 

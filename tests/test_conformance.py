@@ -1,4 +1,4 @@
-"""The suite as a person with a port of their own meets it: options, exit status, words, report."""
+"""The suite from outside: options, exit status, messages, reports, and pytest runs of other projects beside it."""
 
 import json
 import re
@@ -26,7 +26,7 @@ class Broken(NumpyPort):
     def denoise(self, *arguments):
         raise RuntimeError("no kernel for this shape")
 
-EMPTY, BROKEN = Empty(), Broken()
+EMPTY, BROKEN, RIGHT = Empty(), Broken(), NumpyPort()
 SILU = TrainingPort(FAULTS[0])
 """
 
@@ -38,25 +38,36 @@ def run(*arguments, cwd):
 
 def suite(*arguments, cwd, status=0):
     (cwd / "adapter.py").write_text(ADAPTER)
-    done = run("-m", "pytest", "--pyargs", "conformance", "-q", *arguments, cwd=cwd)
+    done = run("-m", "conformance", "-q", *arguments, cwd=cwd)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def theirs(folder, files, *arguments):
+    """Run pytest in a project of someone else, its files given as text: the exit status and the output."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    done = run("-m", "pytest", "-q", "--strict-markers", *arguments, cwd=folder)
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_a_port_from_the_docs_is_proved_and_reported(tmp_path):
     name = "conformance.examples.numpy_port:PORT"
     suite("--strict-markers", "--port", name, "--report", "out", "-k", "seeds or fresh or training", cwd=tmp_path)
-    found = json.loads((tmp_path / "out" / "report.json").read_text())
-    outcomes = {result["case"]: result["outcome"] for result in found["results"]}
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    outcomes = {result["case"]: result["outcome"] for result in written["results"]}
     assert outcomes["fresh-network"] == outcomes["seeds"] == "passed"
     assert outcomes["training"] == outcomes["golden-training"] == "not implemented"
-    assert found["subjects"][name]["library"].startswith("numpy ")
-    assert "| clause | numpy_port |" in (tmp_path / "out" / "report.md").read_text()
+    assert written["subjects"][name]["library"].startswith("numpy ")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| clause | numpy_port |" in text
+    assert "| STEP-2 order | not implemented |" in text
+    assert re.search(r"- STEP-2: .*`training`, `golden-training` of each port; the right port is right", text)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "not implemented: train(config" in page
     assert not re.search(r'(src|href)="', page)
-    assert set(re.findall(r'data-port="([^"]*)"', page)) == {"numpy_port"}  # what a phone shows beside each cell
-    assert "| STEP-2 order | not implemented |" in (tmp_path / "out" / "report.md").read_text()
+    assert set(re.findall(r'data-port="([^"]*)"', page)) == {"numpy_port"}  # shown beside each cell on narrow screens
 
 
 @pytest.mark.parametrize(
@@ -117,12 +128,74 @@ def test_an_entry_without_its_reason_is_refused(tmp_path):
         known.read("torch", str(tmp_path / "known.toml"))
 
 
-def test_other_sessions_do_not_notice_the_plugin(tmp_path):
-    (tmp_path / "test_theirs.py").write_text(
-        "import sys\ndef test(): assert 'hypothesis.strategies' not in sys.modules and 'numpy' not in sys.modules\n"
-    )
-    done = run("-m", "pytest", "-q", "-p", "no:hypothesispytest", "test_theirs.py", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
+OTHER_PLUGIN = """
+def pytest_addoption(parser):  # as pytest-profiling and pytest-reporter do
+    parser.addoption("--profile", action="store_true", dest="profile")
+    parser.addoption("--report", action="append", dest="report")
+"""
+OPTIONS = """
+import pytest
+def pytest_addoption(parser):
+    for name in ("--port", "--ports", "--report", "--known-failures", "--case"):
+        parser.addoption(name)
+@pytest.fixture
+def port(request):
+    return request.config.getoption("--port")
+"""
+beside_the_plugin = pytest.mark.parametrize("plugin", [(), ("-p", "conformance.plugin")], ids=["without", "with"])
+
+
+@beside_the_plugin
+def test_plugins_of_others_keep_their_options(tmp_path, plugin):
+    files = {
+        "other_plugin.py": OTHER_PLUGIN,
+        "test_theirs.py": "def test(request):\n"
+        "    assert request.config.getoption('profile')\n    assert request.config.getoption('report') == ['x']\n",
+    }
+    status, output = theirs(tmp_path, files, "-p", "other_plugin", *plugin, "--profile", "--report", "x")
+    assert (status, "1 passed" in output) == (0, True), output
+
+
+@beside_the_plugin
+def test_a_conftest_of_others_keeps_its_options_and_fixtures(tmp_path, plugin):
+    files = {"conftest.py": OPTIONS, "test_theirs.py": "def test(port): assert port == '8080'\n"}
+    status, output = theirs(tmp_path, files, *plugin, "--port", "8080", "--report", "x")
+    assert (status, "1 passed" in output) == (0, True), output
+
+
+def test_a_folder_of_others_named_conformance_runs(tmp_path):
+    files = {"conformance/__init__.py": "", "conformance/test_theirs.py": "def test(): pass\ndef test_too(): pass\n"}
+    for arguments in ((), ("conformance",)):
+        status, output = theirs(tmp_path, files, *arguments)
+        assert (status, "2 passed" in output) == (0, True), output
+
+
+@beside_the_plugin
+@pytest.mark.parametrize("fixture", ["port", "record"])
+def test_a_missing_fixture_of_others_is_reported(tmp_path, plugin, fixture):
+    status, output = theirs(tmp_path, {"test_theirs.py": f"def test({fixture}): pass\n"}, *plugin)
+    assert (status, f"fixture '{fixture}' not found" in output) == (1, True), output
+
+
+@beside_the_plugin
+def test_runs_of_others_import_nothing_of_the_suite(tmp_path, plugin):
+    heavy = "{'hypothesis.strategies', 'numpy', 'conformance.cases', 'edm2_core'}"
+    files = {"test_theirs.py": f"import sys\ndef test(): assert not {heavy} & set(sys.modules)\n"}
+    status, output = theirs(tmp_path, files, "-p", "no:hypothesispytest", *plugin)
+    assert status == 0, output
+
+
+def test_the_suite_without_its_plugin_says_what_to_add(tmp_path):
+    status, output = theirs(tmp_path, {}, "--pyargs", "conformance")
+    assert (status, "add -p conformance.plugin" in output) == (2, True), output
+
+
+def test_pytest_runs_the_suite_as_the_command_does(tmp_path):
+    (tmp_path / "adapter.py").write_text(ADAPTER)
+    options = ("--edm2-port", "adapter:RIGHT", "--edm2-profile", "ci", "--edm2-report", "out", "-k", "no-label")
+    status, output = theirs(tmp_path, {}, "--pyargs", "conformance", "-p", "conformance.plugin", *options)
+    assert (status, "1 passed" in output) == (0, True), output
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["profile"] == "ci"
 
 
 def test_a_run_that_proved_nothing_fails():
@@ -134,7 +207,7 @@ def test_a_run_that_proved_nothing_fails():
     assert "ran nothing" in shortfall(results("passed"), ["b"], [])
     assert "skipped every case" in shortfall(results("not implemented"), ["a"], [])
     assert "every case was skipped" in shortfall(results("not checked"), [], [])
-    assert "1 skipped though golden numbers are there" in shortfall(results("passed"), [], ["x"])
+    assert "1 skipped although the golden numbers are there" in shortfall(results("passed"), [], ["x"])
 
 
 def test_examples_travel_as_text():
@@ -147,7 +220,7 @@ def test_the_table_goes_between_its_marks(tmp_path):
     result = {"subject": "a", "outcome": "passed", "clauses": ["NET-5"], "worst": 0.25, "comparisons": 1,
               "examples": 4, "why": "", "case": "denoise", "failure": {}}  # fmt: skip
     data = {"versions": {"suite": "1", "spec": "1", "python": "3"}, "profile": "ci", "machine": "m", "absent": {},
-            "subjects": {"a": {"port": "1", "library": "l 2"}}, "clauses": [{"number": "NET-5"}],
+            "subjects": {"a": {"port": "1", "library": "l 2"}}, "clauses": [{"number": "NET-5", "cases": []}],
             "results": [result, result | {"outcome": "failed", "worst": 2.0}]}  # fmt: skip
     source.write_text(json.dumps(data))
     target.write_text(f"before\n{report.START}\nstale\n{report.END}\nafter\n")

@@ -21,9 +21,9 @@ class Options(SourceOptions):
     sigma_rels: tuple[float, ...] = (0.02, 0.05, 0.10, 0.20)
     """Lengths whose profiles are drawn, at most 5."""
     at: int | None = None
-    """Time of the averages, such as 512Mi. Default: that of the last file."""
+    """Time of the averages, such as 512Mi. Without it: that of the last file."""
     out: Path | None = None
-    """Picture to write. Default: ema.png in the source's folder."""
+    """Picture to write. Without it: ema.png in the source's folder."""
 
 
 def run(options: Options) -> None:

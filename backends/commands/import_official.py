@@ -18,11 +18,11 @@ class Options:
     source: tyro.conf.Positional[Path]
     """The pickle, such as edm2-img512-s-2147483-0.130.pkl."""
     out: Path | None = None
-    """Snapshot to write. Default: beside the pickle, named by its time and length."""
+    """Snapshot to write. Without it: beside the pickle, named by its time and length."""
     nimg: int | None = None
-    """Images seen in training. Default: what the pickle's name says."""
+    """Images seen in training. Without it: what the pickle's name says."""
     sigma_rel: float | None = None
-    """Relative length of the average. Default: what the pickle's name says."""
+    """Relative length of the average. Without it: what the pickle's name says."""
 
 
 def run(options: Options) -> None:

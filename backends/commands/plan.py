@@ -44,13 +44,13 @@ class Options:
     range: str = "0.01-0.25"
     """Shortest and longest relative length to be reconstructed."""
     duration: Duration = None
-    """Length of the run in images, or 'any' where its end is unknown. Default: the preset's."""
+    """Length of the run in images, or 'any' where its end is unknown. Without it: the preset's."""
     preset: str = "img512-s"
     """Network, for its size, duration and batch."""
     parameters: int | None = None
-    """Number of parameters of the network. Default: the preset's."""
+    """Number of parameters of the network. Without it: the preset's."""
     batch: int | None = None
-    """Images per step. Default: the preset's."""
+    """Images per step. Without it: the preset's."""
     max_lengths: int = 3
     """Maximum number of averages to track, each a copy of the network in memory."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"

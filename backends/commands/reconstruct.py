@@ -37,11 +37,11 @@ class Options(SourceOptions):
     sigma_rels: tuple[float, ...] = ()
     """Relative lengths wanted, each within (0, 0.2887]; one file each, all in one pass."""
     at: int | None = None
-    """Time of the averages, such as 512Mi. Default: that of the last file."""
+    """Time of the averages, such as 512Mi. Without it: that of the last file."""
     override: Overrides = ()
     """Other lengths for the arrays whose names match."""
     outdir: Path | None = None
-    """Folder of the averages. Default: 'reconstructed' in the source's folder."""
+    """Folder of the averages. Without it: 'reconstructed' in the source's folder."""
     dtype: Literal["float16", "float32"] = "float16"
     """Dtype of the files."""
     memory: int = GiB

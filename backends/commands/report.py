@@ -27,15 +27,15 @@ class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """One or more run folders; several are laid side by side."""
     outdir: Path | None = None
-    """Folder of report.html and its pictures. Default: 'report' in the run's folder; ./report for several."""
+    """Folder of report.html and its pictures. Without it: 'report' in the run's folder; ./report for several."""
     sigma_rels: tuple[float, ...] = ()
-    """Lengths to sample. Default: from 0.02 to 0.25, as far as their predicted error allows, and those stored."""
+    """Lengths to sample. Without it: from 0.02 to 0.25, as far as their predicted error allows, and those stored."""
     seeds: str = "0-9"
     """Seeds, one picture of each at each length, such as 0-9 or 3,7."""
     steps: int = 32
     """Sampling steps."""
     port: Literal["torch", "jax", "mlx"] | None = None
-    """The port that samples. Default: the first that is installed."""
+    """The port that samples. Without it: the first that is installed."""
     no_samples: bool = False
     """Sample nothing: the page without pictures of seeds takes seconds, whatever the network."""
 

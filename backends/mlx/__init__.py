@@ -1,6 +1,6 @@
 """The MLX port: training and sampling on Apple silicon and CPUs; averages of the weights of any module.
 
-from backends.mlx import load          # load, sample and train are in backends.mlx.api
+``load`` is here and in :mod:`backends.mlx.api`, beside ``sample`` and ``train``.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -95,7 +95,7 @@ def sample(
 
 
 def train(
-    config: TrainConfig, dataset: Dataset, *, outdir: str | Path | None = None, machine: Machine | None = None
+    config: TrainConfig, dataset: Dataset, *, outdir: str | Path | None = None, machine: Machine = Machine()
 ) -> Run | None:
     """Train a network. See :func:`backends.pipeline.runs.training.train`, also for errors.
 
@@ -103,6 +103,5 @@ def train(
         outdir: the run folder; training continues from where a run in it stopped. Default: a new one under runs/.
         machine: the device, and how many images it takes at a time. Default: the fastest device, all at once.
     """
-    machine = machine or Machine()
     open_sampler = Port(device=machine.device).sampler
     return training.train(config, dataset, MLXTrainer, open_sampler, outdir=outdir, machine=machine, prog=PROG)

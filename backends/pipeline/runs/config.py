@@ -55,9 +55,10 @@ class TrainConfig:
     hyper: Annotated[Hyperparameters, tyro.conf.arg(name="")] = Hyperparameters()
     snapshot_plan: tyro.conf.Fixed[SnapshotPlan | None] = None
     checkpoint: int | None = None
-    """How often to store the state to resume from, in images. Default: a quarter of the duration, at most 128Mi."""
+    """How often to store the state to resume from, in images. Without it: a quarter of the duration, at most
+    128Mi."""
     status: int | None = None
-    """How often to log and to report, in images. Default: a 48th of the duration, at most 128Ki."""
+    """How often to log and to report, in images. Without it: a 48th of the duration, at most 128Ki."""
     telemetry: int = 0
     """Steps between measurements of magnitudes, losses by noise level and updates; 0 is never."""
     precision: Precision = "float32"

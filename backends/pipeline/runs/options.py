@@ -164,12 +164,13 @@ def flags_given(words: Sequence[str], /) -> set[str]:
 
 
 def _flag_before(values: Sequence[str], words: Sequence[str]) -> str:
-    """The flag that ``values`` stand after, as one word with it or as words of their own."""
+    """The flag that ``values`` stand after, as one word with it or as words of their own; several where they repeat."""
+    flags = []
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name.startswith("--") and ([value] if equals else list(words[i + 1 : i + 1 + len(values)])) == list(values):
-            return name
-    return "each value"
+            flags.append(name)
+    return " or ".join(flags) or "each value"
 
 
 def _with_flag(message: str, cls: Any) -> str:
@@ -211,9 +212,9 @@ class TrainOptions:
     run that is resumed."""
 
     outdir: Path | None = None
-    """Run folder; one that exists is resumed. Default: the next number under runs/."""
+    """Run folder; one that exists is resumed. Without it: the next number under runs/."""
     data: str | None = None
-    """'digits', or a folder or zip of images. Default: digits, or the data of the run that is resumed."""
+    """'digits', or a folder or zip of images. Without it: digits, or the data of the run that is resumed."""
     preset: str = "digits"
     """Network and hyperparameters."""
     ladder: Rung = "G"
@@ -302,16 +303,16 @@ class SampleOptions:
     """The options of the sample command."""
 
     run: Path | None = None
-    """Run folder to take the network from. Default: the newest under runs/."""
+    """Run folder to take the network from. Without it: the newest under runs/."""
     net: Path | None = None
     """Snapshot to take the network from, instead of a run."""
     sigma_rel: float | None = None
-    """Relative length of the average, reconstructed where it is not stored. Default: of those kept 0.10, else the
-    longest; a traditional one where the run keeps that."""
+    """Relative length of the average, reconstructed where it is not stored. Without it: of those kept 0.10, else
+    the longest; a traditional one where the run keeps that."""
     seeds: str = "0-63"
     """One image for each, such as 0-63 or 3,7,10-19."""
     label: Class = None
-    """Class of all images, from 0. Default: drawn by each seed."""
+    """Class of all images, from 0. Without it: drawn by each seed."""
     steps: int = 32
     """Sampling steps."""
     sigma_min: float = 0.002
@@ -331,11 +332,11 @@ class SampleOptions:
     guidance: float = 1.0
     """Guidance weight; 1 is none."""
     guide: Path | None = None
-    """Snapshot of the guiding network. Default: the same network without its label."""
+    """Snapshot of the guiding network. Without it: the same network without its label."""
     guide_interval: tuple[float, float] = (0.0, inf)
     """Noise levels to guide at."""
     outdir: Path | None = None
-    """Where the images go. Default: a folder under samples/ of the run; ./samples with --net."""
+    """Where the images go. Without it: a folder under samples/ of the run; ./samples with --net."""
     format: Literal["png", "npz"] = "png"
     """Image files and a grid, or one samples.npz."""
     batch: int = 64
@@ -343,7 +344,7 @@ class SampleOptions:
     precision: Precision = "float32"
     """Arithmetic of the network."""
     device: str | None = None
-    """Where to sample. Default: the fastest there is."""
+    """Where to sample. Without it: the fastest device."""
 
 
 def parse_seeds(text: str, /) -> list[int]:

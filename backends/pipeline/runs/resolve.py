@@ -45,6 +45,7 @@ def configure(
     of_training = {field.name for field in fields(Hyperparameters)}
     hyper = replace(base.hyper, **{name: value for name, value in changes.items() if name in of_training})
     rest = {name: value for name, value in changes.items() if name not in of_training}
+    rest.setdefault("data", dataset.name)
     config = TrainConfig(preset=preset_name, network=replace(base.network, **network or {}), hyper=hyper, **rest)
     return fit(config, dataset, unconditional=unconditional)
 

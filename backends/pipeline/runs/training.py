@@ -23,7 +23,7 @@ from edm2_core.network import NetworkConfig, multiply_adds, parameter_count
 from edm2_core.schedule import learning_rate
 
 from . import telemetry
-from .config import TrainConfig
+from .config import DataSummary, TrainConfig
 from .exit_codes import Interrupts
 from .folder import Run, create
 from .length_picture import draw_lengths
@@ -75,6 +75,7 @@ def train(
         InputError: the folder holds a run of another config, a damaged state, or cannot be written.
         KeyboardInterrupt: SIGINT or SIGTERM came; the state was saved, and the same call continues from it.
     """
+    config = replace(config, data_summary=DataSummary.of(dataset)).intervals_filled()
     run = None if outdir is None else Run(outdir)
     previous = run.config() if run is not None and run.exists() else None
     if previous is not None and config != replace(
