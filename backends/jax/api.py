@@ -8,8 +8,6 @@
 Arrays are native, images NHWC: [N, H, W, C] for our own network, and whatever the backbone takes for any other.
 """
 
-from collections.abc import Iterable
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from backends import ports
 from backends.pipeline.data.datasets import Dataset
 from backends.pipeline.runs import sampling, training
 from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
-from backends.ports import Machine, guided_denoiser
-from edm2_core import sampler
+from backends.ports import Machine
 
 from . import device as devices
 from .denoiser import Network, SamplingDenoiser
@@ -58,41 +56,27 @@ def load(
 
 
 def sample(
-    network: Network,
-    noise: Array,
-    labels: Array | None = None,
-    *,
-    guide: Network | None = None,
-    guidance: float = 1.0,
-    guide_interval: tuple[float, float] = (0.0, inf),
-    churn_noise: Iterable[Array] | None = None,
-    **solver: Any,
+    network: Network, noise: Array, labels: Array | None = None, *, guide: Network | None = None, **options: Any
 ) -> Array:
-    """Images from standard normal ``noise``, of its shape, computed where the network's parameters are.
+    """Images, or data of any shape, from standard normal ``noise``, computed where the network's parameters are.
 
     Args:
         network: of :func:`load`, or ``Network(denoise, params)`` of any denoiser.
-        noise: [N, ...]; NHWC for our own network.
+        noise: [N, ...]; [N, H, W, C] for our own network. The result is shaped like it.
         labels: one-hot [N, label_dim], or None.
-        guide: None with guidance other than 1 is the network itself without its label.
-        guidance, guide_interval: see :func:`edm2_core.sampler.guided`.
-        churn_noise, solver: options of :func:`edm2_core.sampler.sample`, ``sigmas`` and ``callback`` among them.
+        guide: another network of such data; None: the network itself without its label.
+        options: ``guidance`` and ``guide_interval`` of :func:`backends.ports.guided_denoiser`; and those of
+            :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas``, ``callback`` and ``churn_noise``.
 
     Matrix products are in :data:`~.device.SAMPLING_MATMUL`, as in the commands.
 
     Raises:
-        InputError: as :func:`edm2_core.sampler.sample` and :func:`backends.ports.guided_denoiser`.
+        InputError: guidance without a guide or labels; or as :func:`edm2_core.sampler.sample`.
     """
+    other = None if guide is None else SamplingDenoiser(guide)
     with jax.default_matmul_precision(devices.SAMPLING_MATMUL):
-        denoise = guided_denoiser(
-            SamplingDenoiser(network),
-            labels,
-            guide=None if guide is None else SamplingDenoiser(guide),
-            guidance=guidance,
-            guide_interval=guide_interval,
-        )
-        images: Array = sampler.sample(denoise, noise, churn_noise=churn_noise, **solver)
-        return images
+        images: Array = ports.sample(SamplingDenoiser(network), noise, labels, guide=other, **options)
+    return images
 
 
 def train(

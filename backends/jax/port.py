@@ -54,7 +54,13 @@ class Port(ports.Port):
         return _derivative(config, self.precision)(weights.load(config, params), x, tangent, sigma, labels)
 
     def steps(
-        self, config: NetworkConfig, state: State, batches: Iterable[ports.Batch], *, rates: Sequence[float], betas: ports.Betas
+        self,
+        config: NetworkConfig,
+        state: State,
+        batches: Iterable[ports.Batch],
+        *,
+        rates: Sequence[float],
+        betas: ports.Betas,
     ) -> tuple[list[float], State]:
         step, losses = _step(config, self.precision, betas, tuple(state.averages)), []
         with self.place():

@@ -58,7 +58,13 @@ class Port(ports.Port):
         return on_gpu | {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
 
     def steps(
-        self, config: NetworkConfig, state: State, batches: Iterable[ports.Batch], *, rates: Sequence[float], betas: ports.Betas
+        self,
+        config: NetworkConfig,
+        state: State,
+        batches: Iterable[ports.Batch],
+        *,
+        rates: Sequence[float],
+        betas: ports.Betas,
     ) -> tuple[list[float], State]:
         with self.place():
             learner = Learner(self._network(config, state.params), betas=betas, sigma_rels=tuple(state.averages))

@@ -55,7 +55,13 @@ class Port(ports.Port):
         return devices | narrow | compiled
 
     def steps(
-        self, config: NetworkConfig, state: State, batches: Iterable[ports.Batch], *, rates: Sequence[float], betas: ports.Betas
+        self,
+        config: NetworkConfig,
+        state: State,
+        batches: Iterable[ports.Batch],
+        *,
+        rates: Sequence[float],
+        betas: ports.Betas,
     ) -> tuple[list[float], State]:
         learner = Learner(self.network(config, state.params), betas=betas, sigma_rels=tuple(state.averages))
         learner.load_state(state)
