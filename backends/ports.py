@@ -96,7 +96,13 @@ def sample(
     guide_interval: tuple[float, float] = (0.0, inf),
     **solver: Any,
 ) -> Any:
-    """Samples on native arrays: :func:`edm2_core.sampler.sample` with :func:`guided_denoiser`."""
+    """Samples on native arrays: :func:`edm2_core.sampler.sample` with :func:`guided_denoiser`.
+
+    Raises:
+        InputError: labels that are not one-hot rows; guidance without a guide or labels; or as the sampler.
+    """
+    if labels is not None and net.label_dim and (need := (len(noise), net.label_dim)) != tuple(labels.shape):
+        raise InputError(f"labels must be one-hot rows of shape {need}, got {tuple(labels.shape)}: make them one-hot")
     denoise = guided_denoiser(net, labels, guide=guide, guidance=guidance, guide_interval=guide_interval)
     return sampler.sample(denoise, noise, **solver)
 

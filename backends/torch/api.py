@@ -21,7 +21,6 @@ from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.sampling import stored_network
 from backends.pipeline.runs.training import train as run_train
 from backends.ports import Machine
-from edm2_core.errors import InputError
 
 from . import device as devices
 from .denoiser import Denoiser, SamplingDenoiser, evaluating
@@ -71,14 +70,9 @@ def sample(
             :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas``, ``callback`` and ``churn_noise``.
 
     Raises:
-        InputError: labels that are not one-hot rows; guidance without a guide or labels; or as
+        InputError: labels that are not one-hot rows, guidance without a guide or labels, or as
             :func:`edm2_core.sampler.sample`.
     """
-    if labels is not None and network.label_dim and labels.shape != (len(noise), network.label_dim):
-        raise InputError(
-            f"labels must be one-hot rows of shape {(len(noise), network.label_dim)}, got {tuple(labels.shape)}: "
-            "torch.nn.functional.one_hot makes them"
-        )
     other = None if guide is None else SamplingDenoiser(guide)
     with evaluating(*(net for net in (network, guide) if net is not None)):
         images: Tensor = ports.sample(SamplingDenoiser(network), noise, labels, guide=other, **options)

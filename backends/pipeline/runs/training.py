@@ -121,7 +121,9 @@ def _train(
     if outdir is not None and start:
         trainer.load_state(load_state(Run(outdir).state_path, config.network, config.hyper.lengths))
     if trainer.rank != 0:
-        return None, _loop(config, dataset, trainer, None)
+        if not (status := _loop(config, dataset, trainer, None)):
+            trainer.parameters()  # gathered in every process, for the picture
+        return None, status
     resumed = outdir is not None and Run(outdir).exists()
     run = Run(create(outdir, dataset.name))
     run.save_config(config)
