@@ -57,6 +57,42 @@ def test_toy_2d_guidance_has_fewer_outliers_and_denser_points(tmp_path):
     assert all(0.005 < (panel != panel[0, 0]).any(axis=2).mean() < 0.3 for panel in panels)  # ink on paper
 
 
+SHORT = {"torch": ("--images", 2560), "jax": ("--steps", 300), "mlx": ("--images", 16384, "--samples", 64)}
+
+
+@pytest.mark.parametrize("framework", SHORT)
+def test_a_backbone_of_one_s_own_trains_and_is_sampled(tmp_path, framework):
+    pytest.importorskip(framework, reason=f"{framework} is not installed")
+    out = ("--out", tmp_path / "out.png") if framework == "torch" else ()
+    lines = printed(f"own_backbone_{framework}", *SHORT[framework], *out)
+    numbers = [float(number) for number in re.findall(r"\d+\.?\d*", lines[-1])]
+    assert numbers
+    assert "nan" not in lines[-1]
+    text = (ROOT / "examples" / f"own_backbone_{framework}.py").read_text()
+    assert len(text.splitlines()) < 80
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    """The blocks under "From Python", on a shorter run."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    section = (ROOT / "README.md").read_text().partition("## From Python\n")[2].partition("\n## ")[0]
+    lines = [line[4:] for line in section.splitlines() if line.startswith("    ")]
+    code = "\n".join(lines).replace("duration=16384", "duration=1536, batch=64, snapshot=1000")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(
+        code.replace(
+            "images = api.sample(network, noise",
+            "noise, one_hot = images, torch.eye(10)\nimages = api.sample(network, noise",
+        ),
+        scope,
+    )
+    assert scope["images"].shape == (10, 1, 8, 8)
+    assert float(scope["images"].abs().max()) <= 3
+    assert scope["network"].config.label_dim == 10
+    assert (tmp_path / "runs" / "00000-digits" / "samples" / "lengths.png").exists()
+
+
 STUDIES = {
     "ema_length": ("--rates", 0.05, "--durations", "2Ki"),
     "ema_tensors": ("--duration", "2Ki", "--tensors", "out_conv"),
