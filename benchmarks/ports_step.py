@@ -58,8 +58,8 @@ its own. Memory is the process's peak, with Python, its framework and, where the
 def _child(name: str, steps: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.ports_step", "child", name, str(steps)]
     shown = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(shown.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(shown.stdout.splitlines()[-1])
+    return figures
 
 
 def _run_child(name: str, steps: int) -> None:
@@ -102,14 +102,14 @@ def _jax() -> Callable[[], Any]:
     images, noise, sigma = _arrays()
     batch = Batch(*map(jax.device_put, (to_nhwc(images), to_nhwc(noise), sigma)))
     rest, lengths = (batch, jax.random.key(0), jax.numpy.float32(0.01)), (0.05, 0.10)
-    step_of = make_network_step(CONFIG, lengths=lengths)
+    step_of = make_network_step(CONFIG, sigma_rels=lengths)
     step = compiled(
         lambda state, batch, key, lr: step_of(state, batch, key, lr=lr),
-        state_shapes(CONFIG, lengths=lengths),
+        state_shapes(CONFIG, sigma_rels=lengths),
         *rest,
         cpu=True,
     )
-    state = [init(CONFIG, initialize(CONFIG, seed=0), lengths=lengths)]
+    state = [init(CONFIG, initialize(CONFIG, seed=0), sigma_rels=lengths)]
 
     def run() -> float:
         state[0], metrics = step(state[0], *rest)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import inf, isfinite
+from typing import Any
 
 from .ema import Length
 from .errors import InputError
@@ -58,6 +59,11 @@ class Hyperparameters:
     def lengths(self) -> tuple[Length, ...]:
         """The averages that are kept."""
         return tuple(map(Length.of, self.sigma_rels)) if self.half_life is None else (Length.half_life(self.half_life),)
+
+    @property
+    def of_step(self) -> dict[str, Any]:
+        """Those that a port's training step takes, by the names of its arguments."""
+        return {"betas": self.betas, "loss_scaling": self.loss_scaling, "sigma_rels": self.lengths}
 
 
 KIMG = 1000  # snapshots are named by thousands of images

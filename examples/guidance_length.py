@@ -36,8 +36,8 @@ def guidance_length(
     networks = study.averages(run, LENGTHS)
     print("\nguidance" + "".join(f"{length:9.2f} " for length in LENGTHS))
     for weight in weights:
-        found = [study.frechet(study.sample(network, count=samples, guidance=weight)[0]) for network in networks]
-        marked = "".join(f"{distance:9.4f}{'*' if distance == min(found) else ' '}" for distance in found)
+        distances = [study.frechet(study.sample(network, count=samples, guidance=weight)[0]) for network in networks]
+        marked = "".join(f"{distance:9.4f}{'*' if distance == min(distances) else ' '}" for distance in distances)
         print(f"{weight:8g}{marked}", flush=True)
 
 

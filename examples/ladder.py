@@ -47,11 +47,11 @@ def ladder(
 
 def row(study: Study, rung: str, run: Run, *, samples: int) -> str:
     """The average whose samples come nearest to the digits held out; the largest magnitudes at the end."""
-    found = []
+    candidates = []
     for sigma_rel, network in zip(LENGTHS, study.averages(run, LENGTHS), strict=True):
         images, labels = study.sample(network, count=samples)
-        found.append((study.frechet(images), study.accuracy(images, labels), sigma_rel))
-    distance, accuracy, sigma_rel = min(found)
+        candidates.append((study.frechet(images), study.accuracy(images, labels), sigma_rel))
+    distance, accuracy, sigma_rel = min(candidates)
     *_, line = run.telemetry()
     last = line["blocks"].values()
     activation, weight = (max(block[f"{kind}_max"] for block in last) for kind in ("activation", "weight"))

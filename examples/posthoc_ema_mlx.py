@@ -1,7 +1,7 @@
 """Post-hoc EMA in an MLX loop of one's own: train once, then choose how long to average the weights.
 
 A small network classifies noisy digits. Its learning rate is constant and so high that the weights keep fluctuating;
-averaging removes that. The best length is found after training, from stored averages of two lengths.
+averaging removes that. The best length is chosen after training, from stored averages of two lengths.
 """
 
 from pathlib import Path

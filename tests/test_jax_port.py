@@ -145,9 +145,9 @@ def test_gradients_flow_through_activations():
 
 
 def one_step(config, params, batch, **options):
-    step = jax.jit(make_network_step(config, lengths=(0.05,), **options))
+    step = jax.jit(make_network_step(config, sigma_rels=(0.05,), **options))
     native = Batch(weights.to_nhwc(batch.images), weights.to_nhwc(batch.unit_noise), batch.sigma, batch.labels)
-    state, metrics = step(init(config, params, lengths=(0.05,)), native, jax.random.key(0), lr=np.float32(0.01))
+    state, metrics = step(init(config, params, sigma_rels=(0.05,)), native, jax.random.key(0), lr=np.float32(0.01))
     return to_state(state), metrics
 
 

@@ -124,7 +124,7 @@ def _gradients(config: NetworkConfig, precision: str) -> Callable[..., Any]:
 def _step(
     config: NetworkConfig, precision: str, betas: tuple[float, float], lengths: tuple[Length, ...]
 ) -> Callable[..., tuple[TrainState, Any]]:
-    return jax.jit(make_network_step(config, lengths=lengths, betas=betas, dtype=precision), donate_argnums=0)
+    return jax.jit(make_network_step(config, sigma_rels=lengths, betas=betas, dtype=precision), donate_argnums=0)
 
 
 PORT = Port()

@@ -170,11 +170,11 @@ def _trim_memory() -> None:
 
 
 def adam_with_averages(
-    lengths: Sequence[LengthLike], *, betas: tuple[float, float] = (0.9, 0.99)
+    sigma_rels: Sequence[LengthLike], *, betas: tuple[float, float] = (0.9, 0.99)
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam with eps 1e-8 at the learning rate ``lr=`` of each update, and averages of ``lengths`` of the weights."""
+    """Adam with eps 1e-8 at the learning rate ``lr=`` of each update, and averages ``sigma_rels`` of the weights."""
     adam = optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=1e-8)
-    return optax.chain(adam, scale_by_given_rate(), power_ema(lengths))
+    return optax.chain(adam, scale_by_given_rate(), power_ema(sigma_rels))
 
 
 def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
@@ -189,7 +189,7 @@ def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
 def make_network_step(
     config: NetworkConfig,
     *,
-    lengths: Sequence[LengthLike],
+    sigma_rels: Sequence[LengthLike],
     betas: tuple[float, float] = (0.9, 0.99),
     dtype: Any = jnp.float32,
     **options: Any,
@@ -200,7 +200,7 @@ def make_network_step(
     """
     return make_step(
         network_denoiser(config, dtype),
-        adam_with_averages(lengths, betas=betas),
+        adam_with_averages(sigma_rels, betas=betas),
         sigma_data=config.sigma_data,
         force=partial(force_weight_norm, config),
         **options,
@@ -213,16 +213,16 @@ def force_weight_norm(config: NetworkConfig, params: Params) -> dict[str, Array]
     return {name: normalize(w, fan_axes(w)) if table[name].normalized else w for name, w in params.items()}
 
 
-def init(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, lengths: Sequence[LengthLike]) -> TrainState:
+def init(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, sigma_rels: Sequence[LengthLike]) -> TrainState:
     """The state before the first step, from canonical ``params``."""
     trained, constants = weights.load_divided(config, params)
-    return TrainState(trained, adam_with_averages(lengths).init(trained), constants)
+    return TrainState(trained, adam_with_averages(sigma_rels).init(trained), constants)
 
 
-def state_shapes(config: NetworkConfig, /, *, lengths: Sequence[LengthLike]) -> TrainState:
+def state_shapes(config: NetworkConfig, /, *, sigma_rels: Sequence[LengthLike]) -> TrainState:
     """The shapes and dtypes of what :func:`init` makes, to compile a step before there is a state."""
     shapes = {name: jax.ShapeDtypeStruct(p.shape, jnp.float32) for name, p in plan(config).parameters.items()}
-    state: TrainState = jax.eval_shape(partial(init, config, lengths=tuple(lengths)), shapes)
+    state: TrainState = jax.eval_shape(partial(init, config, sigma_rels=tuple(sigma_rels)), shapes)
     return state
 
 

@@ -56,7 +56,7 @@ class JaxTrainer(Trainer):
         with self._memory(batch // self.world):
             self._step = self._compiled_step()  # before there is a state: compiling needs memory as well
             params = initialize(config.network, seed=config.seed)
-            self._place(init(config.network, params, lengths=config.hyper.lengths))
+            self._place(init(config.network, params, sigma_rels=config.hyper.lengths))
 
     @property
     def nimg(self) -> int:
@@ -65,7 +65,7 @@ class JaxTrainer(Trainer):
     def _compiled_step(self) -> Any:
         """Ahead of time, for the shapes of this config."""
         network, batch, mesh = self._config.network, self._config.hyper.batch, self._mesh
-        state = state_shapes(network, lengths=self._config.hyper.lengths)
+        state = state_shapes(network, sigma_rels=self._config.hyper.lengths)
         shared = partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=devices.batch_sharding(mesh))
         placed = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -86,9 +86,7 @@ class JaxTrainer(Trainer):
         network, hyper = self._config.network, self._config.hyper
         step = make_network_step(
             network,
-            lengths=hyper.lengths,
-            betas=hyper.betas,
-            loss_scaling=hyper.loss_scaling,
+            **hyper.of_step,
             microbatch=self._microbatch,
             dtype=self._dtype,
             summarize=partial(summarize_rows, network),

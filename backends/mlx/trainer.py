@@ -36,9 +36,7 @@ class MLXTrainer(Trainer):
         params = initialize(config.network, seed=config.seed)
         self.learner = Learner(
             build(config.network, params, dtype=devices.arithmetic(config.precision)),
-            betas=hyper.betas,
-            sigma_rels=hyper.lengths,
-            loss_scaling=hyper.loss_scaling,
+            **hyper.of_step,
             microbatch=machine.batch_per_device,
             processes=self._processes,
         )

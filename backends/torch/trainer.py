@@ -36,9 +36,7 @@ class TorchTrainer(Trainer):
         hyper, params = config.hyper, initialize(config.network, seed=config.seed)
         self.learner = Learner(
             build(config.network, params, device=self._device, dtype=getattr(torch, config.precision)),
-            betas=hyper.betas,
-            sigma_rels=hyper.lengths,
-            loss_scaling=hyper.loss_scaling,
+            **hyper.of_step,
             microbatch=machine.batch_per_device,
             world=self.world,
         )

@@ -76,8 +76,8 @@ def open_dataset(spec: str | os.PathLike[str], /) -> Dataset:
         return _ImageFiles(_Folder(path))
     if path.suffix.lower() == ".zip" and path.is_file():
         return _ImageFiles(_Zip(path))
-    found = "which is no such thing" if path.exists() else "which does not exist"
-    raise InputError(f"data must be 'digits', a folder or a .zip of images, got '{path}', {found}: check the path")
+    why = "which is no such thing" if path.exists() else "which does not exist"
+    raise InputError(f"data must be 'digits', a folder or a .zip of images, got '{path}', {why}: check the path")
 
 
 def to_model(images: np.ndarray, /) -> np.ndarray:

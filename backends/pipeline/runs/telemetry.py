@@ -47,13 +47,13 @@ def record(config: TrainConfig, measured: Measurement, /, *, nimg: int) -> dict[
 
 def _magnitudes(config: NetworkConfig, measured: Measurement, names: list[str]) -> dict[str, float]:
     features = [plan(config).parameters[name].shape[0] for name in names]
-    found = {}
+    magnitudes = {}
     for kind in ("activation", "weight", "gradient"):
         rows = np.array([getattr(measured, f"{kind}s")[name] for name in names], np.float64)
-        found[f"{kind}_max"] = float(rows[:, 0].max())
-        found[f"{kind}_mean"] = float(np.average(rows[:, 1], weights=features))
+        magnitudes[f"{kind}_max"] = float(rows[:, 0].max())
+        magnitudes[f"{kind}_mean"] = float(np.average(rows[:, 1], weights=features))
     moved, size = np.sqrt(np.sum(np.square([measured.updates[name] for name in names], dtype=np.float64), axis=0))
-    return found | {"update": float(moved / size) if size else float("nan")}
+    return magnitudes | {"update": float(moved / size) if size else float("nan")}
 
 
 def _by_noise(measured: Measurement, P_mean: float, P_std: float) -> dict[str, Any]:
