@@ -362,7 +362,7 @@ def parse_seeds(text: str, /) -> list[int]:
         match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", part)
         if not match:
             raise fault(f"{part!r:.80}" + (f" in {text!r:.80}" if part != text else ""))
-        first, last = int(match[1]), int(found[2] or found[1])
+        first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise fault(f"{part.strip()}, which runs backwards")
         if len(seeds) + last - first >= _MOST_SEEDS:
