@@ -38,7 +38,7 @@ class Machine:
     """Images per device at a time; a larger share of the batch is accumulated. Without it: all of the share."""
 
 
-# ---- guidance
+# ---- sampling
 
 
 class LabelledDenoiser(Protocol):
@@ -53,38 +53,6 @@ class LabelledDenoiser(Protocol):
     def __call__(self, x: Any, sigma: float, labels: Any, /) -> Any: ...
 
 
-def guided_denoiser(
-    net: LabelledDenoiser,
-    labels: Any,
-    /,
-    *,
-    guide: LabelledDenoiser | None = None,
-    guidance: float = 1.0,
-    guide_interval: tuple[float, float] = (0.0, inf),
-) -> sampler.Denoiser:
-    """What :func:`edm2_core.sampler.sample` takes, of a network with ``labels`` (native arrays, or None) and a guide.
-
-    A guide of None is the network itself without its label. Source: :func:`edm2_core.sampler.guided`.
-
-    Raises:
-        InputError: guidance without a guide, and no label that could be dropped.
-    """
-
-    def bound(network: LabelledDenoiser, labels: Any) -> sampler.Denoiser:
-        own = labels if network.label_dim else None
-        return lambda x, sigma: network(x, sigma, own)
-
-    if guidance == 1:
-        return bound(net, labels)
-    if guide is None and labels is None:
-        raise InputError("guidance without a guide drops the label, but there is none: give a guide or labels")
-    away = bound(net, None) if guide is None else bound(guide, labels)
-    return sampler.guided(bound(net, labels), away, guidance=guidance, interval=guide_interval)
-
-
-# ---- sampling
-
-
 def sample(
     net: LabelledDenoiser,
     noise: Any,
@@ -96,14 +64,27 @@ def sample(
     guide_interval: tuple[float, float] = (0.0, inf),
     **solver: Any,
 ) -> Any:
-    """Samples on native arrays: :func:`edm2_core.sampler.sample` with :func:`guided_denoiser`.
+    """Samples on native arrays: :func:`edm2_core.sampler.sample` of a network with labels and a guide.
+
+    ``labels`` are one-hot [N, label_dim], or None. A guide of None is the network itself without its label; guidance
+    and interval are those of :func:`edm2_core.sampler.guided`.
 
     Raises:
         InputError: labels that are not one-hot rows; guidance without a guide or labels; or as the sampler.
     """
     if labels is not None and net.label_dim and (need := (len(noise), net.label_dim)) != tuple(labels.shape):
         raise InputError(f"labels must be one-hot rows of shape {need}, got {tuple(labels.shape)}: make them one-hot")
-    denoise = guided_denoiser(net, labels, guide=guide, guidance=guidance, guide_interval=guide_interval)
+
+    def bound(network: LabelledDenoiser, labels: Any) -> sampler.Denoiser[Any]:
+        own = labels if network.label_dim else None
+        return lambda x, sigma: network(x, sigma, own)
+
+    denoise = bound(net, labels)
+    if guidance != 1:
+        if guide is None and labels is None:
+            raise InputError("guidance without a guide drops the label, but there is none: give a guide or labels")
+        away = bound(net, None) if guide is None else bound(guide, labels)
+        denoise = sampler.guided(denoise, away, guidance=guidance, interval=guide_interval)
     return sampler.sample(denoise, noise, **solver)
 
 
