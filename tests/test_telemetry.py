@@ -29,7 +29,7 @@ def small_config(rung):
 
 def trainer_of(port, config):
     pytest.importorskip(port, reason=f"{port} is not installed")
-    return getattr(import_module(f"backends.{port}.trainer"), TRAINERS[port])(config, Machine())
+    return getattr(import_module(f"backends.{port}.trainer"), TRAINERS[port])(config, Machine(device="cpu"))
 
 
 def batch():

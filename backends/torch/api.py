@@ -74,7 +74,7 @@ def sample(
             :func:`edm2_core.sampler.sample`.
     """
     other = None if guide is None else SamplingDenoiser(guide)
-    with evaluating(*(net for net in (network, guide) if net is not None)):
+    with devices.full_precision(), evaluating(*(net for net in (network, guide) if net is not None)):
         images: Tensor = ports.sample(SamplingDenoiser(network), noise, labels, guide=other, **options)
     return images
 

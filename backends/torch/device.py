@@ -1,6 +1,8 @@
 """The device to compute on, and this process's place among those that share a batch."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +41,17 @@ def describe(device: torch.device, /) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within it, float32 is computed in float32. CUDA's convolutions are in TF32 by default, whose 10 bits of mantissa
+    would show: a seed gives the same image in every port."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    ):
+        yield
 
 
 @dataclass(frozen=True)

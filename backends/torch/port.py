@@ -1,7 +1,7 @@
 """The NumPy face of the PyTorch port. See :class:`backends.ports.Port`."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from os import environ
 from shutil import which
@@ -18,6 +18,7 @@ from edm2_core.network import NetworkConfig
 from edm2_core.state import State
 
 from .denoiser import SamplingDenoiser
+from .device import full_precision
 from .network import Network
 from .step import Batch, Learner, batch_loss
 from .weights import build, dump
@@ -63,14 +64,15 @@ class Port(ports.Port):
         rates: Sequence[float],
         betas: ports.Betas,
     ) -> tuple[list[float], State]:
-        learner = Learner(self.network(config, state.params), betas=betas, sigma_rels=tuple(state.averages))
-        learner.load_state(state)
-        pairs = zip(batches, rates, strict=True)
-        losses = [float(learner.step(Batch(*self.batch(*batch)), lr=lr)[0]) for batch, lr in pairs]
-        return losses, learner.state()
+        with self.place():
+            learner = Learner(self.network(config, state.params), betas=betas, sigma_rels=tuple(state.averages))
+            learner.load_state(state)
+            pairs = zip(batches, rates, strict=True)
+            losses = [float(learner.step(Batch(*self.batch(*batch)), lr=lr)[0]) for batch, lr in pairs]
+            return losses, learner.state()
 
     def place(self) -> AbstractContextManager[Any]:
-        return nullcontext()  # arrays name their device
+        return full_precision()  # arrays name their device
 
     def denoiser(self, config: NetworkConfig, params: Params) -> SamplingDenoiser:
         return SamplingDenoiser(self.network(config, params))

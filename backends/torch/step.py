@@ -94,8 +94,11 @@ class Learner:
     ):
         self.network, self.loss_scaling, self.microbatch, self.world = network.train(), loss_scaling, microbatch, world
         self.weights = {name: p for name, p in tensors(network).items() if p.requires_grad}
-        fused = next(iter(self.weights.values())).device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(list(self.weights.values()), betas=betas, eps=1e-8, fused=fused or None)
+        self.fused = next(iter(self.weights.values())).device.type in (
+            "cpu",
+            "cuda",
+        )  # which keeps its step count there
+        self.optimizer = torch.optim.Adam(list(self.weights.values()), betas=betas, eps=1e-8, fused=self.fused or None)
         self.ema = PowerEMA(network, sigma_rels=sigma_rels)
         self.steps = 0
 
@@ -153,7 +156,7 @@ class Learner:
         load(self.network, state.params)
         for name, weight in self.weights.items():
             self.optimizer.state[weight] = {
-                "step": torch.tensor(float(state.steps)),
+                "step": torch.tensor(float(state.steps), device=weight.device if self.fused else "cpu"),
                 "exp_avg": torch.tensor(state.moments1[name], device=weight.device),  # copies: Adam writes to its own
                 "exp_avg_sq": torch.tensor(state.moments2[name], device=weight.device),
             }
