@@ -1,9 +1,8 @@
-"""Dropout against overfitting: the loss on what was seen and on what was not, over training (Figure 12).
+"""Dropout against overfitting: the loss on training digits and on held-out digits, over training (Figure 12).
 
     python -m examples.overfitting [--port torch|jax|mlx] [--folder overfitting]
 
-Training on 200 digits alone, without dropout and with it. Once the loss on digits held out has passed its least,
-more training makes it worse.
+Trains on only 200 digits, with several dropout rates. After its minimum, the loss on held-out digits rises again.
 """
 
 import sys
@@ -28,7 +27,7 @@ def overfitting(
     dropout: tuple[float, ...] = (0.0, 0.1, 0.3),
     folder: Path = Path("overfitting"),
 ) -> None:
-    """Train on COUNT digits for DURATION images, once for each DROPOUT."""
+    """Train on COUNT digits for DURATION images, once with each DROPOUT."""
     study = Study(folder, port=port, count=count)
     runs = [
         study.train(f"dropout-{share:g}", "--dropout", share, "--duration", duration, "--snapshot", "8Ki")
@@ -37,7 +36,9 @@ def overfitting(
     print("\nimages  " + "".join(f"  seen {share:<4g}    held out" for share in dropout))
     for nimg in sorted({source.time for source in runs[0].snapshots(runs[0].config().network)}):
         networks = [study.at(run, nimg, 0.05) for run in runs]
-        pairs = [[study.denoising_loss(network, held_out=held) for held in (False, True)] for network in networks]
+        pairs = [
+            [study.denoising_loss(network, held_out=held_out) for held_out in (False, True)] for network in networks
+        ]
         print(f"{nimg:6}  " + "".join(f"{seen:11.4f} {held:11.4f}" for seen, held in pairs), flush=True)
 
 

@@ -208,7 +208,7 @@ def test_a_resumed_run_refuses_data_that_have_changed():
     before = config_of(Pictures(), unconditional=True)
     changed = replace(before, data_summary=replace(before.data_summary, count=5))
     Run("run").save_config(changed)
-    with pytest.raises(InputError, match="data must be the same as when the run began, got count 4 instead of 5"):
+    with pytest.raises(InputError, match="data must be the same as when the run began, got count 4 for 5"):
         config_of(Pictures(), previous=changed, outdir="run")
 
 

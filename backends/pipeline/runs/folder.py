@@ -137,7 +137,7 @@ class Run:
         return _records(self.telemetry_path)
 
     def truncate_logs(self, nimg: int, /) -> list[dict[str, Any]]:
-        """Drop the lines that a run resumed at ``nimg`` images will write again. Returns the kept lines of log.jsonl."""
+        """Drop the lines that a run resumed at ``nimg`` images writes again. Returns those of log.jsonl that remain."""
         kept = [record for record in self.log() if record["nimg"] <= nimg]
         measured = [record for record in self.telemetry() if record["nimg"] < nimg]  # nimg before the step
         for path, records in ((self.log_path, kept), (self.telemetry_path, measured)):

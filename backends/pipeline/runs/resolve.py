@@ -162,7 +162,7 @@ def _check_unchanged(options: TrainOptions, dataset: Dataset, previous: TrainCon
     for name, was in before.items():
         if now[name] != was:
             raise InputError(
-                f"data must be the same as when the run began, got {name} {now[name]} instead of {was} in {previous.data}: "
+                f"data must be the same as when the run began, got {name} {now[name]} for {was} in {previous.data}: "
                 "restore them, or choose another --outdir"
             )
 
