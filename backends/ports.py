@@ -62,14 +62,9 @@ def guided_denoiser(
     guidance: float = 1.0,
     guide_interval: tuple[float, float] = (0.0, inf),
 ) -> sampler.Denoiser:
-    """The denoiser for :func:`edm2_core.sampler.sample`: ``net`` with ``labels``, guided. See
-    :func:`edm2_core.sampler.guided`.
+    """A denoiser for :func:`edm2_core.sampler.sample`: ``net`` with ``labels``, by :func:`edm2_core.sampler.guided`.
 
-    Args:
-        labels: one-hot native array, or None.
-        guide: the guiding network; None: ``net`` without its label.
-        guidance: weight; 1 disables guidance.
-        guide_interval: noise levels, ends included, at which guidance acts.
+    ``labels``: a one-hot native array, or None. ``guide``: None is ``net`` without its label.
 
     Raises:
         InputError: guidance with neither a guide nor labels.
@@ -340,10 +335,7 @@ class Trainer(ABC):
 
     def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, lr: float) -> None:
         """Train on this process's share of a batch: images float32 [N, C, H, W], labels one-hot [N, label_dim] or None.
-
-        Raises:
-            InputError: the memory of the device is exhausted.
-        """
+        Raises InputError if the memory of the device is exhausted."""
         with self._memory(len(images)):
             self._metrics.append(self.take_step(images, labels, lr=lr))
 

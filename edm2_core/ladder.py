@@ -211,8 +211,7 @@ def rung(name: str, /) -> Switches:
 def with_switches(switches: Switches, /, **changes: Any) -> Switches:
     """``switches`` with some replaced; members of enums may be given as their values, as in JSON.
 
-    Raises:
-        InputError: a value that the switch does not have.
+    Raises InputError for a value that the switch does not have.
     """
     for name in changes.keys() & _ENUMS.keys():
         if changes[name] not in list(_ENUMS[name]):

@@ -28,10 +28,7 @@ class State:
 
     @classmethod
     def start(cls, params: Arrays, /, *, trained: Iterable[str], lengths: Iterable[Length]) -> "State":
-        """The state before the first step: moments are 0, averages equal ``params``.
-
-        ``trained`` are the names of the parameters that Adam updates.
-        """
+        """The state before the first step: 0 as moments of the ``trained`` parameters, averages equal to ``params``."""
         zeros = {name: np.zeros_like(params[name], np.float32) for name in trained}
         averages = dict.fromkeys(lengths, params)
         return cls(params=params, moments1=zeros, moments2=zeros, averages=averages, nimg=0, steps=0)

@@ -36,9 +36,7 @@ def overfitting(
     print("\nimages  " + "".join(f"  seen {share:<4g}    held out" for share in dropout))
     for nimg in sorted({source.time for source in runs[0].snapshots(runs[0].config().network)}):
         networks = [study.at(run, nimg, 0.05) for run in runs]
-        pairs = [
-            [study.denoising_loss(network, held_out=held_out) for held_out in (False, True)] for network in networks
-        ]
+        pairs = [[study.denoising_loss(network, held_out=held) for held in (False, True)] for network in networks]
         print(f"{nimg:6}  " + "".join(f"{seen:11.4f} {held:11.4f}" for seen, held in pairs), flush=True)
 
 

@@ -193,9 +193,7 @@ def test_a_run_killed_before_its_first_state_starts_again(capsys):
 def test_a_run_whose_state_was_lost_does_not_silently_start_again():
     _, _, run = train()
     run.state_path.unlink()
-    with pytest.raises(
-        InputError, match=r"must have its state to be resumed after 4096 images, got none at .*--outdir$"
-    ):
+    with pytest.raises(InputError, match=r"its state to be resumed after 4096 images, got none at .*--outdir$"):
         train()
 
 

@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(f"edm2 {__version__}\n")
-        for known, (_, description) in COMMANDS.items():
-            print(f"  edm2 {known:12} {description}")
+        for known, (_, text) in COMMANDS.items():
+            print(f"  edm2 {known:12} {text}")
         print("\nedm2 NAME --help lists its options")
         return 0
     if name == "--version":
@@ -32,11 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         raise InputError(f"edm2 must be followed by one of {', '.join(COMMANDS)}, got {name!r}: see edm2 --help")
-    module_name, description = COMMANDS[name]
+    module_name, text = COMMANDS[name]
     module = import_module(f"backends.commands.{module_name}")
-    options = parse(
-        module.Options, words, prog=f"edm2 {name}", description=f"{description[0].upper()}{description[1:]}."
-    )
+    options = parse(module.Options, words, prog=f"edm2 {name}", description=f"{text[0].upper()}{text[1:]}.")
     return module.run(options) or 0
 
 

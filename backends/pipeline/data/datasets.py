@@ -213,9 +213,7 @@ class _ImageFiles:
         except _UNREADABLE as error:
             raise _unreadable(self._at(name), error) from error
         if pixels.shape[:2] != (self.resolution, self.resolution):
-            raise InputError(
-                f"images must stay as they were when opened, {self._at(name)} changed: start training again"
-            )
+            raise InputError(f"images must stay as they were when opened, {self._at(name)} changed: start again")
         return pixels.reshape(self.resolution, self.resolution, self.channels).transpose(2, 0, 1)
 
     def _at(self, name: str) -> str:

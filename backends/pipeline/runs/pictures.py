@@ -23,8 +23,7 @@ _PAPER, _INK = "white", "#24292f"
 def save_images(folder: str | os.PathLike[str], images: np.ndarray, names: Sequence[str]) -> list[Path]:
     """Write one PNG per image, in its own size, under the given file names. Returns their paths.
 
-    Raises:
-        InputError: the images are neither grey nor RGB, or cannot be written.
+    Raises InputError as :func:`save_grid`.
     """
     paths = [Path(folder, name) for name in names]
     for path, image in zip(paths, images, strict=True):
@@ -50,10 +49,9 @@ def save_grid(
 def save_rows(
     path: str | os.PathLike[str], rows: Sequence[tuple[str, np.ndarray]], *, scale: int | None = None
 ) -> None:
-    """Write one PNG with a row for each (label, images), the label on the left; ``scale`` as in :func:`save_grid`.
+    """Write one PNG with a row for each (label, images), the label on the left.
 
-    Raises:
-        InputError: the images are neither grey nor RGB, or cannot be written.
+    ``scale`` and errors are those of :func:`save_grid`.
     """
     _save(path, _table(rows, scale))
 

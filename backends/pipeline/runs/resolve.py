@@ -51,11 +51,8 @@ def configure(
 
 
 def fit(config: TrainConfig, dataset: Dataset, *, unconditional: bool = False) -> TrainConfig:
-    """``config`` with resolution, channels and labels of ``dataset``, and with its intervals filled in.
-
-    Raises:
-        InputError: a conditional preset and data without labels.
-    """
+    """``config`` with resolution, channels and labels of ``dataset``, and with its intervals filled in. Raises
+    InputError for a conditional preset and data without labels."""
     conditional = config.network.label_dim > 0 and not unconditional
     if conditional and not dataset.label_dim:
         raise InputError(

@@ -153,9 +153,7 @@ def _network(options: SampleOptions, *, train: str) -> tuple[Snapshot, str, Path
 def _job(options: SampleOptions, snapshot: Snapshot) -> Job:
     config, guidance = snapshot.required_config(), options.guidance
     if options.guide is not None and guidance == 1:
-        raise InputError(
-            f"--guide needs a guidance weight other than 1, got {options.guide} alone: add --guidance 2, for example"
-        )
+        raise InputError(f"--guide needs a guidance weight other than 1, got {options.guide} alone: add --guidance 2")
     guide = None if options.guide is None else _guide(options.guide, config)
     if guidance != 1 and guide is None and not config.label_dim:
         raise InputError("--guidance of a network without labels needs a guide, got none: name one with --guide")
