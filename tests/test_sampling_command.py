@@ -232,7 +232,9 @@ def test_without_any_run_the_train_command_is_named():
 def test_a_run_without_snapshots_says_how_to_get_some(run):
     for path in run.snapshots_path.iterdir():
         path.unlink()
-    with pytest.raises(InputError, match=r"got none in .*: python -m backends\.toy\.train --outdir runs/00000-digits"):
+    with pytest.raises(
+        InputError, match=r": continue it with python -m backends\.toy\.train --outdir runs/00000-digits"
+    ):
         sample()
 
 

@@ -55,7 +55,7 @@ def _to_install(framework: str) -> str:
     system, machine = platform.system(), platform.machine()
     if framework == "mlx" and system != "Linux" and (system, machine) != ("Darwin", "arm64"):
         return f"MLX does not support {system} on {machine}: use backends.torch or backends.jax"
-    for_cpu = " (on Linux this installs mlx[cpu])" if framework == "mlx" and system == "Linux" else ""
+    for_cpu = " (mlx[cpu] on Linux)" if framework == "mlx" and system == "Linux" else ""
     return f"pip install 'edm2[{framework}]'{for_cpu}"
 
 
