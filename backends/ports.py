@@ -38,7 +38,7 @@ class Machine:
     """Images per device at a time; gradients of a larger share of the batch are accumulated. Without it: all."""
 
 
-# ---- guidance
+# ---- sampling
 
 
 class LabelledDenoiser(Protocol):
@@ -53,38 +53,6 @@ class LabelledDenoiser(Protocol):
     def __call__(self, x: Any, sigma: float, labels: Any, /) -> Any: ...
 
 
-def guided_denoiser(
-    net: LabelledDenoiser,
-    labels: Any,
-    /,
-    *,
-    guide: LabelledDenoiser | None = None,
-    guidance: float = 1.0,
-    guide_interval: tuple[float, float] = (0.0, inf),
-) -> sampler.Denoiser:
-    """A denoiser for :func:`edm2_core.sampler.sample`: ``net`` with ``labels``, by :func:`edm2_core.sampler.guided`.
-
-    ``labels``: a one-hot native array, or None. ``guide``: None is ``net`` without its label.
-
-    Raises:
-        InputError: guidance with neither a guide nor labels.
-    """
-
-    def bound(network: LabelledDenoiser, labels: Any) -> sampler.Denoiser:
-        one_hot = labels if network.label_dim else None
-        return lambda x, sigma: network(x, sigma, one_hot)
-
-    if guidance == 1:
-        return bound(net, labels)
-    if guide is None and labels is None:
-        raise InputError("guidance without a guide needs labels, got None: give a guide or labels")
-    guiding = bound(net, None) if guide is None else bound(guide, labels)
-    return sampler.guided(bound(net, labels), guiding, guidance=guidance, interval=guide_interval)
-
-
-# ---- sampling
-
-
 def sample(
     net: LabelledDenoiser,
     noise: Any,
@@ -96,16 +64,27 @@ def sample(
     guide_interval: tuple[float, float] = (0.0, inf),
     **solver: Any,
 ) -> Any:
-    """Sample on native arrays: :func:`edm2_core.sampler.sample`, which takes ``solver``, with :func:`guided_denoiser`.
+    """Sample on native arrays: :func:`edm2_core.sampler.sample` of a network with labels and a guide.
 
-    Shapes: noise [N, ...], labels [N, label_dim] or None; the result is like noise.
+    Shapes: noise [N, ...]; labels one-hot [N, label_dim], or None; returns an array like noise. A ``guide`` of None is
+    ``net`` without its label; guidance and interval are those of :func:`edm2_core.sampler.guided`.
 
     Raises:
         InputError: labels that are not one-hot rows; guidance without a guide or labels; or as the sampler.
     """
     if labels is not None and net.label_dim and (need := (len(noise), net.label_dim)) != tuple(labels.shape):
         raise InputError(f"labels must be one-hot rows of shape {need}, got {tuple(labels.shape)}: make them one-hot")
-    denoise = guided_denoiser(net, labels, guide=guide, guidance=guidance, guide_interval=guide_interval)
+
+    def bound(network: LabelledDenoiser, labels: Any) -> sampler.Denoiser[Any]:
+        one_hot = labels if network.label_dim else None
+        return lambda x, sigma: network(x, sigma, one_hot)
+
+    denoise = bound(net, labels)
+    if guidance != 1:
+        if guide is None and labels is None:
+            raise InputError("guidance without a guide needs labels, got None: give a guide or labels")
+        guiding = bound(net, None) if guide is None else bound(guide, labels)
+        denoise = sampler.guided(denoise, guiding, guidance=guidance, interval=guide_interval)
     return sampler.sample(denoise, noise, **solver)
 
 

@@ -104,19 +104,22 @@ class PortCase:
         }
 
 
+def _chosen(config: NetworkConfig) -> dict[str, Any]:
+    """The keywords of ``config`` that differ from the defaults, as JSON can hold them."""
+    usual = {field.name: field.default for field in fields(config)} | {"ladder": "G"}
+    own = {name: value for name, value in config.to_json().items() if value != usual.get(name)}
+    return {name: getattr(value, "value", value) for name, value in own.items()}
+
+
 def _shown(value: Any) -> str:
     if not isinstance(value, NetworkConfig):
         return repr(value)
-    usual = {field.name: field.default for field in fields(value)} | {"ladder": "G"}
-    own = {name: given for name, given in value.to_json().items() if given != usual.get(name)}
-    keywords = (f"{name}={getattr(given, 'value', given)!r}" for name, given in own.items())
-    return f"NetworkConfig({', '.join(keywords)})"
+    return f"NetworkConfig({', '.join(f'{name}={given!r}' for name, given in _chosen(value).items())})"
 
 
 def to_json(example: Example) -> str:
     """An example as text that a shell takes within single quotes."""
-    plain = {name: v.to_json() if isinstance(v, NetworkConfig) else v for name, v in example.items()}
-    return json.dumps(plain)
+    return json.dumps({name: _chosen(v) if isinstance(v, NetworkConfig) else v for name, v in example.items()})
 
 
 def from_json(text: str) -> dict[str, Any]:

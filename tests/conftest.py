@@ -4,6 +4,7 @@ import pytest
 from toy_port import PRESET
 from xdist.scheduler import LoadScopeScheduling
 
+from backends.pipeline.checkpoints import safetensors_io
 from edm2_core.presets import PRESETS
 
 SHARED_RUNS = "test_torch_commands.py"  # one process trains on digits, for all that look at it
@@ -28,3 +29,11 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setitem(PRESETS, "toy", PRESET)
     return tmp_path
+
+
+@pytest.fixture
+def headers_read(monkeypatch):
+    """The paths of the safetensors files whose header was read, once for each time."""
+    paths, read_header = [], safetensors_io.read_header
+    monkeypatch.setattr(safetensors_io, "read_header", lambda path: paths.append(path) or read_header(path))
+    return paths

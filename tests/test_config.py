@@ -73,7 +73,8 @@ def test_in_python_a_config_is_made_of_a_preset_and_changes():
     made = configure(DIGITS, lr=0.02, seed=3, network={"model_channels": 64})
     assert made == replace(config_of(lr=0.02, seed=3), network=made.network)
     assert made.network == replace(config_of().network, model_channels=64)
-    assert configure(Pictures(), unconditional=True) == replace(config_of(Pictures(), unconditional=True))
+    pictures = configure(Pictures(), unconditional=True)
+    assert pictures == replace(config_of(Pictures(), unconditional=True), data="pictures")
     with pytest.raises(TypeError, match="colour"):
         configure(DIGITS, colour="red")
 

@@ -211,7 +211,14 @@ def test_a_run_that_proved_nothing_fails():
 
 
 def test_examples_travel_as_text():
-    example = {"config": FEW_CONFIGS[0], "seed": 5, "betas": (0.9, 0.99), "same": True, "w": 0.25}
+    example = {
+        "config": FEW_CONFIGS[0],
+        "other": FEW_CONFIGS[1],
+        "seed": 5,
+        "betas": (0.9, 0.99),
+        "same": True,
+        "w": 0.25,
+    }
     assert contract.from_json(contract.to_json(example)) == example
 
 

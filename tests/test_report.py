@@ -12,7 +12,6 @@ from report_runs import COLUMNS, measurement
 from toy_port import PRESET, ToySampler, ToyTrainer, run_toy
 
 from backends.commands.cli import main
-from backends.pipeline.checkpoints import safetensors_io
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
 from backends.pipeline.report import strips
 from backends.pipeline.report.history import History
@@ -227,14 +226,12 @@ def test_lengths_are_what_was_asked_for_or_those_that_snapshots_give(run, page, 
     assert "0.02" not in lengths_shown(page)  # eight snapshots do not tell
 
 
-def test_each_snapshot_is_opened_once(run, monkeypatch):
-    opened, read_header = [], safetensors_io.read_header
-    monkeypatch.setattr(safetensors_io, "read_header", lambda path: opened.append(path) or read_header(path))
+def test_each_snapshot_is_opened_once(run, headers_read):
     for path in sorted(run.snapshots_path.iterdir())[:-4]:
         path.unlink()
     assert report(run.path, "--seeds", "0") == 0
-    assert sorted(opened) == sorted(run.snapshots_path.iterdir())
-    assert len(opened) == 4
+    assert sorted(headers_read) == sorted(run.snapshots_path.iterdir())
+    assert len(headers_read) == 4
 
 
 def test_several_runs_lie_side_by_side_with_what_differs_first(run, trained, tmp_path):

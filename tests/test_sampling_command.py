@@ -80,6 +80,12 @@ def test_a_length_that_is_not_stored_is_reconstructed_on_the_fly(run, capsys):
     assert (run.samples_path / "0000003-0.070/grid.png").exists()
 
 
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.07], ids=["stored", "reconstructed"])
+def test_each_snapshot_is_opened_once(run, headers_read, sigma_rel):
+    sample(sigma_rel=sigma_rel, seeds="0")
+    assert sorted(headers_read) == sorted(run.snapshots_path.iterdir())
+
+
 def test_0_10_is_the_default_even_where_longer_ones_are_kept(run):
     store(run.snapshots_path / "x.safetensors", seed=9, nimg=3072, sigma_rel=0.2)
     assert sample(seeds="0")[0]["mean"] == used(5)

@@ -153,7 +153,7 @@ def test_half_precision_trains(short: Path, precision: str) -> None:
 
 def load_state_of(folder: Path):
     snapshot = next((folder / "snapshots").glob("*.safetensors"), None)
-    config = load_snapshot(snapshot).network if snapshot else preset("digits").network
+    config = load_snapshot(snapshot).required_config() if snapshot else preset("digits").network
     return load_state(folder / "state" / "state.safetensors", config, (0.05, 0.10))
 
 

@@ -294,6 +294,11 @@ def test_the_picture_has_a_row_for_each_length_from_the_same_seeds():
         assert picture.height > 7 * 48
 
 
+def test_a_run_opens_each_snapshot_once_for_its_picture_and_none_while_it_trains(headers_read):
+    _, _, run = train(duration=4096, snapshot=1024)
+    assert sorted(headers_read) == sorted(run.snapshots_path.iterdir())
+
+
 def test_a_process_of_several_gets_its_part_and_only_the_first_writes(tmp_path):
     def second(config, machine):
         return ToyTrainer(config, machine, rank=1, world=4)

@@ -65,7 +65,7 @@ def sample(
         noise: [N, ...]; [N, H, W, C] for our own network. The result is shaped like it.
         labels: one-hot [N, label_dim], or None.
         guide: another network of such data; None: the network itself without its label.
-        options: ``guidance`` and ``guide_interval`` of :func:`backends.ports.guided_denoiser`; and those of
+        options: ``guidance`` and ``guide_interval`` of :func:`backends.ports.sample`; and those of
             :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas``, ``callback`` and ``churn_noise``.
 
     Matrix products are in :data:`~.device.SAMPLING_MATMUL`, as in the commands.

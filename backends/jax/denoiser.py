@@ -84,7 +84,7 @@ class Network:
 
 @dataclass(frozen=True)
 class SamplingDenoiser:
-    """A network as :func:`backends.ports.guided_denoiser` takes it, compiled once for each shape."""
+    """A network as :func:`backends.ports.sample` takes it, compiled once for each shape."""
 
     network: Network
 

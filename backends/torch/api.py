@@ -66,7 +66,7 @@ def sample(
         noise: [N, ...], on the network's device; the result is shaped like it.
         labels: one-hot [N, label_dim], or None.
         guide: another denoiser of such data; None: the network itself without its label.
-        options: ``guidance`` and ``guide_interval`` of :func:`backends.ports.guided_denoiser`; and those of
+        options: ``guidance`` and ``guide_interval`` of :func:`backends.ports.sample`; and those of
             :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas``, ``callback`` and ``churn_noise``.
 
     Raises:
