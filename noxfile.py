@@ -1,6 +1,6 @@
-"""Every check of the project: ``nox`` runs all but benchmarks, ``nox -s NAME`` one.
+"""The checks of the project: ``nox`` runs all except benchmarks, ``nox -s NAME`` runs one.
 
-Those that need the frameworks share an environment, ``.nox/all``, which takes minutes to install. Arguments after
+Sessions that need the frameworks share the environment ``.nox/all``, which takes minutes to install. Arguments after
 ``--`` go to pytest: ``nox -s conformance -- --port torch``.
 """
 
@@ -15,21 +15,21 @@ nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
 
-# XLA takes most of a run to compile, for each network anew, what then runs for milliseconds: compile plainly, each
-# program once for all processes and runs. Numbers differ by rounding, which the tolerances allow either way.
+# Most of a run is compilation of small networks by XLA. Cheap optimization levels and a shared cache avoid it; results
+# differ only by rounding, within the tolerances.
 CHEAP_XLA = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # a process is its core's: threads of several would wait for each other
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # one process per core: more threads would compete for the cores
 PARALLEL = ("-n", "auto", "--maxprocesses", "4")
 
 shared = functools.partial(nox.session, venv_backend="none")
 
 
 def run(session: nox.Session, module: str, *arguments: str, **environment: str) -> None:
-    """``python -m module`` in the shared environment, made if it is not there and brought up to date."""
+    """Run ``python -m module`` in the shared environment, after creating or updating it."""
     home = Path(".nox", "all").absolute()
     python = str(home / ("Scripts" if os.name == "nt" else "bin") / "python")
     if not Path(python).exists():
@@ -39,14 +39,14 @@ def run(session: nox.Session, module: str, *arguments: str, **environment: str) 
 
 
 def pytest(session: nox.Session, *arguments: str, module: str = "pytest") -> None:
-    """pytest, or a module that passes its arguments on, in several processes; arguments after ``--`` go last."""
+    """Run pytest, or ``module``, which passes its arguments on to pytest, in several processes."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(".nox", "xla").absolute())}
     run(session, module, *PARALLEL, *arguments, *session.posargs, **CHEAP_XLA, **ONE_THREAD, **cache)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Formatting and lint, of the workflows too."""
+    """Formatting and lint, including the workflows."""
     session.install("ruff>=0.6", "check-jsonschema>=0.29")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
@@ -62,15 +62,15 @@ def types(session: nox.Session) -> None:
 
 @shared
 def tests(session: nox.Session) -> None:
-    """The repo's own tests: pipeline, commands, public API, the digits run, the examples."""
+    """The project's own tests: pipeline, commands, ports, public API, digits runs and examples."""
     pytest(session, "tests")
 
 
 @shared
 def conformance(session: nox.Session) -> None:
-    """The specification in every array library, every port against its oracles; the report in build/conformance.
+    """The specification in every array library, and every port against its oracles; writes build/conformance.
 
-    ``nox -s conformance -- --port torch --profile deep``: one port, more examples.
+    ``nox -s conformance -- --port torch --profile deep`` tests one port on more examples.
     """
     options = ("--profile", "ci", "--report", "build/conformance")
     pytest(session, "--dist", "worksteal", *options, module="conformance")
@@ -78,14 +78,14 @@ def conformance(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench_ema(session: nox.Session) -> None:
-    """Reconstruction beside ema-pytorch's; writes docs/benchmarks.md. Wants a quiet machine and 10 GB of disk."""
+    """Reconstruction compared with ema-pytorch; writes docs/benchmarks.md. Needs an idle machine and 20 GB of disk."""
     session.install("-e", ".[test,torch]", "ema-pytorch>=0.8")
     session.run("python", "-m", "benchmarks.ema_reconstruct", *session.posargs)
 
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """What a user gets from the wheel works away from the checkout, and its core needs no framework."""
+    """The installed wheel works outside the checkout, and its core needs no framework."""
     session.install("build")
     folder = Path(session.create_tmp())
     session.run("python", "-m", "build", "--wheel", "--outdir", str(folder), silent=True)

@@ -1,7 +1,7 @@
-"""What a port is, and what all ports do alike: the NumPy face of a port, trainers, samplers, guidance, messages.
+"""Base classes and protocols of a port, and the code that all ports share: guidance, sampling, metrics, messages.
 
-A port in ``backends/NAME`` subclasses :class:`Port` and :class:`Trainer` and brings what differs: the network, the step
-and where they run. This module imports no framework.
+A port in ``backends/NAME`` subclasses :class:`Port` and :class:`Trainer` and adds the network, the training step and
+the devices of its framework. This module imports no framework.
 """
 
 from abc import ABC, abstractmethod
@@ -30,12 +30,12 @@ Batch = Sequence[np.ndarray | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where and in what portions a command computes. It decides nothing about the result but rounding."""
+    """The device, and how many images it processes at once. It affects only the rounding of the result."""
 
     device: str | None = None
-    """Device to compute on. Without it: the fastest there is."""
+    """Device to compute on. Without it: the fastest available."""
     batch_per_device: int | None = None
-    """Images per device at a time; a larger share of the batch is accumulated. Without it: all of the share."""
+    """Images per device at a time; gradients of a larger share of the batch are accumulated. Without it: all."""
 
 
 # ---- sampling
@@ -64,10 +64,10 @@ def sample(
     guide_interval: tuple[float, float] = (0.0, inf),
     **solver: Any,
 ) -> Any:
-    """Samples on native arrays: :func:`edm2_core.sampler.sample` of a network with labels and a guide.
+    """Sample on native arrays: :func:`edm2_core.sampler.sample` of a network with labels and a guide.
 
-    ``labels`` are one-hot [N, label_dim], or None. A guide of None is the network itself without its label; guidance
-    and interval are those of :func:`edm2_core.sampler.guided`.
+    Shapes: noise [N, ...]; labels one-hot [N, label_dim], or None; returns an array like noise. A ``guide`` of None is
+    ``net`` without its label; guidance and interval are those of :func:`edm2_core.sampler.guided`.
 
     Raises:
         InputError: labels that are not one-hot rows; guidance without a guide or labels; or as the sampler.
@@ -76,29 +76,29 @@ def sample(
         raise InputError(f"labels must be one-hot rows of shape {need}, got {tuple(labels.shape)}: make them one-hot")
 
     def bound(network: LabelledDenoiser, labels: Any) -> sampler.Denoiser[Any]:
-        own = labels if network.label_dim else None
-        return lambda x, sigma: network(x, sigma, own)
+        one_hot = labels if network.label_dim else None
+        return lambda x, sigma: network(x, sigma, one_hot)
 
     denoise = bound(net, labels)
     if guidance != 1:
         if guide is None and labels is None:
-            raise InputError("guidance without a guide drops the label, but there is none: give a guide or labels")
-        away = bound(net, None) if guide is None else bound(guide, labels)
-        denoise = sampler.guided(denoise, away, guidance=guidance, interval=guide_interval)
+            raise InputError("guidance without a guide needs labels, got None: give a guide or labels")
+        guiding = bound(net, None) if guide is None else bound(guide, labels)
+        denoise = sampler.guided(denoise, guiding, guidance=guidance, interval=guide_interval)
     return sampler.sample(denoise, noise, **solver)
 
 
 class Sampler(Protocol):
-    """Float32 noise [N, C, H, W] and one-hot labels [N, label_dim], or None, to float32 images.
+    """Float32 noise [N, C, H, W] and one-hot labels [N, label_dim] or None to float32 images [N, C, H, W], all NumPy.
 
-    ``options`` are those of :func:`sample`; arrays in them are NumPy's too.
+    ``options`` are those of :func:`sample`.
     """
 
     def __call__(self, noise: np.ndarray, labels: np.ndarray | None = None, **options: Any) -> np.ndarray: ...
 
 
 class OpenSampler(Protocol):
-    """Moves a network, and its guide, to where they compute. See :meth:`Port.sampler`."""
+    """Makes a sampler of a network, and of its guide, on their device. See :meth:`Port.sampler`."""
 
     def __call__(self, config: NetworkConfig, params: Params, *, guide: Network | None = None) -> Sampler: ...
 
@@ -107,10 +107,10 @@ class OpenSampler(Protocol):
 
 
 class Port(ABC):
-    """The adapter through which the conformance suite, and anything else that speaks NumPy, drives a port.
+    """The NumPy interface of a port, used by the conformance suite and the commands.
 
-    Images are float32 NCHW, labels one-hot [N, label_dim] or None, sigma [N, 1, 1, 1], parameters canonical. What comes
-    back is float32 NumPy. A concrete port defines the abstract methods; the rest is built on them.
+    Images are NCHW, labels one-hot [N, label_dim] or None, sigma [N, 1, 1, 1], parameters canonical; arguments and
+    results are float32 NumPy arrays. A concrete port defines the abstract methods; the others are built on them.
     """
 
     name: ClassVar[str]
@@ -118,7 +118,7 @@ class Port(ABC):
     def denoise(
         self, config: NetworkConfig, params: Params, x: np.ndarray, sigma: np.ndarray, labels: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """denoised [N, C, H, W] and logvar [N, 1, 1, 1]. See :func:`edm2_core.reference.denoise`."""
+        """Returns denoised [N, C, H, W] and logvar [N, 1, 1, 1]. See :func:`edm2_core.reference.denoise`."""
         with self.place():
             denoised, logvar = self.native_denoise((config, params), *self.batch(x, sigma, labels))
             return self.to_numpy(denoised), self.to_numpy(logvar)
@@ -132,8 +132,8 @@ class Port(ABC):
         sigma: np.ndarray,
         labels: np.ndarray | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The loss of each element [N, C, H, W], and by name the gradients of loss.sum() / N with respect to the stored
-        weights as they are."""
+        """The loss of each element [N, C, H, W]; and by name the gradients of loss.sum() / N with respect to the stored
+        weights, without forcing them first."""
         with self.place():
             loss, gradients = self.native_gradients((config, params), *self.batch(images, unit_noise, sigma, labels))
             return self.to_numpy(loss), gradients
@@ -158,23 +158,23 @@ class Port(ABC):
 
     @abstractmethod
     def variants(self) -> Mapping[str, "Port"]:
-        """This port in other precision, compiled or not, and on the other devices of this machine."""
+        """This port, by a name, in other precisions, compiled or not, and on the other devices of this machine."""
 
     @abstractmethod
     def place(self) -> AbstractContextManager[Any]:
-        """Within it, the framework computes on this port's device and with its settings."""
+        """Context manager in which the framework computes on this port's device and with its settings."""
 
     @abstractmethod
     def to_native(self, array: np.ndarray, /) -> Any:
-        """Images [N, C, H, W], sigma [N, 1, 1, 1] or one-hot labels [N, label_dim] in the layout of the network."""
+        """Images [N, C, H, W], sigma [N, 1, 1, 1] or one-hot labels [N, label_dim] to the network's layout."""
 
     @abstractmethod
     def to_numpy(self, images: Any, /) -> np.ndarray:
-        """Native images, or [N, 1, 1, 1], as float32 NumPy [N, C, H, W]."""
+        """Native images, or an array [N, 1, 1, 1], to float32 NumPy, images to [N, C, H, W]."""
 
     @abstractmethod
     def denoiser(self, config: NetworkConfig, params: Params) -> LabelledDenoiser:
-        """A network with these parameters, ready to be called batch after batch on native arrays."""
+        """A network with these parameters on this port's device, to be called on native arrays."""
 
     @abstractmethod
     def native_denoise(self, network: Network, x: Any, sigma: Any, labels: Any, /) -> tuple[Any, Any]:
@@ -192,7 +192,7 @@ class Port(ABC):
     def steps(
         self, config: NetworkConfig, state: State, batches: Iterable[Batch], *, rates: Sequence[float], betas: Betas
     ) -> tuple[list[float], State]:
-        """Train from ``state`` on, a step per batch at each of the learning ``rates``: mean losses, and the state."""
+        """Continue from ``state``, one step per batch and learning rate. Returns mean losses and the new state."""
 
     def train(
         self,
@@ -204,7 +204,7 @@ class Port(ABC):
         betas: Betas = (0.9, 0.99),
         sigma_rels: Sequence[float] = (0.05, 0.10),
     ) -> tuple[list[float], Params, dict[float, Params]]:
-        """One step per batch from fresh moments and averages: mean losses, last parameters, averages by sigma_rel."""
+        """Train from ``params``, one step per batch. Returns mean losses, parameters, and averages by sigma_rel."""
         trained = [name for name, parameter in plan(config).parameters.items() if parameter.trained]
         start = State.start(params, trained=trained, lengths=map(Length.of, sigma_rels))
         losses, end = self.steps(config, start, batches, rates=learning_rates, betas=betas)
@@ -217,17 +217,17 @@ class Port(ABC):
         return self.steps(config, state, batches, rates=learning_rates, betas=(0.9, 0.99))
 
     def sampler(self, config: NetworkConfig, params: Params, *, guide: Params | Network | None = None) -> Sampler:
-        """A sampler that keeps its networks: call it for batch after batch.
+        """A sampler that keeps its networks on the device, to be called for each batch.
 
-        ``guide`` is the parameters of a network of the same config, or (config, parameters) of another; None with
-        guidance other than 1 is the network itself without its label.
+        ``guide``: parameters of a network of the same config, or (config, parameters) of another; None: guidance uses
+        the network itself without its label.
         """
         with self.place():
             net = self.denoiser(config, params)
             if guide is None:
                 return NetworkSampler(self, net, None)
-            of_guide = (config, guide) if isinstance(guide, Mapping) else guide
-            return NetworkSampler(self, net, self.denoiser(*of_guide))
+            guide_network = (config, guide) if isinstance(guide, Mapping) else guide
+            return NetworkSampler(self, net, self.denoiser(*guide_network))
 
     def sample(
         self,
@@ -239,8 +239,8 @@ class Port(ABC):
         guide: Params | Network | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """Images from ``noise``. ``guide`` as in :meth:`sampler`; ``options``: guidance, guide_interval, and those of
-        :func:`edm2_core.sampler.sample`, arrays of NumPy."""
+        """Images [N, C, H, W] from ``noise``. ``guide`` as in :meth:`sampler`; ``options`` as in :func:`sample`, with
+        NumPy arrays."""
         return self.sampler(config, params, guide=guide)(noise, labels, **options)
 
 
@@ -260,7 +260,7 @@ class NetworkSampler:
         churn_noise: Iterable[np.ndarray] | None = None,
         **options: Any,
     ) -> np.ndarray:
-        """``options`` are those of :func:`sample`."""
+        """See :class:`Sampler`; ``churn_noise`` is an iterator over NumPy arrays [N, C, H, W]."""
         with self.port.place():
             start, one_hot = self.port.batch(noise, labels)
             churn = None if churn_noise is None else map(self.port.to_native, churn_noise)
@@ -274,14 +274,14 @@ class NetworkSampler:
 class Measurement:
     """Telemetry of one training step.
 
-    By name of the weight, each [2]: ``activations``, the output of its layer, bias and gain included, before any
-    nonlinearity; ``weights``, as the step begins; ``gradients`` of the loss, as Adam receives them (summed over
-    processes, loss scaling divided out, non-finite elements 0): maximum and mean over features of the magnitude, which
-    is the root mean square of an output's pixels in one image, or of a weight's or gradient's row. ``updates``: the
-    norm of the step that the weight takes, and its own. By image, each [N]: ``sigma``; ``loss``, lambda(sigma) times
-    the mean square error; ``u``, the learned uncertainty, or None.
+    By name of the weight, each [2]: maximum and mean magnitude over features of ``activations``, ``weights`` and
+    ``gradients``; in ``updates``, the norm of the change of the weight and that of the weight. An activation is the
+    output of a layer, bias and gain included, before any nonlinearity; its magnitude is the root mean square over the
+    pixels of a feature in one image. The magnitude of a weight, as it is after forcing, or of a gradient, as Adam
+    receives it (summed over processes, without loss scaling, non-finite elements 0), is the root mean square of a row.
 
-    Each process measures its own images. Activations and losses are without dropout.
+    By image, each [N]: ``sigma``; ``loss``, lambda(sigma) times the mean square error; ``u``, the learned uncertainty,
+    or None. Each process measures its own images. Activations and losses are without dropout.
     """
 
     activations: Mapping[str, np.ndarray]
@@ -294,10 +294,10 @@ class Measurement:
 
 
 class Trainer(ABC):
-    """A network in training, in one of ``world`` processes. All processes make the same calls in the same order.
+    """A network in training, in one of ``world`` processes. All processes must make the same calls in the same order.
 
     A port defines the abstract methods and sets ``rank``, ``world`` and ``device`` (a description). Noise is drawn on
-    the device as a function of (seed, images seen), whatever the number of processes.
+    the device as a function of (seed, images seen), independent of the number of processes.
     """
 
     rank: int = 0
@@ -310,10 +310,11 @@ class Trainer(ABC):
     @property
     @abstractmethod
     def nimg(self) -> int:
-        """Images seen since the start of the run: the clock, which is kept here alone."""
+        """Images seen since the start of the run: the clock of the training loop, which has no other."""
 
     def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, lr: float) -> None:
-        """Train on this process's share of a batch: images float32 [N, C, H, W], labels one-hot [N, label_dim]."""
+        """Train on this process's share of a batch: images float32 [N, C, H, W], labels one-hot [N, label_dim] or None.
+        Raises InputError if the memory of the device is exhausted."""
         with self._memory(len(images)):
             self._metrics.append(self.take_step(images, labels, lr=lr))
 
@@ -325,19 +326,19 @@ class Trainer(ABC):
         return measurement
 
     def metrics(self) -> dict[str, float]:
-        """``loss``, the mean since the last call over all processes, and ``nonfinite``, the number of gradient elements
-        zeroed since."""
+        """Since the last call: ``loss``, the mean over steps and processes, and ``nonfinite``, the number of gradient
+        elements that were zeroed."""
         losses, nonfinite = (self.fetch(values) for values in zip(*self._metrics, strict=True))
         self._metrics = []
         return {"loss": self.mean_over_processes(float(losses.mean())), "nonfinite": int(nonfinite.sum())}
 
     def agree(self, stop: bool, /) -> bool:
-        """Whether any process wants to stop."""
+        """Whether ``stop`` is true in any process."""
         return stop if self.world == 1 else self.mean_over_processes(float(stop)) > 0
 
     @contextmanager
     def _memory(self, count: int) -> Iterator[None]:
-        """Raise InputError, with the batch to try, where the device's memory is exhausted."""
+        """Context manager that turns exhausted memory into an InputError which names a smaller batch."""
         try:
             yield
         except Exception as error:
@@ -350,7 +351,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def take_step(self, images: np.ndarray, labels: np.ndarray | None, *, lr: float) -> tuple[Any, Any]:
-        """The step itself: mean loss per element and count of zeroed gradient elements, 0-d on the device."""
+        """Take a step; returns mean loss per element and number of zeroed gradient elements, 0-d on the device."""
 
     @abstractmethod
     def take_measured_step(
@@ -370,22 +371,22 @@ class Trainer(ABC):
 
     @abstractmethod
     def images_at_a_time(self, count: int, /) -> int:
-        """How many images a device processes at once, of this process's ``count``."""
+        """How many images a device processes at once when this process has ``count``."""
 
     @abstractmethod
     def parameters(self) -> Arrays:
-        """The live weights and constants, canonical, on every process."""
+        """The current weights and constants, canonical, in every process."""
 
     @abstractmethod
     def average(self, length: Length, /) -> Arrays:
-        """One average, canonical, on every process; nothing else is gathered."""
+        """One average, canonical, in every process; nothing else is gathered."""
 
     @abstractmethod
     def state(self) -> State: ...
 
     @abstractmethod
     def load_state(self, state: State, /) -> None:
-        """Continue from ``state``, whichever port wrote it."""
+        """Continue from ``state``, written by any port."""
 
 
 OpenTrainer = Callable[[Any, Machine], Trainer]

@@ -1,1 +1,1 @@
-"""Speed and memory, measured side by side and reported as ratios. Not tests: run them by hand on a quiet machine."""
+"""Benchmarks of speed and memory, reported as ratios. Run them by hand on an otherwise idle machine."""

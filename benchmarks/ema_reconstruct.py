@@ -2,11 +2,11 @@
 
     python -m benchmarks.ema_reconstruct [--folder FOLDER] [--repeats 3]
 
-64 snapshots of an 11M-parameter network in float16, with the same values for both libraries: ``reconstruct`` of edm2,
-and ``PostHocEMA.synthesize_ema_model``, called once per output; both end with the averages in memory. ``edm2
-reconstruct`` also writes them and waits for the disk. Each job runs in a process of its own, which imports everything
-before the clock starts. ``reading`` is safetensors' ``load_file`` of every file in turn. Files are in the page cache;
-``cold`` runs drop them from it first. Jobs alternate, so that other load on the machine affects all alike.
+Both libraries read 64 snapshots of an 11M-parameter network in float16, with the same values. ``reconstruct`` of edm2
+and ``PostHocEMA.synthesize_ema_model``, called once per output, leave the averages in memory; the command ``edm2
+reconstruct`` also writes them to disk. Each job runs in its own process, which imports everything before timing starts.
+``reading`` is safetensors' ``load_file`` of every file in turn. Files are in the page cache; ``cold`` runs drop them
+from it first. Jobs alternate, so that other load on the machine affects all of them.
 """
 
 import json
@@ -71,26 +71,26 @@ Measured by `nox -s bench_ema` on {machine()}; medians of {repeats} runs, times 
 `x reading` is the ratio to that.
 
 Averages in memory, from the page cache: `reconstruct` (`backends.pipeline.checkpoints`) and `synthesize_ema_model` of
-{_version("ema_pytorch")}, which is called once per output. The peak is that of ema-pytorch.
+{_version("ema_pytorch")}, called once per output. The peak memory is that of ema-pytorch.
 
 | outputs | edm2 | ema-pytorch | x faster | peak |
 |---|---|---|---|---|
 {rows[0]}
 
-Averages in files, flushed to the disk: `edm2 reconstruct --memory 1Gi`. Peak memory is that of the whole process,
-imported modules included.
+Averages in files, flushed to disk: `edm2 reconstruct --memory 1Gi`. Peak memory is that of the whole process, including
+imported modules.
 
 | outputs | cached | x reading | from disk | x reading | peak |
 |---|---|---|---|---|---|
 {rows[1]}
 
-25 outputs, by the number of files:
+25 outputs, by number of files:
 
 | files | time | per file |
 |---|---|---|
 {linear}
 
-4 outputs of 16 files, by the size of the network:
+4 outputs from 16 files, by size of the network:
 
 | parameters | time | peak |
 |---|---|---|
@@ -113,17 +113,17 @@ def _file_row(n: int, measured: dict[Any, dict[str, float]]) -> str:
 
 
 def _measure_all(repeats: int, jobs: dict[Any, tuple[Any, ...]]) -> dict[Any, dict[str, float]]:
-    """Medians over ``repeats`` rounds, in each of which every job runs once."""
+    """Medians over ``repeats`` rounds; every job runs once per round."""
     runs = [{key: _child(*job) for key, job in jobs.items()} for _ in range(repeats)]
     return {
-        key: {what: statistics.median(run[key][what] for run in runs) for what in ("seconds", "peak")} for key in jobs
+        key: {name: statistics.median(run[key][name] for run in runs) for name in ("seconds", "peak")} for key in jobs
     }
 
 
 def _child(*job: Any) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.ema_reconstruct", "child", json.dumps([str(word) for word in job])]
-    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    measured: dict[str, float] = json.loads(shown.stdout.splitlines()[-1])
+    process = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    measured: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
     return measured
 
 
@@ -146,13 +146,13 @@ def _run_child(kind: str, folder: str, cold: str, outputs: str = "1") -> None:
 
 
 def _peak() -> float:
-    """Peak memory of this process in MB. Prefers /proc to getrusage, whose peak includes the parent's at the fork."""
-    own = [line.split()[1] for line in _lines("/proc/self/status") if line.startswith("VmHWM")]
-    return int(own[0]) / 1024 if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak memory of this process in MB, from /proc if it exists: getrusage includes the parent's at the fork."""
+    peak = [line.split()[1] for line in _lines("/proc/self/status") if line.startswith("VmHWM")]
+    return int(peak[0]) / 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _drop(path: Path) -> None:
-    """Take a file out of the page cache."""
+    """Drop a file from the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -170,7 +170,7 @@ def _read(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
 
 
 def _command(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
-    # what the command and tyro import only when they run
+    # imported by the command and by tyro only when they run
     import array_api_compat.numpy  # noqa: F401
     import typeguard  # noqa: F401
 
@@ -222,7 +222,7 @@ def _module() -> Any:
 
 
 def _make(folder: Path, *, files: int, times: int = 1) -> Path:
-    """Snapshots at equal intervals, of ``times`` as many parameters."""
+    """Write snapshots at equal intervals, with ``times`` as many parameters."""
     from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, tracked_name
     from edm2_core.ema import Length
 

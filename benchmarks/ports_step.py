@@ -1,8 +1,8 @@
-"""A training step of each port on the same network and batch, side by side; writes docs/benchmark_ports.md.
+"""Time and memory of a training step in each port, on the same network and batch; writes docs/benchmark_ports.md.
 
     python -m benchmarks.ports_step [--steps 8] [--ports torch jax mlx]
 
-MLX's CPU build on Linux is slow: it is measured where it is asked for.
+MLX's CPU build on Linux is slow, so mlx is measured only if --ports names it.
 """
 
 import json
@@ -44,10 +44,10 @@ def main(*, steps: int = 8, ports: tuple[str, ...] = ("torch", "jax")) -> None:
     text = f"""# A training step of each port
 
 Measured by `python -m benchmarks.ports_step` on {machine()}; medians of {steps} steps after the first two.
-32x32x3, 64 channels x1,2,3, two blocks, attention at 16 and 8, batch 16, float32, on the CPU, each port in a process of
-its own. Memory is the process's peak, with Python, its framework and, where there is one, its compiler.
+32x32x3, 64 channels x1,2,3, two blocks, attention at 16 and 8, batch 16, float32, on the CPU, each port in its own
+process. Memory is the peak of the process, including Python, the framework and its compiler if it has one.
 
-| port | step | x {ports[0]} | peak memory | x {ports[0]} | until the first step is done |
+| port | step | x {ports[0]} | peak memory | x {ports[0]} | time to the end of the first step |
 |---|---|---|---|---|---|
 {table}
 """
@@ -57,8 +57,8 @@ its own. Memory is the process's peak, with Python, its framework and, where the
 
 def _child(name: str, steps: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.ports_step", "child", name, str(steps)]
-    shown = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
-    figures: dict[str, float] = json.loads(shown.stdout.splitlines()[-1])
+    process = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
+    figures: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
     return figures
 
 

@@ -1,4 +1,4 @@
-"""What ``--telemetry 50`` costs: measured steps beside plain ones, in each port; writes docs/benchmark_telemetry.md.
+"""The cost of ``--telemetry 50``: plain and measured steps in each port; writes docs/benchmark_telemetry.md.
 
 python -m benchmarks.telemetry [--steps 10] [--ports torch jax mlx]
 """
@@ -23,12 +23,12 @@ TRAINERS = {"torch": "TorchTrainer", "jax": "JaxTrainer", "mlx": "MLXTrainer"}
 
 
 def main(*, steps: int = 10, ports: tuple[str, ...] = ("torch", "jax", "mlx")) -> None:
-    """Take STEPS steps of either kind in each of PORTS, and write the table to docs/benchmark_telemetry.md."""
+    """Time STEPS plain and measured steps in each of PORTS, and write the table to docs/benchmark_telemetry.md."""
     table = "\n".join(row(name, *seconds(name, steps)) for name in ports)
-    text = f"""# What telemetry costs
+    text = f"""# The cost of telemetry
 
-Measured by `python -m benchmarks.telemetry` on {machine()}; medians of {steps} steps of either kind,
-in turns. The digits preset, float32, on the CPU. The last column is what `--telemetry {EVERY}` adds to a run's time.
+Measured by `python -m benchmarks.telemetry` on {machine()}; medians of {steps} plain and {steps} measured
+steps, alternating, digits preset, float32, on the CPU. Last column: the time that `--telemetry {EVERY}` adds to a run.
 
 | port | step | measured step | x | at every {EVERY} |
 |---|---|---|---|---|
@@ -44,12 +44,12 @@ def row(name: str, plain: float, measured: float) -> str:
 
 
 def seconds(name: str, steps: int) -> tuple[float, float]:
-    """Medians of a plain step and of a measured one, after one of each."""
+    """Median seconds of a plain and of a measured step, after one of each to warm up."""
     dataset = open_dataset("digits")
     config = configure(dataset)
     trainer = getattr(import_module(f"backends.{name}.trainer"), TRAINERS[name])(config, Machine())
-    chosen = np.arange(config.hyper.batch)
-    images, labels = dataset.images(chosen).astype(np.float32) / 127.5 - 1, np.eye(10)[dataset.labels(chosen)]
+    indices = np.arange(config.hyper.batch)
+    images, labels = dataset.images(indices).astype(np.float32) / 127.5 - 1, np.eye(10)[dataset.labels(indices)]
     batch = (images, labels.astype(np.float32))
     pairs = [(timed(trainer, trainer.step, batch), timed(trainer, trainer.measured_step, batch))
              for _ in range(steps + 1)]  # fmt: skip
@@ -60,7 +60,7 @@ def seconds(name: str, steps: int) -> tuple[float, float]:
 def timed(trainer: Any, step: Callable[..., Any], batch: tuple[np.ndarray, np.ndarray]) -> float:
     start = time.perf_counter()
     step(*batch, lr=0.01)
-    trainer.metrics()  # which waits for the step
+    trainer.metrics()  # waits for the step to complete
     return time.perf_counter() - start
 
 

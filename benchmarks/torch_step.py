@@ -1,8 +1,10 @@
-"""A training step of the PyTorch port beside the obvious one: python -m benchmarks.torch_step [--preset digits]
+"""Time of a training step of the PyTorch port and of a direct implementation of the paper.
 
-The obvious step is written the way the paper reads: every function of Figure 22 as its own pass over the activations,
-Algorithm 1 in the forward, Adam and the two averages with their defaults, tensor by tensor. Steps of the two alternate,
-so that a busy machine slows both; medians are compared. The update of the two averages is timed by itself too.
+    python -m benchmarks.torch_step [--preset-name digits]
+
+The direct step computes every function of Figure 22 as its own pass over the activations, Algorithm 1 in the forward
+pass, default Adam, and the averages tensor by tensor. Steps of the two alternate, so that other load on the machine
+slows both; medians are compared. The update of the two averages is also timed by itself.
 """
 
 import sys
@@ -28,8 +30,8 @@ from edm2_core.precond import precondition
 from edm2_core.presets import preset
 
 
-class Obvious:
-    """CONFIG G written straight from Figure 22 and Algorithm 1."""
+class Direct:
+    """CONFIG G as a direct implementation of Figure 22 and Algorithm 1."""
 
     def __init__(self, config: NetworkConfig, device: torch.device):
         self.config = config
@@ -148,36 +150,36 @@ def main(preset_name: str = "digits", batch: int = 128, steps: int = 30, device:
     """Time the two steps.
 
     Args:
-        preset_name: whose network.
+        preset_name: preset with the network.
         batch: images per step.
         steps: how many of each to time, after three to warm up.
-        device: where; the fastest by default.
+        device: device to compute on; the fastest by default.
     """
     place, config = choose(device), preset(preset_name).network
     network = build(config, initialize(config, seed=0), device=place)
-    ours, obvious = Learner(network), Obvious(config, place)
+    ours, direct = Learner(network), Direct(config, place)
     inputs = make_batch(config, batch, place)
     candidates: dict[str, Callable[[], object]] = {
-        "obvious step": lambda: obvious.step(inputs, lr=0.01),
+        "direct step": lambda: direct.step(inputs, lr=0.01),
         "our step": lambda: ours.step(inputs, lr=0.01),
         "of it, 2 averages": lambda: ours.ema.update(time=ours.nimg, delta=batch),
     }
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(steps + 3):
         for name, function in candidates.items():
-            taken = seconds(function, place)
+            duration = seconds(function, place)
             if i >= 3:
-                times[name].append(taken)
+                times[name].append(duration)
     base = median(times["our step"])
     print(f"{preset_name}, batch {batch}, float32, {describe(place)}, median of {steps}")
     for name, values in times.items():
         print(f"{name:18s} {median(values) * 1e3:9.2f} ms   {median(values) / base:6.3f} of our step")
-    difference = max(np.abs(a - b.detach().cpu().numpy()).max() for a, b in _same(ours, obvious))
+    difference = max(np.abs(a - b.detach().cpu().numpy()).max() for a, b in _pairs(ours, direct))
     print(f"largest difference of a weight after these steps {difference:.2e}; port {PORT.name}")
 
 
-def _same(ours: Learner, obvious: Obvious) -> list[tuple[np.ndarray, Tensor]]:
-    return [(ours.weights[name].detach().cpu().numpy(), weight) for name, weight in obvious.trained.items()]
+def _pairs(ours: Learner, direct: Direct) -> list[tuple[np.ndarray, Tensor]]:
+    return [(ours.weights[name].detach().cpu().numpy(), weight) for name, weight in direct.trained.items()]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The suite as a pytest plugin: options, the ports to test, the verdict on a run, and the report.
 
 The plugin is opt-in, ``pytest --pyargs conformance -p conformance.plugin --edm2-port ...``; ``python -m conformance``
-loads it by itself. Options and fixtures carry the prefix ``edm2``. Tests other than the suite's are left alone, and
+loads it by itself. Options and fixtures carry the prefix ``edm2``. Other tests are not affected, and
 nothing heavy is imported until one of the suite's is collected.
 
 Under pytest-xdist the workers collect and run; results go to the controller, which writes the one report.

@@ -261,7 +261,7 @@ def test_products_with_traditional_averages(ratio: float, half_life: float, s: f
         end = min(t_a, t_b)
         steps = [end * (1 - mpmath.mpf(2) ** -k) for k in range(18)]
         wanted = float(mpmath.quad(product, [*steps, end]))
-    # an exponent of rate (t_b - t_a) carries eps times itself; what is e^-40 of the norms is of no account
+    # an exponent of rate (t_b - t_a) carries eps times itself; e^-40 of the norms is negligible
     assert float(a @ b) == pytest.approx(wanted, rel=1e-11, abs=1e-16 * float((a @ a) * (b @ b)) ** 0.5)
 
 

@@ -1,7 +1,7 @@
-"""The paper's ladder as data: CONFIG A to G, each rung the one before with some switches changed.
+"""The paper's ladder as data: CONFIG A to G, where each rung changes some switches of the one before.
 
-The :class:`Switches` of a rung say what its network is made of, :class:`RungTraining` how the paper trained it. A
-:class:`~edm2_core.network.NetworkConfig` starts from a rung and may set any single switch.
+:class:`Switches` describe the network of a rung, :class:`RungTraining` its training in the paper. A
+:class:`~edm2_core.network.NetworkConfig` starts from a rung and may change any switch.
 
 Source: arXiv 2312.02696 Section 2, Appendix B, Figures 16 to 22.
 """
@@ -18,7 +18,7 @@ RUNGS: tuple[Rung, ...] = get_args(Rung)
 
 
 class GroupNorm(StrEnum):
-    """How the groups of channels of a whole image are normalized before nonlinearities."""
+    """How groups of channels are normalized over the image before nonlinearities."""
 
     AFFINE = "affine"
     """To zero mean and unit variance, then a learned scale and bias for each channel."""
@@ -28,28 +28,28 @@ class GroupNorm(StrEnum):
 
 
 class NoiseEmbedding(StrEnum):
-    """Which features of c_noise the embedding is made of: cosines of random or of fixed frequencies."""
+    """The features of c_noise from which the embedding is computed."""
 
     POSITIONAL = "positional"
-    """Frequencies from 1 down to 1 / 10000, a cosine and a sine of each: smooth in the noise level."""
+    """Cosines and sines of fixed frequencies from 1 down to 1 / 10000."""
     FOURIER = "fourier"
-    """Frequencies and phases drawn once (Eqs. 35-36)."""
+    """Cosines of random frequencies and phases, which are constants (Eqs. 35-36)."""
 
 
 class Attention(StrEnum):
     """How queries and keys are compared."""
 
     DOT = "dot"
-    """Dot products of queries and keys (Eq. 11), a group norm before them."""
+    """Dot products of queries and keys (Eq. 11), after a group norm of the input."""
     COSINE = "cosine"
-    """Pixel norm of queries, keys and values after their convolution (Eq. 34)."""
+    """Dot products after pixel norm of queries and keys; values are normalized too (Eq. 34)."""
 
 
 class Initialization(StrEnum):
     """The distribution of initial weights."""
 
     HE_ZERO = "he-zero"
-    """He's uniform; N(0, 1) for classes; zeros for the last convolution of residual branches and of the network."""
+    """He's uniform; N(0, 1) for labels; zeros for the last convolution of residual branches and of the network."""
     HE = "he"
     """He's uniform for every weight."""
     NORMAL = "normal"
@@ -60,15 +60,16 @@ class Initialization(StrEnum):
 class Switches:
     """The differences between the networks of the ladder.
 
-    ``bias``: of convolutions and linear layers. ``ones_channel``: beside the image's. ``embedding_layers``: of the
-    noise level, 1 or 2. ``shift``: the embedding adds to activations as well as scaling them. ``label_scaling``:
-    one-hot labels times sqrt(classes). ``weight_norm``: inside the layer (Eq. 47). ``forced_norm``: of the stored
-    weights, before each step (Eq. 66). ``pixel_norm``: of the main path, at the start of encoder blocks.
-    ``resample_first``: at the start of the block, not within its two paths. ``widen_first``: encoder blocks change
-    their width before the paths part. ``output_norm``: group norm and SiLU before the last convolution.
-    ``mp_functions``: Fourier features, SiLU, sums and concatenations preserve magnitude (Eqs. 75, 81, 88, 103).
-    ``gains``: learned, zero at first, on each block's conditioning and on the output. ``uncertainty``: u(sigma) is
-    learned, which weighs the loss (Eq. 21); without it u is 0, and the loss that of Eq. 14.
+    ``bias``: convolutions and linear layers have one. ``ones_channel``: a channel of ones is added to the image.
+    ``embedding_layers``: linear layers on the features of the noise level, 1 or 2. ``shift``: the embedding shifts
+    activations as well as scaling them. ``label_scaling``: one-hot labels are multiplied by sqrt(label_dim).
+    ``weight_norm``: layers normalize their weights (Eq. 47). ``forced_norm``: stored weights are normalized before each
+    step (Eq. 66). ``pixel_norm``: the main path of encoder blocks starts with one. ``resample_first``: blocks resample
+    at their start, not within the two paths. ``widen_first``: encoder blocks change their width before the paths part.
+    ``output_norm``: group norm and SiLU before the last convolution. ``mp_functions``: Fourier features, SiLU, sums and
+    concatenations preserve magnitude (Eqs. 75, 81, 88, 103). ``gains``: learned gains, initially zero, on the
+    conditioning of each block and on the output. ``uncertainty``: u(sigma) is learned and weights the loss (Eq. 21);
+    without it u is 0 and the loss is that of Eq. 14.
     """
 
     ladder: Rung
@@ -96,11 +97,13 @@ class Switches:
             raise InputError(f"embedding_layers must be 1 or 2, got {self.embedding_layers!r}")
         for field in fields(self):
             if field.type is bool and not isinstance(value := getattr(self, field.name), bool):
-                raise InputError(f"{field.name} must be True or False, got {value!r}: leave it out for the rung's")
+                raise InputError(
+                    f"{field.name} must be True or False, got {value!r}: leave it out for the value of the rung"
+                )
 
     @property
     def fan_in_scaled(self) -> bool:
-        """Weights are stored at unit root mean square, and layers divide them by sqrt(fan-in)."""
+        """Whether weights are stored with unit root mean square and layers divide them by sqrt(fan-in)."""
         return self.weight_norm or self.forced_norm or self.init is Initialization.NORMAL
 
 
@@ -114,10 +117,10 @@ _ENUMS: dict[str, type[StrEnum]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RungTraining:
-    """How the paper trained a rung, in latents of ImageNet-512 at 64x64x4.
+    """How the paper trained a rung, on latents of ImageNet-512 at 64x64x4.
 
-    ``decay`` is t_ref in batches, 0 for none; ``half_life`` that of a traditional average, in images, None for averages
-    of power-function profile; ``clip_act`` is not in the paper, see docs/departures.md.
+    ``decay`` is t_ref in batches, 0 for no decay. ``half_life`` of a traditional average is in images; None for
+    power-function averages. ``clip_act`` is not in the paper, see docs/departures.md.
     """
 
     batch: int
@@ -168,7 +171,7 @@ _A_TRAINING = RungTraining(
     clip_act=None,
 )
 
-# What each rung changes in the one before it: in the network, in its training
+# Changes of each rung to the one before: of the network, and of its training
 _STEPS: dict[Rung, tuple[dict[str, Any], dict[str, Any]]] = {
     "B": (
         {"uncertainty": True},
@@ -199,20 +202,19 @@ for _below, _rung in pairwise(RUNGS):
 
 
 def rung(name: str, /) -> Switches:
-    """The switches of CONFIG ``name``. Raises InputError, listing the rungs, where there is none of that name."""
+    """The switches of CONFIG ``name``. Raises InputError for an unknown name."""
     if name not in LADDER:
         raise InputError(f"ladder must be one of {', '.join(LADDER)}, got {name!r}: G is the paper's last")
     return LADDER[name]
 
 
-def with_switches(switches: Switches, /, **own: Any) -> Switches:
-    """``switches`` with some of them replaced; members of enums may be given by their values, as JSON has them.
+def with_switches(switches: Switches, /, **changes: Any) -> Switches:
+    """``switches`` with some replaced; members of enums may be given as their values, as in JSON.
 
-    Raises:
-        InputError: a value that the switch does not have.
+    Raises InputError for a value that the switch does not have.
     """
-    for name in own.keys() & _ENUMS.keys():
-        if own[name] not in list(_ENUMS[name]):
-            raise InputError(f"{name} must be one of {', '.join(_ENUMS[name])}, got {own[name]!r}")
-        own[name] = _ENUMS[name](own[name])
-    return replace(switches, **own)
+    for name in changes.keys() & _ENUMS.keys():
+        if changes[name] not in list(_ENUMS[name]):
+            raise InputError(f"{name} must be one of {', '.join(_ENUMS[name])}, got {changes[name]!r}")
+        changes[name] = _ENUMS[name](changes[name])
+    return replace(switches, **changes)

@@ -1,8 +1,8 @@
-"""Published networks and their training hyperparameters, one line each, and ``digits`` for a first run.
+"""Presets: published networks with their training hyperparameters, and ``digits`` for a first run.
 
 Source: arXiv 2312.02696 Table 6 and Appendix D; 64-pixel rows from its ImageNet-64 section. Rows marked "ours" are not
-in the paper: XXS in both, XS and XXL at 64 pixels. Their learning rate continues the published trend 0.0120 sqrt(128 /
-channels), which the published rates follow to 3 %.
+in the paper: XXS in both, XS and XXL at 64 pixels. Their learning rate is 0.0120 sqrt(128 / channels), which the
+published rates follow within 3 %.
 """
 
 from collections.abc import Iterator
@@ -21,48 +21,48 @@ Ki, Mi = 1 << 10, 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """How a network is trained. ``decay`` is in batches, every other length in images.
+    """How a network is trained. ``decay`` is in batches; durations and intervals are in images.
 
     Raises:
-        InputError: a value is out of range, or two averages would be stored under one file name.
+        InputError: a value is out of range, or two averages would have the same file name.
     """
 
     duration: int = 64 * Ki
-    """When to stop, in images since the start of the run: 96, 192Ki, 8Mi, 2Gi."""
+    """Images to train on in all, such as 96, 192Ki, 8Mi or 2Gi."""
     batch: int = 128
     """Images per step, on all devices together."""
     lr: float = 0.0100
     """Reference learning rate."""
     decay: float = 0
-    """Batches after which the learning rate falls with the square root of time; 0 is never."""
+    """Batches after which the learning rate decays as 1 / sqrt(time); 0 disables the decay."""
     rampup: int = 0
-    """Images over which the learning rate rises."""
+    """Images over which the learning rate rises from 0."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """Adam's decay rates of the running means of gradients and of their squares."""
+    """Decay rates of Adam's running means of gradients and of their squares."""
     P_mean: float = -0.4
     """Mean of ln(sigma) in training."""
     P_std: float = 1.0
     """Standard deviation of ln(sigma) in training."""
     loss_scaling: float = 1.0
-    """Factor on the loss while gradients are computed, for float16."""
+    """Factor on the loss while gradients are computed, against underflow in float16."""
     sigma_rels: tuple[float, ...] = (0.05, 0.10)
-    """Relative lengths of the averages to keep, each within (0, 0.2887)."""
+    """Relative lengths of the averages to track, each within (0, 0.2887)."""
     half_life: int | None = None
-    """Half-life in images of a traditional average, which is kept instead of --sigma-rels."""
+    """Half-life in images of a traditional average, tracked instead of --sigma-rels."""
     snapshot: int = 4 * Ki
-    """How often to store the averages, in images."""
+    """Images between snapshots of the averages."""
 
     def __post_init__(self) -> None:
         _check(self)
 
     @property
     def lengths(self) -> tuple[Length, ...]:
-        """The averages that are kept."""
+        """Lengths of the tracked averages."""
         return tuple(map(Length.of, self.sigma_rels)) if self.half_life is None else (Length.half_life(self.half_life),)
 
     @property
     def of_step(self) -> dict[str, Any]:
-        """Those that a port's training step takes, by the names of its arguments."""
+        """Keyword arguments of a port's training step."""
         return {"betas": self.betas, "loss_scaling": self.loss_scaling, "sigma_rels": self.lengths}
 
 
@@ -91,7 +91,7 @@ def _check(hyper: Hyperparameters) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A network and how to train it."""
+    """A network and its training hyperparameters."""
 
     network: NetworkConfig
     hyper: Hyperparameters
@@ -154,24 +154,24 @@ PRESETS: dict[str, Preset] = {"digits": _DIGITS, **dict(_published())}
 
 
 def on_rung(base: Preset, rung: Rung, /) -> Preset:
-    """``base``, which is on CONFIG G, as the paper trained another rung of the ladder (Figures 16 to 22).
+    """The preset ``base``, which is on CONFIG G, on another rung of the ladder. Source: Figures 16 to 22.
 
-    What the paper changes as a number is changed by the same factor: batch, learning rate, half-life over duration. So
-    of img512-s comes the paper's own table; the presets' other choices stay. Dropout and clipping are the rung's, and
-    CONFIG A attends at 32x32 too and has noise levels of its own.
+    Batch, learning rate, and half-life over duration are scaled by the factors between the paper's rungs, so img512-s
+    gives the paper's table. Dropout, clipping, betas and loss scaling are the rung's. CONFIG A also has attention at
+    32x32 and its own distribution of noise levels. Everything else is kept.
     """
     if rung == "G":
         return base
     paper, last = LADDER_TRAINING[rung], LADDER_TRAINING["G"]
-    more = set(paper.attn_resolutions) - set(last.attn_resolutions)
+    added = set(paper.attn_resolutions) - set(last.attn_resolutions)
     network = replace(
         base.network,
         switches=LADDER[rung],
-        attn_resolutions=tuple(sorted({*base.network.attn_resolutions, *more}, reverse=True)),
+        attn_resolutions=tuple(sorted({*base.network.attn_resolutions, *added}, reverse=True)),
         dropout=paper.dropout,
         clip_act=paper.clip_act,
     )
-    hyper, own_noise = base.hyper, paper.P_mean != last.P_mean
+    hyper, other_noise = base.hyper, paper.P_mean != last.P_mean
     return Preset(
         network=network,
         hyper=replace(
@@ -179,8 +179,8 @@ def on_rung(base: Preset, rung: Rung, /) -> Preset:
             batch=hyper.batch * paper.batch // last.batch,
             lr=hyper.lr * paper.lr / last.lr,
             decay=hyper.decay if paper.decay else 0,
-            P_mean=paper.P_mean if own_noise else hyper.P_mean,
-            P_std=paper.P_std if own_noise else hyper.P_std,
+            P_mean=paper.P_mean if other_noise else hyper.P_mean,
+            P_std=paper.P_std if other_noise else hyper.P_std,
             betas=paper.betas,
             loss_scaling=paper.loss_scaling,
             half_life=paper.half_life and round(hyper.duration * paper.half_life / (2048 * Mi)),
@@ -189,7 +189,7 @@ def on_rung(base: Preset, rung: Rung, /) -> Preset:
 
 
 def preset(name: str, /) -> Preset:
-    """The preset of that name. Raises InputError, listing the names, where there is none."""
+    """The preset called ``name``. Raises InputError for an unknown name."""
     if name not in PRESETS:
         raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]

@@ -1,1 +1,1 @@
-"""Short scripts that a reader finishes in one sitting; each runs as ``python -m examples.NAME``."""
+"""Short, complete scripts; each runs as ``python -m examples.NAME``."""

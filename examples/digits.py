@@ -1,8 +1,8 @@
-"""What the studies on handwritten digits share: data with some held out, runs, their averages, and two measures.
+"""Shared code of the studies on handwritten digits: data with held-out digits, runs, averages and metrics.
 
-Accuracy is the share of samples that a support vector machine, fitted on all real digits, reads as their label. The
-Fréchet distance is that of Gaussians fitted to the pixels, in [0, 1], of samples and of digits that no run has seen:
-FID without a network. Both are small-scale stand-ins: they order networks, they do not compare with FID.
+Accuracy is the share of samples that a support vector machine, fitted to all real digits, classifies as their label.
+The Fréchet distance is that between Gaussians fitted to the pixels, in [0, 1], of samples and of held-out digits: like
+FID, without a network. Both rank networks; their values are not comparable with FID.
 """
 
 import json
@@ -31,13 +31,13 @@ SAMPLES, STEPS = 500, 16
 
 
 class Study:
-    """Runs of one port under ``folder``, on the first ``count`` digits, 1500 at most; the last 297 are held out."""
+    """Runs of one port under ``folder``, on the first ``count`` digits, at most 1500; the last 297 are held out."""
 
     def __init__(self, folder: Path, *, port: str = "torch", count: int = TRAINING):
         digits = open_dataset("digits")
-        everything = np.arange(len(digits))
+        indices = np.arange(len(digits))
         self.folder, self.port, self.count = folder, port, count
-        self.images, self.labels = digits.images(everything), digits.labels(everything)
+        self.images, self.labels = digits.images(indices), digits.labels(indices)
         self.data = folder / "data"
         if not (self.data / "dataset.json").exists():
             self._write()
@@ -51,65 +51,65 @@ class Study:
         (self.data / "dataset.json").write_text(json.dumps({"labels": pairs}))
 
     def train(self, name: str, *options: object) -> Run:
-        """The run called ``name``, trained as the command would be with ``options``; one that is complete is kept.
+        """Train or resume the run ``name`` with ``options`` of the train command; a complete run is kept.
 
         Raises:
             InputError: the command fails.
         """
         run = Run(self.folder / name)
         command = import_module(f"backends.{self.port}.train").main
-        new = () if run.exists() else ("--preset", "digits", "--data", self.data)
+        first = () if run.exists() else ("--preset", "digits", "--data", self.data)
         print(f"\n{name}: python -m backends.{self.port}.train {' '.join(map(str, options))}", flush=True)
-        if command([*map(str, (*new, *options)), "--outdir", str(run.path)]):
-            raise InputError(f"a run must be complete to be studied, got {run.path}, which stopped: see above")
+        if command([*map(str, (*first, *options)), "--outdir", str(run.path)]):
+            raise InputError(f"a run must be complete, got {run.path}, which stopped: see the message above")
         return run
 
     def averages(self, run: Run, sigma_rels: Sequence[float]) -> list[Snapshot]:
-        """Of these lengths, at the end of ``run``, stored or reconstructed."""
+        """The averages of these lengths at the end of ``run``, stored or reconstructed."""
         return reconstruct(run.snapshots(run.config().network), sigma_rels=list(sigma_rels))
 
     def at(self, run: Run, nimg: int, sigma_rel: float) -> Snapshot:
-        """The stored average of that length, at ``nimg`` or as soon after as there is one."""
+        """The first stored average of this length at or after ``nimg``."""
         sources = run.snapshots(run.config().network)
         return next(s for s in sources if s.length == Length.of(sigma_rel) and s.time >= nimg).load()
 
     def losses(self, run: Run, sigma_rels: Sequence[float]) -> list[float]:
-        """The denoising loss of digits held out, by averages of these lengths."""
+        """The denoising loss on held-out digits of the averages of these lengths."""
         return [self.denoising_loss(network, held_out=True) for network in self.averages(run, sigma_rels)]
 
     def sample(
         self, network: Snapshot, *, count: int = SAMPLES, guidance: float = 1.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images of the first ``count`` seeds, in 16 steps, and the labels that they were to have."""
+        """Images, uint8 [count, 1, 8, 8], of the first ``count`` seeds, sampled in 16 steps, and their class ids."""
         labels = seeded_labels(range(count), network.required_config().label_dim)
         solver = {"num_steps": STEPS}
         job = Job(snapshot=network, seeds=range(count), labels=labels, guidance=guidance, solver=solver)
         return sample_images(job, self._adapter.sampler, batch=250), labels
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        return float((self._reader.predict(_inked(images)) == labels).mean())
+        return float((self._classifier.predict(_scanned(images)) == labels).mean())
 
     def frechet(self, images: np.ndarray) -> float:
-        """|m - m'|^2 + tr(C + C' - 2 (C C')^1/2), from ``images`` to the digits held out."""
+        """|m - m'|^2 + tr(C + C' - 2 (C C')^1/2), between ``images`` and the held-out digits."""
         (m, c), (n, d) = (_gaussian(_flat(x)) for x in (images, self.images[TRAINING:]))
-        product = np.linalg.eigvals(c @ d).real  # of a product of covariances: real, and not negative but for rounding
+        product = np.linalg.eigvals(c @ d).real  # real and not negative, except for rounding
         return float(np.sum((m - n) ** 2) + np.trace(c + d) - 2 * np.sqrt(product.clip(0)).sum())
 
     def denoising_loss(self, network: Snapshot, *, held_out: bool) -> float:
-        """lambda(sigma) |D(y + n; sigma) - y|^2 a pixel, over fixed noise, of digits that training saw or not."""
-        held = slice(TRAINING, None) if held_out else slice(0, min(self.count, len(self.images) - TRAINING))
-        images, labels = to_model(self.images[held]), np.eye(10, dtype=np.float32)[self.labels[held]]
+        """Mean of lambda(sigma) (D(y + n; sigma) - y)^2 per pixel, with fixed noise, on training or held-out digits."""
+        part = slice(TRAINING, None) if held_out else slice(0, min(self.count, len(self.images) - TRAINING))
+        images, one_hot = to_model(self.images[part]), np.eye(10, dtype=np.float32)[self.labels[part]]
         seeds, total = range(len(images)), 0.0
         for sigma in np.exp(np.linspace(-2, 1, 7)):
             level = np.full((len(images), 1, 1, 1), sigma, np.float32)
             noisy = images + level * noise(seeds, images.shape[1:])
-            denoised, _ = self._adapter.denoise(network.required_config(), network.params, noisy, level, labels)
+            denoised, _ = self._adapter.denoise(network.required_config(), network.params, noisy, level, one_hot)
             total += float(np.mean(weight(level) * np.square(denoised - images)))
         return total / 7
 
     @cached_property
-    def _reader(self) -> SVC:
-        return SVC(gamma=0.001).fit(_inked(self.images), self.labels)
+    def _classifier(self) -> SVC:
+        return SVC(gamma=0.001).fit(_scanned(self.images), self.labels)
 
     @cached_property
     def _adapter(self):  # type: ignore[no-untyped-def]
@@ -120,8 +120,8 @@ def _flat(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1) / 255
 
 
-def _inked(images: np.ndarray) -> np.ndarray:
-    """Pixels as the digits were scanned, 0 to 16."""
+def _scanned(images: np.ndarray) -> np.ndarray:
+    """Pixels in the range of the scanned digits, 0 to 16, as rows."""
     return 16 * _flat(images)
 
 

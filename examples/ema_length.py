@@ -1,8 +1,8 @@
-"""Which length of average is best, as learning rate and training length change? (Sections 3.3 and Figure 13.)
+"""The best averaging length over learning rates and training durations (Section 3.3 and Figure 13).
 
     python -m examples.ema_length [--port torch|jax|mlx] [--folder ema-length]
 
-A row for each run: the denoising loss of digits held out, by averages of nine lengths, the best one marked.
+Each row is a run: the denoising loss on held-out digits of averages of nine lengths, the best one marked.
 """
 
 import sys
@@ -29,7 +29,7 @@ def ema_length(
     durations: tuple[str, ...] = ("16Ki", "48Ki"),
     folder: Path = Path("ema-length"),
 ) -> None:
-    """Train for each of DURATIONS at each of RATES, and average each run over every length."""
+    """Train for each of DURATIONS at each of RATES, and compare averages of nine lengths."""
     study = Study(folder, port=port)
     options = ("--snapshot", "1Ki")
     runs = {

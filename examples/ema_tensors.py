@@ -1,9 +1,9 @@
-"""How much does the length of the average matter to each tensor? (Section 3.3, Figure 5b.)
+"""The effect of the averaging length of single tensors (Section 3.3, Figure 5b).
 
     python -m examples.ema_tensors [--port torch|jax|mlx] [--folder ema-tensors]
 
-All tensors are averaged over one length, about the best for the whole network, but for a single one: a row for each,
-with what a shorter and a longer average of it alone change in the denoising loss of digits held out, in percent.
+All tensors but one have an average of the length that is about the best for the whole network. Each row is that one
+tensor: the change of the denoising loss on held-out digits with a shorter and a longer average of it, in percent.
 """
 
 import sys
@@ -32,19 +32,19 @@ def ema_tensors(
     tensors: str = "",
     folder: Path = Path("ema-tensors"),
 ) -> None:
-    """Train for DURATION images; move one tensor at a time away from LENGTH, of those with TENSORS in their name."""
+    """Train for DURATION images; change LENGTH for one tensor at a time, of those with TENSORS in their name."""
     study = Study(folder, port=port)
     run = study.train("run", "--duration", duration, "--snapshot", "1Ki")
     base, short, long = study.averages(run, (length, SHORT, LONG))
-    least = study.denoising_loss(base, held_out=True)
-    print(f"\nloss {least:.5f} with all at {length:g}; percent more with one tensor's average at")
+    base_loss = study.denoising_loss(base, held_out=True)
+    print(f"\nloss {base_loss:.5f} with all at {length:g}; percent more with one tensor's average at")
     print(f"{SHORT:>8} {LONG:>8}  tensor")
     table = plan(base.required_config()).parameters
     weights = [name for name, parameter in table.items() if parameter.kind == "weight" and tensors in name]
     changes = {
         name: [
             100 * (study.denoising_loss(replace(base, params={**base.params, name: other.params[name]}), held_out=True)
-                   / least - 1)
+                   / base_loss - 1)
             for other in (short, long)
         ]
         for name in weights if not name.startswith("logvar")

@@ -1,9 +1,9 @@
-"""Which length of average is best, as guidance grows stronger? (Section 3.3, Figure 6.)
+"""The best averaging length over guidance weights (Section 3.3, Figure 6).
 
     python -m examples.guidance_length [--port torch|jax|mlx] [--folder guidance-length]
 
-A row for each guidance weight, by the same network without its label: the Fréchet distance to digits held out, of
-samples from averages of five lengths, the best one marked.
+The guide is the same network without its label. Each row is a guidance weight: the Fréchet distance to held-out digits
+of samples from averages of five lengths, the best one marked.
 """
 
 import sys
@@ -30,7 +30,7 @@ def guidance_length(
     samples: int = SAMPLES,
     folder: Path = Path("guidance-length"),
 ) -> None:
-    """Train for DURATION images; draw SAMPLES of them at each of WEIGHTS and each length."""
+    """Train for DURATION images; draw SAMPLES images at each of WEIGHTS and each length."""
     study = Study(folder, port=port)
     run = study.train("run", "--duration", duration, "--snapshot", "1Ki")
     networks = study.averages(run, LENGTHS)

@@ -1,9 +1,9 @@
-"""The paper's ladder on handwritten digits: CONFIG A to G at equal budget, one after the other, and what came of each.
+"""The paper's ladder on handwritten digits: trains CONFIG A to G at equal budget and compares their samples.
 
     python -m examples.ladder [--port torch|jax|mlx] [--duration 32Ki] [--folder ladder]
 
-Ends with a table and a report page that lays the runs side by side. A run that is complete is kept, and one that was
-stopped is resumed. The digits are small and the paper's order is that of ImageNet: see docs/ladder.md.
+Ends with a table, and a report page with the runs side by side. Complete runs are kept, stopped ones are resumed.
+Results and their limits: docs/ladder.md.
 """
 
 import sys
@@ -35,7 +35,7 @@ def ladder(
 ) -> None:
     """Train RUNGS with PORT for DURATION images each, under FOLDER, and judge each by SAMPLES images."""
     study = Study(folder, port=port)
-    # on CONFIG A too: of its own traditional average other lengths can hardly be made
+    # on CONFIG A too, whose traditional average reconstructs few lengths
     options = ("--duration", duration, "--telemetry", 20, "--sigma-rels", 0.05, 0.10)
     runs = {rung: study.train(rung, "--ladder", rung, *options) for rung in rungs}
     print("\nCONFIG  accuracy  Fréchet  at length  activation  weight")
@@ -46,7 +46,7 @@ def ladder(
 
 
 def row(study: Study, rung: str, run: Run, *, samples: int) -> str:
-    """The average whose samples come nearest to the digits held out; the largest magnitudes at the end."""
+    """A row of the table: metrics of the average with the smallest Fréchet distance, and the last magnitudes."""
     candidates = []
     for sigma_rel, network in zip(LENGTHS, study.averages(run, LENGTHS), strict=True):
         images, labels = study.sample(network, count=samples)

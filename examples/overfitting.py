@@ -1,9 +1,8 @@
-"""Dropout against overfitting: the loss on what was seen and on what was not, over training (Figure 12).
+"""Dropout against overfitting: the loss on training digits and on held-out digits, over training (Figure 12).
 
     python -m examples.overfitting [--port torch|jax|mlx] [--folder overfitting]
 
-Training on 200 digits alone, without dropout and with it. Once the loss on digits held out has passed its least,
-more training makes it worse.
+Trains on only 200 digits, with several dropout rates. After its minimum, the loss on held-out digits rises again.
 """
 
 import sys
@@ -28,7 +27,7 @@ def overfitting(
     dropout: tuple[float, ...] = (0.0, 0.1, 0.3),
     folder: Path = Path("overfitting"),
 ) -> None:
-    """Train on COUNT digits for DURATION images, once for each DROPOUT."""
+    """Train on COUNT digits for DURATION images, once with each DROPOUT."""
     study = Study(folder, port=port, count=count)
     runs = [
         study.train(f"dropout-{share:g}", "--dropout", share, "--duration", duration, "--snapshot", "8Ki")

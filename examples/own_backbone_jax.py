@@ -1,4 +1,4 @@
-"""Train and sample a backbone of one's own with the parts of EDM2, in JAX: a small MLP on two-dimensional points."""
+"""A custom backbone in JAX: a small MLP on 2-D points, with EDM2's preconditioning, loss, averages and sampler."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ WIDTH, SIGMA_DATA = 64, 0.5
 
 
 def init(key: Array) -> Any:
-    """Three layers on a point, four features of the noise level and a one-hot label."""
+    """Parameters of three layers; the input is a point, four features of the noise level and a one-hot label."""
     shapes = ((2 + 4 + 2, WIDTH), (WIDTH, WIDTH), (WIDTH, 2))
     keys = jax.random.split(key, len(shapes))
     weights = [jax.random.normal(k, shape) / shape[0] ** 0.5 for k, shape in zip(keys, shapes, strict=True)]
@@ -35,7 +35,7 @@ def backbone(params: Any, x: Array, c_noise: Array, labels: Array | None, /, *, 
 
 
 def moons(key: Array, count: int) -> tuple[Array, Array]:
-    """Points on two half circles, and which of the two, one-hot."""
+    """Points [count, 2] on two half circles, and one-hot labels [count, 2] of the half circles."""
     label_key, angle_key = jax.random.split(key)
     label, angle = jax.random.bernoulli(label_key, 0.5, (count,)), jnp.pi * jax.random.uniform(angle_key, (count,))
     upper = jnp.stack([jnp.cos(angle) - 0.5, jnp.sin(angle) - 0.25], axis=1)
@@ -67,9 +67,9 @@ def main(*, steps: int = 2000, batch: int = 256, lr: float = 0.003, seed: int = 
     points = sample(network, jax.random.normal(key, (1000, 2)), labels, num_steps=16)
     curve = moons(jax.random.key(1), 4000)
     for label in range(2):
-        own, others = (curve[0][curve[1][:, label] == value] for value in (1, 0))
-        drawn = points[labels[:, label] == 1]
-        near, far = (jnp.linalg.norm(drawn[:, None] - c, axis=-1).min(axis=1).mean() for c in (own, others))
+        same, other = (curve[0][curve[1][:, label] == value] for value in (1, 0))
+        samples = points[labels[:, label] == 1]
+        near, far = (jnp.linalg.norm(samples[:, None] - c, axis=-1).min(axis=1).mean() for c in (same, other))
         print(f"label {label}: mean distance from its half circle {near:.3f}, from the other {far:.3f}")
 
 

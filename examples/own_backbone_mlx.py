@@ -1,6 +1,6 @@
-"""A denoiser with a backbone of one's own in MLX: points on two moons, one class each, and a small MLP.
+"""A custom backbone in MLX: a small MLP on points of two half circles, one per class.
 
-EDM2's preconditioning, loss, training step, averages of weights and sampler take any module (x, c_noise, labels).
+Preconditioning, loss, training step, averages and sampler of EDM2 take any module ``(x, c_noise, labels)``.
 """
 
 from math import pi
@@ -13,11 +13,11 @@ from backends.mlx.api import Denoiser, sample
 from backends.mlx.step import Batch, Learner
 from edm2_core.loss import noise_level
 
-LENGTH = 0.10  # the average over about a tenth of the training so far
+LENGTH = 0.10  # sigma_rel of the average
 
 
 class MLP(nn.Module):
-    """x [N, 2], c_noise [N] and one-hot labels [N, 2], or None, to [N, 2]."""
+    """The raw network F: x [N, 2], c_noise [N] and one-hot labels [N, 2] or None to [N, 2]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -41,7 +41,7 @@ def moons(labels: mx.array, noise: float = 0.03) -> mx.array:
 
 
 def distance(points: mx.array, labels: mx.array) -> mx.array:
-    """Of each point from the half circle of its class."""
+    """The distance of each point from the half circle of its class."""
     side = 1 - 2 * labels
     x, y = points[:, 0] / 0.6 + side / 2, side * points[:, 1] / 0.6 + 0.25
     ends = mx.sqrt(mx.square(mx.abs(x) - 1) + mx.square(y))
@@ -49,7 +49,7 @@ def distance(points: mx.array, labels: mx.array) -> mx.array:
 
 
 def main(*, images: int = 1 << 18, batch: int = 512, width: int = 64, samples: int = 512) -> None:
-    """Train on IMAGES points, then sample with the averaged weights; the distances are those from the true curve."""
+    """Train on IMAGES points, then sample with raw and averaged weights; print the distances from the true curve."""
     mx.random.seed(0)
     denoiser = Denoiser(MLP(width), label_dim=2)
     learner = Learner(denoiser, sigma_rels=[LENGTH])
@@ -63,8 +63,8 @@ def main(*, images: int = 1 << 18, batch: int = 512, width: int = 64, samples: i
     for name, weights in {"raw": None, "averaged": learner.ema.arrays(LENGTH)}.items():
         if weights is not None:
             denoiser.load_weights(list(weights.items()))
-        far = distance(sample(denoiser, noise, one_hot, num_steps=16, sigma_max=10.0), labels)
-        print(f"{name:8}  {far.mean().item():13.4f}  {(far < 0.1).mean().item():10.1%}")
+        distances = distance(sample(denoiser, noise, one_hot, num_steps=16, sigma_max=10.0), labels)
+        print(f"{name:8}  {distances.mean().item():13.4f}  {(distances < 0.1).mean().item():10.1%}")
 
 
 if __name__ == "__main__":

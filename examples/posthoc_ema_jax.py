@@ -1,6 +1,6 @@
-"""Post-hoc EMA in a JAX loop of one's own: train once, then choose how long to average the weights.
+"""Post-hoc EMA in your own JAX loop: train once, then choose the averaging length.
 
-The averages are one more optax transformation, last in the chain, inside the jitted and donated step.
+The averages are an optax transformation, the last in the chain, inside the jitted step with donated state.
 """
 
 from functools import partial
@@ -17,8 +17,8 @@ import tyro
 from backends.jax.ema import power_ema, reconstruct, save
 from backends.pipeline.data.datasets import open_dataset, to_model
 
-BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images a step, from snapshot to snapshot, and to learn from
-LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.10, 0.13, 0.17, 0.22, 0.28)  # shares of training that averages reach back
+BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images per step, between snapshots, and to train on
+LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.10, 0.13, 0.17, 0.22, 0.28)  # sigma_rel
 
 
 def loss(params: Any, x: Any, y: Any) -> Any:
@@ -29,7 +29,7 @@ def loss(params: Any, x: Any, y: Any) -> Any:
 
 
 def main(*, images: int = 32_000, folder: Path | None = None) -> None:
-    """Train on IMAGES images, with snapshots in FOLDER (an empty one; none: a temporary one); then compare lengths."""
+    """Train on IMAGES images, with snapshots in FOLDER (empty; by default a temporary one); then compare lengths."""
     data, rng, order = open_dataset("digits"), np.random.default_rng(0), np.random.default_rng(0).permutation(1797)
     x, y = to_model(data.images(order)).reshape(1797, 64), data.labels(order).astype(np.int32)
     shapes, he = ((64, 64), (64, 64), (64, 10)), (2 / 64) ** 0.5

@@ -1,7 +1,7 @@
-"""Post-hoc EMA in an MLX loop of one's own: train once, then choose how long to average the weights.
+"""Post-hoc EMA in your own MLX loop: train once, then choose the averaging length.
 
-A small network classifies noisy digits. Its learning rate is constant and so high that the weights keep fluctuating;
-averaging removes that. The best length is chosen after training, from stored averages of two lengths.
+A small network classifies noisy digits. Its learning rate is constant and so high that its weights keep fluctuating,
+which averaging removes. Snapshots of two averages give any other length after training.
 """
 
 from pathlib import Path
@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten
 from backends.mlx.ema import PowerEMA, reconstruct
 from backends.pipeline.data.datasets import open_dataset, to_model
 
-BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images a step, between snapshots, and for training
-LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.10, 0.13, 0.17, 0.22, 0.28)  # sigma_rels to compare
+BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images per step, between snapshots, and to train on
+LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.10, 0.13, 0.17, 0.22, 0.28)  # sigma_rel
 
 
 def loss(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:
@@ -25,7 +25,7 @@ def loss(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:
 
 
 def main(*, images: int = 32_000, folder: Path | None = None) -> None:
-    """Train on IMAGES images, with snapshots in FOLDER, an empty one (default: a temporary one); compare lengths."""
+    """Train on IMAGES images, with snapshots in FOLDER (empty; by default a temporary one); then compare lengths."""
     mx.random.seed(0)
     data, rng = open_dataset("digits"), np.random.default_rng(0)
     order = rng.permutation(1797)
@@ -50,8 +50,8 @@ def main(*, images: int = 32_000, folder: Path | None = None) -> None:
     for name, weights in choices.items():
         model.load_weights(list(weights.items()))
         held_out, labels = mx.array(x[TRAINING:]), mx.array(y[TRAINING:])
-        right = model(held_out).argmax(1) == labels
-        print(f"{name:6}  {loss(model, held_out, labels).item():13.4f}  {right.mean().item():8.1%}")
+        correct = model(held_out).argmax(1) == labels
+        print(f"{name:6}  {loss(model, held_out, labels).item():13.4f}  {correct.mean().item():8.1%}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Post-hoc EMA in a training loop of one's own: train once, then choose the averaging length.
+"""Post-hoc EMA in your own PyTorch loop: train once, then choose the averaging length.
 
-The network is an ordinary classifier of noisy digits, trained at a constant learning rate that is too high for its
-weights to converge. Averaging removes that noise; an average over too long includes weights from early in training. The
-best length is in between, and need not be known before training: snapshots of two averages give any other length.
+The network is a classifier of noisy digits, trained at a constant learning rate that is too high for its weights to
+converge. Averaging removes that noise, but too long an average includes weights from early in training. The best length
+is in between and is chosen after training: snapshots of two averages give any other length.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.10, 0.13, 0.17, 0.22, 0.28)  # sigma_
 def main(*, images: int = 32_000, folder: Path | None = None) -> None:
     """Train on IMAGES images, with snapshots in FOLDER (empty; by default a temporary one); then compare lengths."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the network is too small for more
+    torch.set_num_threads(1)  # the network is too small to use more
     data, order = open_dataset("digits"), np.random.default_rng(0).permutation(1797)
     x, y = torch.from_numpy(to_model(data.images(order))).flatten(1), torch.from_numpy(data.labels(order))
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))

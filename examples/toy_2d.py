@@ -1,8 +1,8 @@
-"""Guidance one can see: points in the plane, of two classes, each a branching arm, and a network too small for them.
+"""Autoguidance on a 2-D density (arXiv 2406.02507): points of two classes, each a branching arm, and a small network.
 
-Where the network is unsure it scatters points between the branches. A guide, here a smaller network trained less, is
-unsure in the same places and more so: going on from what the guide says past what the network says leads back to the
-branches (autoguidance, arXiv 2406.02507). It also thins them: what gains in density loses in diversity.
+The network scatters points between the branches, where its prediction is uncertain. The guide, a smaller network with
+less training, makes the same errors, only larger. Guidance extrapolates from the guide's prediction past that of the
+network, which moves points back to the branches. Samples become more likely but less diverse.
 """
 
 import sys
@@ -30,13 +30,13 @@ ORANGE, BLUE, PAPER = np.array([1.0, 0.5, 0.05]), np.array([0.1, 0.4, 0.8]), np.
 
 def branch(base: complex, step: complex, forks: int) -> list[tuple[complex, float, float]]:
     """Gaussians along a branch (centre, width, mass), and along the two smaller ones that fork from its tip."""
-    own = [(base + step * k / 8, abs(step) / 14, 2.0**forks) for k in range(8)]
+    along = [(base + step * k / 8, abs(step) / 14, 2.0**forks) for k in range(8)]
     turns = (rect(0.8, -0.5), rect(0.62, 0.6)) if forks else ()
-    return own + [gaussian for turn in turns for gaussian in branch(base + step, step * turn, forks - 1)]
+    return along + [gaussian for turn in turns for gaussian in branch(base + step, step * turn, forks - 1)]
 
 
 def arm() -> distributions.Distribution:
-    """The true density of class 0. That of class 1 is the same, turned by half a circle: x becomes -x."""
+    """The true density of class 0. That of class 1 is rotated by 180 degrees: x becomes -x."""
     centres, widths, masses = (torch.tensor(c) for c in zip(*branch(-1 + 0.3j, rect(0.5, 0.35), 4), strict=True))
     scale = 0.5 / (masses / masses.sum() @ centres.abs() ** 2 / 2).sqrt()  # 0.5 is the sigma_data of precondition
     parts = distributions.Normal(torch.view_as_real(centres * scale), (widths * scale)[:, None])
@@ -44,7 +44,7 @@ def arm() -> distributions.Distribution:
 
 
 class Net(nn.Module):
-    """EDM2 without the images: what goes from layer to layer has variance one, whatever the weights."""
+    """A magnitude-preserving MLP: activations have unit variance for any weights."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -58,7 +58,7 @@ class Net(nn.Module):
         return x @ mp_weight(self.weights[name], gain=gain).T
 
     def forward(self, x: Tensor, sigma: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
-        """The denoised points and the uncertainty; ``sign``, 1 or -1, is the label and keeps its variance too."""
+        """Denoised points [N, 2] and uncertainty [N, 1]; the label ``sign`` [N, 1] is 1 or -1, of unit variance."""
         c = precondition(sigma)
         noise = mp_fourier(c.c_noise[:, 0], self.freqs, self.phases)
         emb = self.layer("embed", mp_cat(noise, sign, axis=1))
@@ -69,11 +69,11 @@ class Net(nn.Module):
 
 
 def train(data: Tensor, *, width: int, images: int) -> Net:
-    """A network's average over training; without averages the last few batches would show in the picture."""
+    """Train a network on points [N, 2] and return its average, whose samples depend less on the last batches."""
     net = Net(width)
     optimizer, ema = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99)), PowerEMA(net, sigma_rels=[0.1])
     for seen in range(BATCH, images + 1, BATCH):
-        with torch.no_grad():  # a step begins with every weight back on its sphere
+        with torch.no_grad():  # forced weight normalization, before each step
             for weight in net.weights.values():
                 weight.copy_(force_weight_norm(weight))
         sign, sigma = torch.randn(BATCH, 1).sign(), noise_level(torch.randn(BATCH, 1), P_mean=-2.3, P_std=1.5)
@@ -89,7 +89,7 @@ def train(data: Tensor, *, width: int, images: int) -> Net:
 
 
 def picture(x: Tensor) -> np.ndarray:
-    """[3, PIXELS, PIXELS]: the first half of the points in orange ink, the second in blue."""
+    """A picture, uint8 [3, PIXELS, PIXELS], of the points: the first half in orange, the second in blue."""
     page = PAPER
     for ink, part in zip((ORANGE, BLUE), x.numpy().reshape(2, -1, 2), strict=True):
         counts, *_ = np.histogram2d(-part[:, 1], part[:, 0], bins=PIXELS, range=[(-1.3, 1.3)] * 2)
@@ -98,9 +98,9 @@ def picture(x: Tensor) -> np.ndarray:
 
 
 def main(*, images: int = 1 << 20, guidance: float = 2.0, out: Path = Path("toy_2d.png")) -> None:
-    """Train on IMAGES points (the guide on a 16th of them) and draw OUT: data, samples unguided, samples guided."""
+    """Train on IMAGES points (the guide on a 16th of them); draw data, unguided and guided samples into OUT."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # more would only wait for each other, the networks are so small
+    torch.set_num_threads(1)  # the networks are too small to use more
     truth, sign = arm(), torch.ones(POINTS, 1)
     sign[POINTS // 2 :] = -1
     data, noise = truth.sample((POINTS,)), torch.randn(POINTS, 2)
@@ -113,7 +113,7 @@ def main(*, images: int = 1 << 20, guidance: float = 2.0, out: Path = Path("toy_
         samples = [sample(d, noise, num_steps=24, sigma_max=5.0) for d in (net, guided(net, guide, guidance=guidance))]
     points = dict(zip(("data", "unguided", "guided"), (sign * data, *samples), strict=True))
     least = truth.log_prob(data).quantile(0.01)
-    print("          median log density  outliers: where less dense than for 99% of the data")
+    print("          median log density  outliers: below the density of 99% of the data")
     for name, x in points.items():
         density = truth.log_prob(sign * x)
         print(f"{name:8}  {density.median():18.2f}  {(density < least).float().mean():8.1%}")

@@ -1,10 +1,9 @@
-"""Weights that are only normalized where they are used grow; weights that are forced onto their spheres cannot.
+"""The growth of weights without forced weight normalization (CONFIG D) and with it (CONFIG E).
 
     python -m examples.weight_growth [--port torch|jax|mlx] [--folder weight-growth]
 
-CONFIG D and E side by side over training: the mean magnitude of their weights, and the relative size of an update,
-which shrinks as the weights grow (Figure 3, Eqs. 60 to 67). The learning rate is constant in both, so that nothing
-else can be the reason.
+Prints the mean magnitude of weights and the relative size of updates over training; in CONFIG D weights grow and so
+updates shrink (Figure 3, Eqs. 60 to 67). The learning rate is constant in both.
 """
 
 import sys
@@ -35,9 +34,9 @@ def weight_growth(
     print("\nimages  weights D        E  updates D        E")
     for pair in zip(*lines, strict=True):
         blocks = [list(line["blocks"].values()) for line in pair]
-        d, e = (np.mean([block["weight_mean"] for block in of]) for of in blocks)
-        u, v = (np.mean([block["update"] for block in of]) for of in blocks)
-        print(f"{pair[0]['nimg']:6}  {d:9.4f} {e:8.4f}  {u:9.5f} {v:8.5f}")
+        weights = [np.mean([block["weight_mean"] for block in line]) for line in blocks]
+        updates = [np.mean([block["update"] for block in line]) for line in blocks]
+        print("{:6}  {:9.4f} {:8.4f}  {:9.5f} {:8.5f}".format(pair[0]["nimg"], *weights, *updates))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ DIGITS = open_dataset("digits")
 class Pictures:
     """A dataset of 4 unlabelled RGB images of 16 x 16, by its description only."""
 
-    name, resolution, channels, label_dim = "pictures", 16, 3, 0
+    name, spec, resolution, channels, label_dim = "pictures", "pictures", 16, 3, 0
 
     def __len__(self):
         return 4
@@ -209,7 +209,7 @@ def test_a_resumed_run_refuses_data_that_have_changed():
     before = config_of(Pictures(), unconditional=True)
     changed = replace(before, data_summary=replace(before.data_summary, count=5))
     Run("run").save_config(changed)
-    with pytest.raises(InputError, match="data must be those the run began with, got count 4 instead of 5"):
+    with pytest.raises(InputError, match="data must be the same as when the run began, got count 4 for 5"):
         config_of(Pictures(), previous=changed, outdir="run")
 
 

@@ -243,7 +243,7 @@ def test_what_does_not_exist_is_refused(tmp_path: Path) -> None:
     )
     _refused(tmp_path / "gone.zip", "which does not exist")
     (tmp_path / "file.tar").write_bytes(b"")
-    _refused(tmp_path / "file.tar", "which is no such thing")
+    _refused(tmp_path / "file.tar", "which is none of these")
 
 
 def test_data_without_images_is_refused(folder: Path, pack: Pack) -> None:
@@ -278,7 +278,7 @@ def test_more_than_8_bits_are_refused_instead_of_lost(folder: Path) -> None:
 def test_a_file_that_is_no_image_is_refused_and_named(folder: Path, pack: Pack, content: bytes) -> None:
     _write(folder / "1.png")
     (folder / "2.png").write_bytes(content)
-    _refused(pack(folder), r"^data must be readable, got 'no image that Pillow can read' from .*2\.png: ")
+    _refused(pack(folder), r"^data must be readable, got 'not an image that Pillow can read' from .*2\.png: ")
 
 
 def test_a_broken_zip_is_refused_and_named(folder: Path) -> None:

@@ -326,7 +326,7 @@ def test_float64_is_refused_before_the_gpu_is_asked():
         ("Linux", "x86_64", "ModuleNotFoundError('', name='mlx')", r"pip install 'edm2\[mlx\]' \(mlx\[cpu\]"),
         ("Linux", "x86_64", "ImportError('libmlx.so: cannot open')", r"pip install 'edm2\[mlx\]' \(mlx\[cpu\]"),
         ("Darwin", "arm64", "ModuleNotFoundError('', name='mlx')", r"pip install 'edm2\[mlx\]'\n"),
-        ("Windows", "AMD64", "ModuleNotFoundError('', name='mlx')", "there is none for Windows on AMD64"),
+        ("Windows", "AMD64", "ModuleNotFoundError('', name='mlx')", "MLX does not support Windows on AMD64"),
     ],
 )
 def test_where_mlx_is_missing_one_line_says_how_to_install_it(tmp_path, system, machine, fault, says):

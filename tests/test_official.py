@@ -144,7 +144,7 @@ def test_the_command_writes_a_snapshot_and_names_the_licence(tmp_path, capsys):
     made = load_snapshot(tmp_path / "0016777-0.050.safetensors")
     assert made.config == CONFIG
     assert main(["import", str(path)]) == 2
-    assert "must not take another file's place" in capsys.readouterr().err
+    assert "--out must be a new file" in capsys.readouterr().err
     assert main(["import", str(path), "--out", str(tmp_path / "b"), "--nimg", "1Mi", "--sigma-rel", "0.1"]) == 0
     made = load_snapshot(tmp_path / "b")
     assert (made.nimg, made.length) == (1 << 20, Length.of(0.1))

@@ -128,7 +128,7 @@ def test_what_is_there_is_skipped_and_what_was_made_otherwise_is_not_overwritten
     before = contents(folder / "reconstructed")
     stamp = next((folder / "reconstructed").iterdir()).stat().st_mtime_ns
     command(folder, "--sigma-rels", 0.2, 0.03)
-    assert "is there" in capsys.readouterr().out
+    assert "exists" in capsys.readouterr().out
     after = contents(folder / "reconstructed")
     assert after | before == after
     assert len(after) == 2
@@ -194,14 +194,14 @@ def test_a_broken_file_is_named_and_may_be_left_out(folder, tmp_path, way, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "a length must be wanted, got none"),
+        ([], "--sigma-rels must be one or more lengths, got none"),
         (["--sigma-rels", 0.3], r"sigma_rel must be within (0, 0.2887), got 0.3"),
         (["--sigma-rels", 0.1, "--at", 500], "must be from 1000 to 8000 images, got 500"),
         (["--sigma-rels", 0.1, "--at", 9000], "must be from 1000 to 8000 images, got 9000"),
         (["--sigma-rels", 0.1, "--override", "nope*=0.1"], "must match an array, got 'nope*'"),
         (["--sigma-rels", 0.1, "--override", "0.2"], "--override must be PATTERN=LENGTH"),
         (["--sigma-rels", 0.1, 0.1001], "must differ in their first three digits"),
-        (["--sigma-rels", 0.1, "--source-raw", 1, "--source-half-life", 2], "say one of these"),
+        (["--sigma-rels", 0.1, "--source-raw", 1, "--source-half-life", 2], "exclude each other"),
         (["--sigma-rels", 0.1, "--source-update-every", 0], "must be at least 1, got 0"),
         (["--sigma-rels", 0.1, "--memory", "much"], "--memory must be a whole number"),
     ],
@@ -247,7 +247,7 @@ def test_what_was_stopped_goes_on_and_ends_the_same(tmp_path, signum):
     assert not list(parts.glob("*.safetensors"))  # nothing that looks whole
     assert 0 < json.loads((parts / ".reconstruct.json").read_text())["done"] < 128
     done = subprocess.run([*START, *words, str(parts)], check=True, capture_output=True, text=True)
-    assert "goes on" in done.stdout
+    assert "resumed" in done.stdout
     assert contents(parts) == contents(tmp_path / "whole")
 
 

@@ -203,14 +203,14 @@ def test_a_grid_shows_at_most_100_images(run):
         ({"sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
         ({"rho": 0.0}, "rho > 0"),
         ({"S_churn": -1.0}, "--S-churn must not be negative, got -1"),
-        ({"net": "net", "run": "runs/00000-digits"}, "--net is one stored network, got --run or --sigma-rel too"),
-        ({"net": "net", "sigma_rel": 0.1}, "--net is one stored network, got --run or --sigma-rel too"),
+        ({"net": "net", "run": "runs/00000-digits"}, "--net excludes --run and --sigma-rel"),
+        ({"net": "net", "sigma_rel": 0.1}, "--net excludes --run and --sigma-rel"),
         ({"net": "none"}, "none must be a file that can be read"),
         ({"run": "none"}, r"must be a folder with a config\.json, got none"),
-        ({"guide": "net"}, "--guide needs a weight"),
-        ({"guide": "wide", "guidance": 2.0}, "--guide must make the same images, got img_resolution 16 instead of 8"),
+        ({"guide": "net"}, "--guide needs a guidance weight"),
+        ({"guide": "wide", "guidance": 2.0}, "--guide must make images of the same shape, got img_resolution 16 for 8"),
         ({"guide": "other", "guidance": 2.0}, "--guide must have no classes or 10, got 3"),
-        ({"net": "free", "guidance": 2.0}, "--guidance of a network without labels needs another"),
+        ({"net": "free", "guidance": 2.0}, "--guidance of a network without labels needs a guide"),
         ({"net": "free", "label": 3}, "--class needs a network with labels, got 3"),
         ({"net": "latent"}, "PNG images must be grey or RGB, got 4 channels: use --format npz"),
         ({"net": "theirs"}, "must be one of edm2's"),
@@ -238,7 +238,9 @@ def test_without_any_run_the_train_command_is_named():
 def test_a_run_without_snapshots_says_how_to_get_some(run):
     for path in run.snapshots_path.iterdir():
         path.unlink()
-    with pytest.raises(InputError, match=r"got none in .*: python -m backends\.toy\.train --outdir runs/00000-digits"):
+    with pytest.raises(
+        InputError, match=r": continue it with python -m backends\.toy\.train --outdir runs/00000-digits"
+    ):
         sample()
 
 

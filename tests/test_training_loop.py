@@ -187,13 +187,13 @@ def test_a_run_killed_before_its_first_state_starts_again(capsys):
     _, trainer, run = train()
     assert (trainer.seen[0][0], trainer.resumed) == (0, False)
     assert [record["nimg"] for record in run.log()] == list(range(64, 4097, 64))
-    assert "at 0 images, for no state was stored yet" in capsys.readouterr().out
+    assert "at 0 images, because no state was stored yet" in capsys.readouterr().out
 
 
 def test_a_run_whose_state_was_lost_does_not_silently_start_again():
     _, _, run = train()
     run.state_path.unlink()
-    with pytest.raises(InputError, match=r"came to 4096 images must have its state to go on, got none at .*--outdir$"):
+    with pytest.raises(InputError, match=r"its state to be resumed after 4096 images, got none at .*--outdir$"):
         train()
 
 

@@ -1,1 +1,1 @@
-"""Commands that need no framework: ``edm2 NAME``."""
+"""The commands ``edm2 NAME``, one module each; only reports that sample images need a framework."""

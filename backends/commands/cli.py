@@ -1,4 +1,4 @@
-"""The ``edm2`` command: dispatch to the command named first, importing only that one."""
+"""The command ``edm2``: runs the command named by its first argument and imports only that one."""
 
 import sys
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from backends.pipeline.runs.options import parse
 from edm2_core import __version__
 from edm2_core.errors import InputError
 
-COMMANDS = {  # by name: its module in this package, and what it does
+COMMANDS = {  # name: (module in this package, description)
     "reconstruct": ("reconstruct", "averages of any length from stored ones, in one pass"),
     "plan": ("plan", "which averages to store when, within a budget of files"),
     "import": ("import_official", "an official EDM2 pickle as a snapshot, executing nothing in it"),
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(f"edm2 {__version__}\n")
-        for known, (_, what) in COMMANDS.items():
-            print(f"  edm2 {known:12} {what}")
+        for known, (_, text) in COMMANDS.items():
+            print(f"  edm2 {known:12} {text}")
         print("\nedm2 NAME --help lists its options")
         return 0
     if name == "--version":
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         raise InputError(f"edm2 must be followed by one of {', '.join(COMMANDS)}, got {name!r}: see edm2 --help")
-    module_name, what = COMMANDS[name]
+    module_name, text = COMMANDS[name]
     module = import_module(f"backends.commands.{module_name}")
-    options = parse(module.Options, words, prog=f"edm2 {name}", description=f"{what[0].upper()}{what[1:]}.")
+    options = parse(module.Options, words, prog=f"edm2 {name}", description=f"{text[0].upper()}{text[1:]}.")
     return module.run(options) or 0
 
 

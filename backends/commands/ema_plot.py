@@ -1,4 +1,4 @@
-"""edm2 ema-plot: profiles and predicted errors of what a folder of averages can be combined into."""
+"""edm2 ema-plot: profiles and predicted errors of averages reconstructed from a folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class Options(SourceOptions):
     sigma_rels: tuple[float, ...] = (0.02, 0.05, 0.10, 0.20)
     """Lengths whose profiles are drawn, at most 5."""
     at: int | None = None
-    """Time of the averages, such as 512Mi. Without it: that of the last file."""
+    """Time of the averages, such as 512Mi. Without it: the time of the last file."""
     out: Path | None = None
     """Picture to write. Without it: ema.png in the source's folder."""
 
@@ -30,14 +30,14 @@ def run(options: Options) -> None:
     """Draw the picture and print the largest error. Raises InputError as edm2 reconstruct does."""
     combination = Combination.of(options.open(), time=options.at, sigma_rels=options.sigma_rels)
     lengths, t = combination.lengths, np.linspace(0, 1, 1001)[1:]
-    drawn, (left, right) = figure(2)
-    made = reconstructed_profile(t * combination.time, **combination.arguments(lengths)) * combination.time
+    picture, (left, right) = figure(2)
+    reconstructed = reconstructed_profile(t * combination.time, **combination.arguments(lengths)) * combination.time
     wanted = [profile(t, end_time=1.0, sigma_rel=s) for s in lengths]
-    draw_profiles(left, t, {s: (w, m) for s, w, m in zip(lengths, wanted, made, strict=True)})
+    draw_profiles(left, t, {s: (w, r) for s, w, r in zip(lengths, wanted, reconstructed, strict=True)})
     error = reconstruction_error(**combination.arguments(_CURVE))
     draw_errors(right, _CURVE, {f"{len(combination.usable)} files": error})
     path = options.out or options.source / "ema.png"
-    save(drawn, path)
+    save(picture, path)
     worst = int(np.argmax(error.total))
     print(f"worst     {error.total[worst]:.2e} at {_CURVE[worst]:.3f}, of lengths from {_CURVE[0]:g} to {_CURVE[-1]:g}")
     print(f"wrote     {path}")

@@ -1,4 +1,4 @@
-"""edm2 import: an official EDM2 pickle as a snapshot, without executing anything in it."""
+"""edm2 import: converts an official EDM2 pickle to a snapshot without executing anything in it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ class Options:
     source: tyro.conf.Positional[Path]
     """The pickle, such as edm2-img512-s-2147483-0.130.pkl."""
     out: Path | None = None
-    """Snapshot to write. Without it: beside the pickle, named by its time and length."""
+    """Snapshot to write. Without it: beside the pickle, named by time and length."""
     nimg: int | None = None
-    """Images seen in training. Without it: what the pickle's name says."""
+    """Images seen in training. Without it: taken from the pickle's name."""
     sigma_rel: float | None = None
-    """Relative length of the average. Without it: what the pickle's name says."""
+    """Relative length of the average. Without it: taken from the pickle's name."""
 
 
 def run(options: Options) -> None:
@@ -35,7 +35,7 @@ def run(options: Options) -> None:
     assert snapshot.length is not None, "official files are averages"
     path = options.out or options.source.with_name(snapshot_name(snapshot.nimg, snapshot.length))
     if path.exists():
-        raise InputError(f"a snapshot must not take another file's place, got {path}: choose another --out")
+        raise InputError(f"--out must be a new file, got {path}, which exists: choose another")
     save_snapshot(path, snapshot)
     size = f"{parameter_count(snapshot.required_config()) / 1e6:.1f} M parameters"
     print(f"network   {size}, sigma_rel {snapshot.length}, after {snapshot.nimg} images")

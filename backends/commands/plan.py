@@ -1,4 +1,4 @@
-"""edm2 plan: which averages to store at which times, so that few files reconstruct any length well."""
+"""edm2 plan: chooses which averages to store at which times, so that few files reconstruct any length well."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,25 +42,25 @@ class Options:
     files: int = 32
     """Maximum number of files at any time."""
     range: str = "0.01-0.25"
-    """Shortest and longest relative length to be reconstructed."""
+    """Shortest and longest relative length to reconstruct."""
     duration: Duration = None
-    """Length of the run in images, or 'any' where its end is unknown. Without it: the preset's."""
+    """Duration of the run in images, or 'any' if its end is unknown. Without it: that of the preset."""
     preset: str = "img512-s"
-    """Network, for its size, duration and batch."""
+    """Preset that gives the size of the network, duration and batch."""
     parameters: int | None = None
-    """Number of parameters of the network. Without it: the preset's."""
+    """Number of parameters of the network. Without it: that of the preset."""
     batch: int | None = None
-    """Images per step. Without it: the preset's."""
+    """Images per step. Without it: that of the preset."""
     max_lengths: int = 3
     """Maximum number of averages to track, each a copy of the network in memory."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Dtype of the files."""
     out: Path = Path("snapshot-plan.json")
-    """Plan to write, with its picture beside it."""
+    """File of the plan; its picture is written beside it."""
 
 
 def run(options: Options) -> None:
-    """Print the plan's table, draw its errors, and write it for ``train --snapshot-plan``.
+    """Make a plan, print its table, draw its errors, and write it for ``train --snapshot-plan``.
 
     Raises:
         InputError: as :func:`edm2_core.ema.plan_snapshots`, an unknown preset, or a failed write.
@@ -75,24 +75,24 @@ def run(options: Options) -> None:
         batch=base.hyper.batch if options.batch is None else options.batch,
         dtype=options.dtype,
     )
-    usual = {}
+    uniform = {}
     if isinstance(plan, TimedPlan):
         counts = (options.files, 4 * options.files)
-        usual = {f"uniform, {n} files": uniform_plan(files=n, duration=plan.duration) for n in counts}
+        uniform = {f"uniform, {n} files": uniform_plan(files=n, duration=plan.duration) for n in counts}
     path, picture = options.out, options.out.with_suffix(".png")
-    drawn, (axes,) = figure(1)
+    errors, (axes,) = figure(1)
     lengths = np.geomspace(*plan.range, 120)
     draw_errors(
-        axes, lengths, {name: p.error(lengths) for name, p in {f"plan, {plan.files} files": plan, **usual}.items()}
+        axes, lengths, {name: p.error(lengths) for name, p in {f"plan, {plan.files} files": plan, **uniform}.items()}
     )
-    save(drawn, picture)
+    save(errors, picture)
     write_bytes(path, plan.to_json().encode())
-    _print(plan, usual, parameter_count(base.network) if options.parameters is None else options.parameters)
+    _print(plan, uniform, parameter_count(base.network) if options.parameters is None else options.parameters)
     print(f"wrote     {path}, for train --snapshot-plan {path}")
     print(f"wrote     {picture}")
 
 
-def _print(plan: SnapshotPlan, usual: dict[str, TimedPlan], parameters: int) -> None:
+def _print(plan: SnapshotPlan, uniform: dict[str, TimedPlan], parameters: int) -> None:
     each = parameters * _BYTES[plan.dtype]
     print(f"track     {', '.join(f'{s:g}' for s in plan.sigma_rels)}")
     if isinstance(plan, TimedPlan):
@@ -100,10 +100,8 @@ def _print(plan: SnapshotPlan, usual: dict[str, TimedPlan], parameters: int) -> 
             first = f", from {count_text(times[0])} to {count_text(times[-1])} images" if times else ""
             print(f"store     {sigma_rel:g} {len(times)} times{first}")
     else:
-        print(
-            f"store     all whenever the time has grown {plan.ratio:g} times, and at the end; keep the last {plan.kept}"
-        )
-    plans: dict[str, SnapshotPlan] = {"plan": plan, **usual}
+        print(f"store     all whenever time has grown {plan.ratio:g} times, and at the end; keep the last {plan.kept}")
+    plans: dict[str, SnapshotPlan] = {"plan": plan, **uniform}
     width = max(map(len, plans))
     print(f"{'':{width}}  files  {'bytes':>8}  worst error")
     for name, one in plans.items():

@@ -1,4 +1,4 @@
-"""edm2 reconstruct: averages of any length from stored ones, in one pass over the files."""
+"""edm2 reconstruct: computes averages of any length from stored ones, in one pass over the files."""
 
 from dataclasses import dataclass
 from math import inf
@@ -35,9 +35,9 @@ class Options(SourceOptions):
     """Options of ``edm2 reconstruct``."""
 
     sigma_rels: tuple[float, ...] = ()
-    """Relative lengths wanted, each within (0, 0.2887]; one file each, all in one pass."""
+    """Relative lengths to reconstruct, each within (0, 0.2887); one file each."""
     at: int | None = None
-    """Time of the averages, such as 512Mi. Without it: that of the last file."""
+    """Time of the averages, such as 512Mi. Without it: the time of the last file."""
     override: Overrides = ()
     """Other lengths for the arrays whose names match."""
     outdir: Path | None = None
@@ -45,22 +45,22 @@ class Options(SourceOptions):
     dtype: Literal["float16", "float32"] = "float16"
     """Dtype of the files."""
     memory: int = GiB
-    """Bytes of memory to use, whatever the size of the network."""
+    """Bytes of memory to use, independent of the size of the network."""
     max_error: float = inf
-    """Refuse if the predicted error of any average is larger."""
+    """Largest predicted error to accept; above it nothing is written."""
     dry_run: bool = False
-    """Print the predicted errors, and compute nothing."""
+    """Print the predicted errors and stop."""
 
 
 def run(options: Options) -> int:
-    """Reconstruct and write what ``options`` ask for. Returns the exit status.
+    """Reconstruct averages and write them to files. Returns the exit status.
 
     Raises:
         InputError: as :mod:`backends.pipeline.checkpoints.sources` and :mod:`~backends.pipeline.checkpoints.outputs`,
             or a predicted error above the limit.
     """
     if not options.sigma_rels:
-        raise InputError("a length must be wanted, got none: add --sigma-rels 0.05 0.10, for example")
+        raise InputError("--sigma-rels must be one or more lengths, got none: add --sigma-rels 0.05 0.10, for example")
     sources = options.open()
     while True:
         try:
@@ -80,7 +80,7 @@ def _reconstruct(options: Options, sources: list[Source]) -> int:
     folder = options.outdir or options.source / "reconstructed"
     todo, existing = plan_outputs(folder, combination, dtype=options.dtype)
     for output in existing:
-        print(f"is there  {output.path}")
+        print(f"exists    {output.path}")
     if not todo:
         return 0
     with (
@@ -88,7 +88,7 @@ def _reconstruct(options: Options, sources: list[Source]) -> int:
         Writer(todo, combination, dtype=options.dtype, memory=options.memory) as writer,
     ):
         if writer.done:
-            print(f"goes on   at {writer.done} of {writer.total} blocks")
+            print(f"resumed   at {writer.done} of {writer.total} blocks")
         done, total = writer.elements
         with Progress(total=total, start=done, unit="weights") as progress:
             for elements, journal_written in writer.run(lambda: interrupts.signum is not None):
@@ -96,7 +96,7 @@ def _reconstruct(options: Options, sources: list[Source]) -> int:
                 if journal_written:
                     progress.report()
         if writer.done < writer.total:
-            print(f"stopped   at {writer.done} of {writer.total} blocks; the same command goes on")
+            print(f"stopped   at {writer.done} of {writer.total} blocks; the same command resumes")
             return interrupts.status
         for path in writer.finish():
             print(f"wrote     {path}")
@@ -114,5 +114,5 @@ def _print_errors(combination: Combination, limit: float) -> None:
     worst = error.total.max()
     if not worst <= limit:
         raise InputError(
-            f"predicted errors must be at most {limit:g}, got {worst:.3g}: want other lengths, or allow more"
+            f"predicted errors must be at most {limit:g}, got {worst:.3g}: choose other lengths, or allow more"
         )

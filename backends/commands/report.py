@@ -1,4 +1,4 @@
-"""edm2 report: a run, or several side by side, on one HTML page without external resources."""
+"""edm2 report: shows a run, or several side by side, on one HTML page without external resources."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,23 +25,23 @@ class Options:
     """Options of ``edm2 report``."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """One or more run folders; several are laid side by side."""
+    """One or more run folders; several are shown side by side."""
     outdir: Path | None = None
     """Folder of report.html and its pictures. Without it: 'report' in the run's folder; ./report for several."""
     sigma_rels: tuple[float, ...] = ()
-    """Lengths to sample. Without it: from 0.02 to 0.25, as far as their predicted error allows, and those stored."""
+    """Lengths to sample. Without it: from 0.02 to 0.25, if their predicted error is small, and the stored ones."""
     seeds: str = "0-9"
-    """Seeds, one picture of each at each length, such as 0-9 or 3,7."""
+    """Seeds to sample at each length, such as 0-9 or 3,7."""
     steps: int = 32
     """Sampling steps."""
     port: Literal["torch", "jax", "mlx"] | None = None
-    """The port that samples. Without it: the first that is installed."""
+    """Port that samples. Without it: the first one installed."""
     no_samples: bool = False
-    """Sample nothing: the page without pictures of seeds takes seconds, whatever the network."""
+    """Do not sample: the page is ready in seconds, without pictures of seeds."""
 
 
 def run(options: Options) -> None:
-    """Write the page and its pictures, and print where.
+    """Write the page and its pictures, and print the path.
 
     Raises:
         InputError: a folder that is not a run, a length, seed or step out of range, no matplotlib, or a failed write.
@@ -59,7 +59,7 @@ def run(options: Options) -> None:
     histories = {name: History.of(run) for name, run in _named(options.runs).items()}
     outdir = options.outdir or (options.runs[0] / "report" if len(histories) == 1 else Path("report"))
     canvas = sections.Canvas(outdir)
-    made = [
+    content = [
         *sections.differences(histories),
         sections.loss(histories, canvas),
         sections.noise(histories, canvas),
@@ -69,12 +69,12 @@ def run(options: Options) -> None:
     ]
     title = f"{len(histories)} runs, side by side" if len(histories) > 1 else next(iter(histories))
     path = outdir / "report.html"
-    write_bytes(path, page(title=title, summary=sections.summary(histories), sections=made).encode())
+    write_bytes(path, page(title=title, summary=sections.summary(histories), sections=content).encode())
     print(f"wrote     {path}, and {canvas.count} pictures beside it")
 
 
 def _named(paths: Sequence[Path]) -> dict[str, Run]:
-    """Runs by the name of their folder, or by its full path where several have that name."""
+    """Runs by the name of their folder, or by its full path if several have that name."""
     if not paths:
         raise InputError("runs must be one or more run folders, got none: edm2 report runs/mine for example")
     folders = [path.resolve() for path in paths]

@@ -1,4 +1,4 @@
-"""Options of commands that read a folder of stored averages: which files, and what they hold."""
+"""Options of commands that read a folder of stored averages: the files and their contents."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +18,18 @@ class SourceOptions:
     source: tyro.conf.Positional[Path]
     """A run, or a folder of snapshots, of ema-pytorch's files, of safetensors named by step, of official pickles."""
     skip_broken: bool = False
-    """Leave broken files out, and solve without them."""
+    """Skip broken files instead of stopping at them."""
     source_sigma_rels: tuple[float, ...] = ()
-    """Length of the average in files that do not say it; for ema-pytorch one per index."""
+    """Length of the average in files that do not record it; for ema-pytorch one per index."""
     source_half_life: float | None = None
-    """Half-life of the traditional average in files that do not say it, in their unit of time."""
+    """Half-life of the traditional average in files that do not record it, in their unit of time."""
     source_raw: float | None = None
-    """Files that do not say it hold raw weights, and this is the duration of a step in their unit of time."""
+    """For files that hold raw weights and do not record it: the duration of a step in their unit of time."""
     source_update_every: int = 1
-    """Steps between updates of a tracker whose updates ignore that number, as ema-pytorch's do."""
+    """Steps between updates of the tracker, if its updates ignore that number, as those of ema-pytorch do."""
 
     def open(self) -> list[Source]:
-        """The sources. Raises InputError as :func:`open_sources`; prints broken files that are to be skipped."""
+        """Open the sources; print the broken files that are skipped. Raises InputError as :func:`open_sources`."""
         half_life, step = self.source_half_life, self.source_raw
         lengths = [
             tuple(map(Length.of, self.source_sigma_rels)),
@@ -38,7 +38,7 @@ class SourceOptions:
         ]
         if sum(map(bool, lengths)) > 1:
             raise InputError(
-                "files hold averages of known lengths, traditional ones, or raw weights, got several: say one of these"
+                "--source-sigma-rels, --source-half-life and --source-raw exclude each other, got several: give one"
             )
         described = Described(lengths=sum(lengths, ()), update_every=self.source_update_every)
         return open_sources(self.source, described=described, skip=print_skipped if self.skip_broken else None)

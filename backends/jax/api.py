@@ -1,11 +1,11 @@
-"""The Python face of this port: load a network, sample from it, train one.
+"""The Python interface of the JAX port: load a network, sample from it, train one.
 
     network = load("runs/00000-digits", sigma_rel=0.15)
     noise = jax.random.normal(jax.random.key(0), (10, 8, 8, 1))              # NHWC
     images = sample(network, noise, jax.numpy.eye(10), guidance=2.0, num_steps=16)
     denoised, logvar = network(images, jax.numpy.ones((10, 1, 1, 1)), jax.numpy.eye(10))
 
-Arrays are native, images NHWC: [N, H, W, C] for our own network, and whatever the backbone takes for any other.
+Arrays are those of JAX: images [N, H, W, C] for our own network; for another one, data as its backbone takes them.
 """
 
 from pathlib import Path

@@ -26,7 +26,7 @@ from .denoiser import Denoise, Network, denoiser
 Params = Mapping[str, Array]
 Activations = dict[str, Array]  # outputs of layers, by name of the weight, bias and gain included
 PRODUCT = "product"  # the name of what is saved for the backward pass; all else is recomputed
-_PIXELS = 1 << 12  # of which the neighbourhoods are laid out at a time
+_PIXELS = 1 << 12  # whose neighbourhoods are in memory at a time
 _EPS = 1e-4
 
 
@@ -221,7 +221,7 @@ def attention(scope: Scope, block: Block, x: Array) -> Array:
     y = x if cosine else group_norm(scope, f"{name}.norm_attn", x)
     qkv = layer(scope, f"{name}.attn_qkv", y)  # [N, h, w, 3 C]
     qkv = qkv.reshape(n, h * w, heads, c // heads, 3)  # [N, h w, heads, C / heads, 3]
-    # dot products of what is not normalized may be of any size
+    # dot products of unnormalized queries and keys are unbounded: float32
     qkv = normalize(qkv, (3,)) if cosine else widened(qkv)
     q, k, v = (qkv[..., i] for i in range(3))  # [N, h w, heads, C / heads]
     scores = jnp.einsum("nqhc,nkhc->nhqk", q, k, preferred_element_type=jnp.float32) / sqrt(c // heads)
@@ -255,7 +255,7 @@ def widened(x: Array) -> Array:
 def normalize(x: Array, axes: tuple[int, ...]) -> Array:
     """Scale to unit root mean square over ``axes``, norms in float32. See :func:`edm2_core.mp.normalize`."""
     wide = widened(x)
-    # the square root has no derivative at 0: there this is x / eps, as it nearly is for all small x
+    # sqrt has no derivative at 0; there this is x / eps, the limit for small x
     square = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
     zero = square == 0
     norm = jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))

@@ -1,4 +1,4 @@
-"""The NumPy face of this port, through which the conformance suite and the commands drive it."""
+"""The NumPy interface of the JAX port. See :class:`backends.ports.Port`."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -64,7 +64,7 @@ class Denoiser(nn.Module):
 
 
 class SamplingDenoiser:
-    """``network`` as :class:`backends.ports.LabelledDenoiser`: sigma is a float, and the denoised data come back alone.
+    """``network`` as :class:`backends.ports.LabelledDenoiser`: sigma is a float, and logvar is dropped.
 
     Compiled on a GPU. Each answer is evaluated, so that no graph over many sampling steps grows.
     """

@@ -32,7 +32,7 @@ Tree = Any  # nested dicts and lists of arrays
 class PowerEMA:
     """Averages of a module's trainable parameters, or of all arrays of a tree, one per length.
 
-    The clock is whatever whole number you count (images, steps), the same in every call. Frozen parameters of a module,
+    Time is any whole number you count (images, steps), the same in every call. Frozen parameters of a module,
     such as the statistics of BatchNorm, are not averaged: snapshots hold them as they are. Averages are float32 where
     parameters are narrower.
 

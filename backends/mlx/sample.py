@@ -34,12 +34,12 @@ def open_sampler(options: SampleOptions) -> OpenSampler:
 
 
 def _any_run() -> bool:
-    """Whether there is a run to take; if not, says in two lines how to come by one."""
+    """Whether there is a run to sample; if not, prints two lines on how to get one."""
     try:
         newest(train=TRAIN)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        print("or copy a snapshot here that any port wrote, on CUDA say, and name it with --net FILE", file=sys.stderr)
+        print("or copy a snapshot of any port here, from CUDA too, and give it as --net FILE", file=sys.stderr)
         return False
     return True
 

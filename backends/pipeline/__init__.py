@@ -1,1 +1,1 @@
-"""All that surrounds a network and needs no framework: options, data, snapshots, the run folder, pictures, seeds."""
+"""Framework-free code around a network: data, checkpoints, runs (options, training loop, sampling) and reports."""

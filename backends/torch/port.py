@@ -1,4 +1,4 @@
-"""The NumPy face of the PyTorch port. See :class:`backends.ports.Port`."""
+"""The NumPy interface of the PyTorch port. See :class:`backends.ports.Port`."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager

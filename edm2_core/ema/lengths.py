@@ -1,4 +1,4 @@
-"""The length of an average: relative to the training so far (power-function averages), or a half-life (traditional).
+"""The length of an average: relative to the training time (power-function averages), or a half-life (traditional).
 
     Length.of(0.05)             an average of relative length sigma_rel = 0.05
     Length.half_life(500_000)   a traditional average whose half-life is 500,000 images
@@ -24,7 +24,7 @@ class Length:
     Lengths are ordered: half-lives first, each kind from short to long.
 
     Raises:
-        InputError: a sigma_rel outside (0, 0.2887], or a half-life that is not positive and finite.
+        InputError: a sigma_rel outside (0, 0.2887), or a half-life that is not positive and finite.
     """
 
     kind: Literal["half_life", "sigma_rel"]
@@ -38,7 +38,7 @@ class Length:
 
     @classmethod
     def of(cls, length: "LengthLike | str", /) -> "Length":
-        """A length as it is; a number as a sigma_rel; or a length from its text :attr:`key`."""
+        """Convert to a Length: from a number, which is a sigma_rel; from the text of :attr:`key`; or from a Length."""
         if isinstance(length, Length):
             return length
         if isinstance(length, str) and length.startswith(f"{_TAG}("):
@@ -47,20 +47,20 @@ class Length:
 
     @classmethod
     def half_life(cls, time: float, /) -> "Length":
-        """The length of a traditional average, in the unit of time."""
+        """The length of a traditional average with half-life ``time``."""
         return cls("half_life", float(time))
 
     @classmethod
     def raw(cls, step: float, /) -> "Length":
-        """The half-life that stands for raw weights, which hold for one ``step`` (a batch, where time counts images).
+        """A half-life that represents raw weights, each valid for one ``step`` (a batch, if time counts images).
 
-        An exponential of time constant step / 2 has the norm of a step that long.
+        An exponential with time constant step / 2 has the same L2 norm as a box of length step.
         """
         return cls.half_life(log(2) * step / 2)
 
     @property
     def relative(self) -> bool:
-        """Whether this is a sigma_rel, so that the average covers a fixed share of training."""
+        """Whether this is a sigma_rel, whose average covers a fixed share of training."""
         return self.kind == "sigma_rel"
 
     @property
@@ -72,7 +72,7 @@ class Length:
         return f"{self.value:g}" if self.relative else f"half-life {self.value:.10g}"
 
     def beta(self, *, t_next: float, t_delta: float) -> float:
-        """How much of the average remains when time advances by ``t_delta`` to ``t_next``. Exact for any ``t_delta``.
+        """The factor on the old average when time advances by ``t_delta`` to ``t_next``. Exact for any ``t_delta``.
 
         Source: :func:`~edm2_core.ema.beta` (Eq. 127); for a half-life h, 1 - (1 - 2^(-t_delta / h)) / (1 - 2^(-t_next /
         h)), from the profile of a traditional average that starts at 0 and is corrected for it. Raises InputError
@@ -86,9 +86,9 @@ class Length:
         return float(1 - expm1(-rate * t_delta) / expm1(-rate * t_next))
 
     def profile(self, time: "float | np.ndarray", /) -> Profile:
-        """The response of the average taken at ``time`` (NumPy array or number)."""
+        """The profile of the average at ``time`` (NumPy array or number)."""
         return Profile.power(time, self.value) if self.relative else Profile.traditional(time, self.value)
 
 
 LengthLike = Length | float
-"""What functions take for a length: a number is a sigma_rel."""
+"""A length as functions take it: a number is a sigma_rel."""

@@ -10,7 +10,7 @@ from .ema_pytorch import tracked_length
 
 
 class Undescribed(InputError):
-    """The file at ``path`` does not say what was averaged, and nobody said it."""
+    """The file at ``path`` does not record what was averaged, and no option says it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(

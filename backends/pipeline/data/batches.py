@@ -1,8 +1,7 @@
 """Batches of training images, in an order that is a pure function of the seed and of the number of images seen.
 
-Position p of the endless sequence of samples is place ``p % size`` of a permutation that belongs to epoch
-``p // size``. So neither batch size, prefetching nor the number of processes changes the order, and a position is all
-that a run needs in order to go on.
+Position p in the endless sequence of samples is place ``p % size`` of the permutation of epoch ``p // size``. So the
+order does not depend on batch size, prefetching or the number of processes, and a run resumes from a position alone.
 """
 
 from collections import deque
@@ -20,7 +19,7 @@ Batch = tuple[np.ndarray, np.ndarray | None]
 
 
 def sample_indices(*, start: int, count: int, size: int, seed: int) -> np.ndarray:
-    """Which of ``size`` samples stand at the ``count`` (at least 1) positions from ``start`` on: int64 [count]."""
+    """Indices, int64 [count], of the samples at positions ``start`` to ``start + count - 1`` (``count`` at least 1)."""
     epochs = range(start // size, -(-(start + count) // size))
     order = [_permutation(size, seed, epoch) for epoch in epochs]
     skipped = start - epochs.start * size
@@ -29,17 +28,17 @@ def sample_indices(*, start: int, count: int, size: int, seed: int) -> np.ndarra
 
 @lru_cache(maxsize=2)  # a batch usually lies within one epoch, or within two
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """Sorts raw Philox words, because NumPy may change ``Generator.permutation`` between versions but not these."""
+    """The order that sorts raw Philox words: NumPy versions may differ in ``Generator.permutation``, not in these."""
     return np.argsort(bits(seed, "order", epoch).random_raw(size), kind="stable")
 
 
 class Batches:
-    """An endless iterator over batches, which one thread reads ahead of time.
+    """An endless iterator over batches, which a thread reads ahead of time.
 
     Yields images, float32 [n, channels, resolution, resolution] from -1 to 1, and one-hot labels, float32 [n,
-    label_dim], or None where the dataset has none. ``start`` counts the images seen before. n is ``batch``, unless
-    this process trains on a part of each batch only: the ``count`` samples from ``offset`` on. What goes wrong while
-    reading ahead is raised where that batch is taken, and ends the iteration.
+    label_dim], or None where the dataset has none. ``start`` is the number of images seen before. n is ``batch``, or
+    ``count`` for a process that trains on the samples from ``offset`` on of each batch. An error while reading ahead
+    is raised when its batch is requested, and ends the iteration.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Batches:
         self.close()
 
     def close(self) -> None:
-        """End the thread, and with it the iteration."""
+        """Stop the thread and the iteration."""
         self._ahead.clear()
         self._thread.shutdown(wait=True, cancel_futures=True)
 

@@ -24,8 +24,8 @@ from edm2_core.errors import InputError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _LABELS = "dataset.json"
-_MOST_CLASSES = 1 << 20  # a one-hot row is this long: beyond it, a label is surely no class number
-# What Pillow and zipfile raise on broken or unsupported files.
+_MOST_CLASSES = 1 << 20  # the longest one-hot row; a larger label is an error
+# Errors of Pillow and zipfile on broken or unsupported files.
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -40,9 +40,13 @@ _UNREADABLE = (
 
 
 class Dataset(Protocol):
-    """Square images of one size, numbered from 0, with a class each if ``label_dim`` is not 0. Threads may share it."""
+    """Square images of one size, each with a class if ``label_dim`` is not 0. Threads may share a dataset.
+
+    ``name`` is short, for folders; ``spec`` is what :func:`open_dataset` opens again, or the name if it cannot.
+    """
 
     name: str
+    spec: str
     resolution: int
     channels: int
     label_dim: int
@@ -54,20 +58,20 @@ class Dataset(Protocol):
         ...
 
     def labels(self, indices: np.ndarray, /) -> np.ndarray:
-        """int64 [n], from 0 to label_dim - 1. Only where ``label_dim`` is not 0."""
+        """Class ids, int64 [n] from 0 to label_dim - 1. Call it only if ``label_dim`` is not 0."""
         ...
 
 
 def open_dataset(spec: str | os.PathLike[str], /) -> Dataset:
     """The dataset called ``digits``, or the images under a folder or in a .zip.
 
-    Images are found at any depth and ordered by name; hidden ones are left out. Grey ones have one channel, all others
-    become RGB, without alpha. Labels come from ``dataset.json`` at the root, ``{"labels": [["cat/1.png", 0], ...]}``,
-    where there is one and its labels are not null. Opening reads the headers of all images and the pixels of none.
+    Images are found at any depth and ordered by name; hidden files are skipped. Grey images have one channel, all
+    others are converted to RGB without alpha. Labels come from ``dataset.json`` at the root, ``{"labels":
+    [["cat/1.png", 0], ...]}``, unless it is missing or its labels are null. Opening reads only the headers of images.
 
     Raises:
-        InputError: there is nothing at ``spec``, no image in it, an image that is broken, not square, of more than 8
-            bits or unlike the others in size or channels, or a ``dataset.json`` that does not label every image.
+        InputError: ``spec`` does not exist or has no images; an image is broken, not square, of more than 8 bits, or
+            differs from the others in size or channels; or ``dataset.json`` does not label every image.
     """
     path = Path(spec)
     if os.fspath(spec) == "digits":
@@ -76,25 +80,25 @@ def open_dataset(spec: str | os.PathLike[str], /) -> Dataset:
         return _ImageFiles(_Folder(path))
     if path.suffix.lower() == ".zip" and path.is_file():
         return _ImageFiles(_Zip(path))
-    why = "which is no such thing" if path.exists() else "which does not exist"
+    why = "which is none of these" if path.exists() else "which does not exist"
     raise InputError(f"data must be 'digits', a folder or a .zip of images, got '{path}', {why}: check the path")
 
 
 def to_model(images: np.ndarray, /) -> np.ndarray:
-    """What a network is given: uint8 from 0 to 255 becomes float32 from -1 to 1, in the same shape."""
+    """Images as a network takes them: uint8 from 0 to 255 to float32 from -1 to 1, in the same shape."""
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def to_uint8(images: np.ndarray, /) -> np.ndarray:
-    """The inverse of :func:`to_model` for floats of any value: rounded, clipped, and 0 where not finite."""
+    """The inverse of :func:`to_model`, for any floats: rounded and clipped to uint8; non-finite values become 0."""
     finite = np.where(np.isfinite(images), images, -1).clip(-1, 1)
     return np.rint(finite * 127.5 + 127.5).astype(np.uint8)
 
 
 class _Digits:
-    """UCI optical digits, see data/DIGITS.md."""
+    """The UCI optical digits. See DIGITS.md beside this file."""
 
-    name = "digits"
+    name = spec = "digits"
     resolution = 8
     channels = 1
     label_dim = 10
@@ -134,7 +138,7 @@ class _Zip:
             self._zip = zipfile.ZipFile(path)
         except _UNREADABLE as error:
             raise _unreadable(path, error) from error
-        self._lock = threading.Lock()  # ZipFile counts its open members without one
+        self._lock = threading.Lock()  # ZipFile counts its open members without a lock
 
     def names(self) -> list[str]:
         return [member.filename for member in self._zip.infolist() if not member.is_dir()]
@@ -147,7 +151,7 @@ class _Zip:
 
 class _ImageFiles:
     def __init__(self, source: _Folder | _Zip) -> None:
-        self.name = source.name
+        self.name, self.spec = source.name, str(source.path.absolute())
         self._source = source
         names = source.names()
         self._names = sorted(filter(_is_image, names))
@@ -174,22 +178,22 @@ class _ImageFiles:
         return self._labels[indices]
 
     def _one_format(self) -> tuple[int, int]:
-        """Resolution and channels of all the images, from their headers."""
+        """Resolution and channels of the images, from their headers, which must agree."""
         first, *others = self._names
         size, channels = self._header(first)
         if size[0] != size[1]:
             raise InputError(f"images must be square, got {self._at(first)} of {_by(size)}: crop or pad them")
         for name in others:
-            its_size, its_channels = self._header(name)
-            if its_size != size:
+            other_size, other_channels = self._header(name)
+            if other_size != size:
                 raise InputError(
                     f"images must have one size, got {self._at(first)} of {_by(size)} and {self._at(name)} of "
-                    f"{_by(its_size)}: resize or crop them"
+                    f"{_by(other_size)}: resize or crop them"
                 )
-            if its_channels != channels:
+            if other_channels != channels:
                 raise InputError(
                     f"images must be all grey or all colour, got {self._at(first)} with {channels} channels and "
-                    f"{self._at(name)} with {its_channels}: convert them"
+                    f"{self._at(name)} with {other_channels}: convert them"
                 )
         return size[0], channels
 
@@ -208,7 +212,7 @@ class _ImageFiles:
             with self._source.open(name) as file:
                 content = BytesIO(file.read())
             with Image.open(content) as image:  # decoded here, outside the lock of a zip
-                image.info.pop("transparency", None)  # a palette's, of which convert() would warn
+                image.info.pop("transparency", None)  # of a palette: convert() would warn about it
                 pixels = np.asarray(image.convert("L" if self.channels == 1 else "RGB"))
         except _UNREADABLE as error:
             raise _unreadable(self._at(name), error) from error
@@ -221,7 +225,7 @@ class _ImageFiles:
 
 
 def _is_image(name: str) -> bool:
-    hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))  # "._1.png" is no image
+    hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))  # "._1.png" is metadata of macOS
     return name.lower().endswith(_SUFFIXES) and not hidden
 
 
@@ -231,23 +235,23 @@ def _by(size: tuple[int, int]) -> str:
 
 def _unreadable(path: str | Path, error: Exception) -> InputError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):  # its text is about Python objects
-        reason = "no image that Pillow can read"
+    if isinstance(error, UnidentifiedImageError):  # its own message shows a Python object
+        reason = "not an image that Pillow can read"
     return InputError(f"data must be readable, got '{reason}' from {path}: replace or remove the file")
 
 
 def _read_labels(source: _Folder | _Zip, names: Sequence[str]) -> np.ndarray | None:
-    """int64 [n] in the order of ``names``, or None for null labels. Labels of files that are not there do no harm."""
+    """Class ids, int64 [n] in the order of ``names``, or None for null labels. Labels of missing files are ignored."""
     path = source.path / _LABELS
 
-    def fault(came: str) -> InputError:
+    def fault(got: str) -> InputError:
         rule = f'{path} must be {{"labels": [["folder/image.png", 3], ...]}} or {{"labels": null}}'
-        return InputError(f"{rule}, got {came}: correct the file, or remove it to train without labels")
+        return InputError(f"{rule}, got {got}: correct the file, or remove it to train without labels")
 
     try:
         with source.open(_LABELS) as file:
             content = json.load(file)
-    except _UNREADABLE as error:  # JSON's are ValueErrors
+    except _UNREADABLE as error:  # errors of JSON are ValueErrors
         raise fault(f"'{' '.join(str(error).split())}'") from error
     if not isinstance(content, dict) or "labels" not in content:
         raise fault("no 'labels'")

@@ -1,4 +1,4 @@
-"""Class labels as one-hot rows, which is how networks take them."""
+"""Class ids to one-hot rows, the form of labels that networks take."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from edm2_core.errors import InputError
 
 
 def one_hot(labels: np.ndarray, label_dim: int, /) -> np.ndarray:
-    """float32 [n, label_dim] with a single 1 per row. Raises InputError for a label that is no class."""
+    """float32 [n, label_dim] with a single 1 per row. Raises InputError unless ``labels`` are within [0, label_dim)."""
     labels = np.asarray(labels, np.int64)
     if len(outside := labels[(labels < 0) | (labels >= label_dim)]):
         raise InputError(f"a class must be from 0 to {label_dim - 1}, got {outside[0]}: choose one of these")

@@ -1,7 +1,7 @@
-"""Random streams: the noise and the label of a seed, the same in every port, on every machine, in every batch.
+"""Random streams: the noise and the label of a seed, the same in every port, on every machine and in every batch.
 
-Each stream is a counter-based generator keyed by a seed and by what is drawn, so a row depends on its own seed alone.
-Seeds are whole numbers of at most 18 digits.
+Each stream is a counter-based generator keyed by a seed and a purpose, so a row depends only on its own seed. Seeds are
+whole numbers of at most 18 digits.
 """
 
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ import numpy as np
 
 
 def bits(seed: int, purpose: str, step: int = 0, /) -> np.random.Philox:
-    """The stream of random bits for one purpose. ``step`` is the top word of its counter, so that no two steps meet."""
+    """The random bits of a seed for one purpose. ``step`` is the top word of the counter: streams do not overlap."""
     key = np.array([seed, crc32(purpose.encode())], np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, step], np.uint64))
 
 
 def noise(seeds: Sequence[int], shape: Sequence[int], /) -> np.ndarray:
-    """Where sampling starts: float32 [n, \\*shape] of N(0, 1), a row per seed."""
+    """The noise that sampling starts from: float32 [n, \\*shape] of N(0, 1), a row per seed."""
     return _normal(seeds, shape, "noise", 0)
 
 
 def churn_noise(seeds: Sequence[int], shape: Sequence[int], /, *, step: int) -> np.ndarray:
-    """What the stochastic sampler adds at one step: float32 [n, \\*shape] of N(0, 1), a row per seed."""
+    """The noise that the stochastic sampler adds at a step: float32 [n, \\*shape] of N(0, 1), a row per seed."""
     return _normal(seeds, shape, "churn", step)
 
 
 def labels(seeds: Sequence[int], label_dim: int, /) -> np.ndarray:
-    """A class for each seed, uniform from 0 to label_dim - 1: int64 [n]."""
+    """A class id for each seed, int64 [n], uniform from 0 to label_dim - 1."""
     return np.array([np.random.Generator(bits(seed, "label")).integers(label_dim) for seed in seeds], np.int64)
 
 

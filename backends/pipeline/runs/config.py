@@ -42,7 +42,7 @@ class DataSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A run, but for where it is stored and on what it is computed.
+    """Everything that determines the result of a run; its folder and its machine are not part of it.
 
     Raises:
         InputError: a value is out of range, or the snapshot plan is for another duration or other averages.
@@ -55,23 +55,22 @@ class TrainConfig:
     hyper: Annotated[Hyperparameters, tyro.conf.arg(name="")] = Hyperparameters()
     snapshot_plan: tyro.conf.Fixed[SnapshotPlan | None] = None
     checkpoint: int | None = None
-    """How often to store the state to resume from, in images. Without it: a quarter of the duration, at most
-    128Mi."""
+    """Images between saves of the state to resume from. Without it: a quarter of the duration, at most 128Mi."""
     status: int | None = None
-    """How often to log and to report, in images. Without it: a 48th of the duration, at most 128Ki."""
+    """Images between lines of the log. Without it: a 48th of the duration, at most 128Ki."""
     telemetry: int = 0
-    """Steps between measurements of magnitudes, losses by noise level and updates; 0 is never."""
+    """Steps between measurements of magnitudes, losses by noise level and updates; 0 disables them."""
     precision: Precision = "float32"
-    """Arithmetic of the network."""
+    """Dtype of the network's activations."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     edm2: tyro.conf.Fixed[str] = __version__
 
     def __post_init__(self) -> None:
         _check(self)
 
     def intervals_filled(self) -> "TrainConfig":
-        """With ``checkpoint`` and ``status`` as numbers."""
+        """This config with defaults of ``checkpoint`` and ``status``, which depend on the duration, filled in."""
         duration = self.hyper.duration
         return replace(
             self,
@@ -80,7 +79,7 @@ class TrainConfig:
         )
 
     def to_json(self) -> str:
-        """The text of config.json: one flat object, but for the network and the summary of the data."""
+        """The text of config.json: one object, flat except for network, data summary and plan."""
         values = asdict(self) | {"network": self.network.to_json()}
         values |= values.pop("hyper")
         values["snapshot_plan"] = self.snapshot_plan and json.loads(self.snapshot_plan.to_json())
@@ -88,10 +87,10 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str, *, name: str) -> "TrainConfig":
-        """What :meth:`to_json` wrote; ``name`` is the file's, for errors.
+        """Read the text that :meth:`to_json` wrote; ``name`` is the file, for errors.
 
         Raises:
-            InputError: no JSON, a newer format, or fields missing or unknown.
+            InputError: invalid JSON, a newer format, or missing or unknown fields.
         """
         try:
             values = dict(json.loads(text))
@@ -105,7 +104,7 @@ class TrainConfig:
                 values["snapshot_plan"] = plan_from_json(json.dumps(values["snapshot_plan"]), name=f"{name}: plan")
             hyper = {f.name: _tuple(values.pop(f.name)) for f in fields(Hyperparameters) if f.name in values}
             if not hyper.get("sigma_rels", True):
-                del hyper["sigma_rels"]  # a run that keeps a half-life stored none in earlier versions
+                del hyper["sigma_rels"]  # earlier versions wrote [] for a run with a half-life
             return cls(hyper=Hyperparameters(**hyper), **values)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
@@ -135,5 +134,5 @@ def _check(config: TrainConfig) -> None:
     if isinstance(plan, TimedPlan) and plan.duration != hyper.duration:
         raise InputError(
             f"--duration must be that of the --snapshot-plan, {plan.duration} images, got {hyper.duration}: "
-            "make a plan for this duration, or one for any time"
+            "make a plan for this duration, or with --duration any"
         )

@@ -1,4 +1,4 @@
-"""Exit codes of commands: 0, 2 with one line for bad input, or 128 + the signal that stopped it."""
+"""Exit codes of commands: 0; 2, with a one-line message, for invalid input; 128 + the signal after a signal."""
 
 import errno
 import os
@@ -18,8 +18,7 @@ _FRAMEWORKS = ("torch", "jax", "mlx")
 
 
 def command(main: Callable[P, int | None], /) -> Callable[P, int]:
-    """Make ``main`` return an exit status, for ``sys.exit(main())``. An error that is no input error keeps its
-    traceback."""
+    """Decorator: ``main`` returns an exit status, for ``sys.exit(main())``. Unexpected errors keep their traceback."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -31,7 +30,7 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
             if (framework := missing_framework(error)) is None:
                 raise
             return _fail(f"this command needs {framework}, which is not installed: {_to_install(framework)}")
-        except BrokenPipeError:  # the reader of our output has closed it: discard what Python still buffers
+        except BrokenPipeError:  # the reader closed our output: discard what is still buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except OSError as error:
@@ -55,8 +54,8 @@ def missing_framework(error: ImportError, /) -> str | None:
 def _to_install(framework: str) -> str:
     system, machine = platform.system(), platform.machine()
     if framework == "mlx" and system != "Linux" and (system, machine) != ("Darwin", "arm64"):
-        return f"there is none for {system} on {machine}, take backends.torch or backends.jax"
-    for_cpu = " (mlx[cpu] is what it brings on Linux)" if framework == "mlx" and system == "Linux" else ""
+        return f"MLX does not support {system} on {machine}: use backends.torch or backends.jax"
+    for_cpu = " (mlx[cpu] on Linux)" if framework == "mlx" and system == "Linux" else ""
     return f"pip install 'edm2[{framework}]'{for_cpu}"
 
 
@@ -66,9 +65,9 @@ def _fail(message: str) -> int:
 
 
 class Interrupts:
-    """Within it, SIGINT and SIGTERM are noted in ``signum`` for a loop to read, so that a step is finished first.
+    """Context manager that stores SIGINT or SIGTERM in ``signum``, so that a loop can finish its step before it stops.
 
-    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread nothing is caught.
+    A second SIGINT raises KeyboardInterrupt at once. In other threads than the main one it has no effect.
     """
 
     def __init__(self) -> None:
@@ -77,7 +76,7 @@ class Interrupts:
 
     @property
     def status(self) -> int:
-        """What to exit with: 130 after SIGINT, 143 after SIGTERM, 0 after neither."""
+        """The exit status: 130 after SIGINT, 143 after SIGTERM, 0 without a signal."""
         return 0 if self.signum is None else 128 + self.signum
 
     def __enter__(self) -> Self:

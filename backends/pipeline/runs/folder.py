@@ -1,8 +1,8 @@
 """The files of a run folder.
 
-config.json      the config              snapshots/   the averages over time    samples/   pictures
-log.jsonl        a line per status       state/       what resuming needs
-telemetry.jsonl  a line per measured step, where --telemetry asks for it
+config.json      the config                    snapshots/   stored averages
+log.jsonl        a line every --status images  state/       the state to resume from
+telemetry.jsonl  a line per measured step      samples/     pictures
 """
 
 import json
@@ -40,7 +40,7 @@ def create(outdir: Path | None, data_name: str) -> Path:
             try:
                 path.mkdir(parents=True)
                 return path
-            except FileExistsError:  # another run was quicker
+            except FileExistsError:  # another process made it first
                 continue
     except OSError as error:
         raise write_error(outdir or RUNS, error) from error
@@ -55,7 +55,7 @@ def newest(*, train: str) -> Path:
     configs = sorted(RUNS.glob("*/config.json"), key=lambda path: (path.stat().st_mtime_ns, path))
     if not configs:
         raise InputError(
-            f"a run must exist under {RUNS}/, got none in {Path.cwd()}: train one with {train}, or say which with --run"
+            f"a run must exist under {RUNS}/, got none in {Path.cwd()}: train one with {train}, or give one with --run"
         )
     return configs[-1].parent
 
@@ -73,7 +73,7 @@ class Run:
         self.samples_path = self.path / "samples"
 
     def exists(self) -> bool:
-        """Whether the folder holds a run. Raises InputError where it holds only parts of one, or is no folder."""
+        """Whether the folder holds a run. Raises InputError if it holds only parts of one, or is a file."""
         if self.config_path.is_file():
             return True
         if self.path.exists() and not self.path.is_dir():
@@ -85,7 +85,7 @@ class Run:
         return False
 
     def config(self) -> TrainConfig:
-        """Raises InputError: the folder is not a run's, or its config.json is damaged."""
+        """The config in config.json. Raises InputError if it is missing or damaged."""
         try:
             text = self.config_path.read_text()
         except OSError as error:
@@ -100,14 +100,14 @@ class Run:
         write_bytes(self.config_path, config.to_json().encode())
 
     def state_nimg(self) -> int:
-        """Images seen by the stored state; 0 where none is stored yet. Raises InputError where it is damaged."""
+        """Images seen by the stored state; 0 if none is stored yet. Raises InputError if it is damaged."""
         return read_counters(self.state_path)[0] if self.state_path.exists() else 0
 
     def snapshots(self, network: NetworkConfig, /) -> list[Source]:
-        """The stored averages of ``network``, the run's, opened; sorted by time, then by length.
+        """Open the stored averages, sorted by time, then by length. ``network`` is that of the run's config.
 
         Raises:
-            InputError: one is damaged or not of this run.
+            InputError: a snapshot is damaged or of another network.
         """
         paths = sorted(self.snapshots_path.glob("*.safetensors"))
         try:
@@ -120,26 +120,26 @@ class Run:
         return sources
 
     def append_log(self, record: dict[str, Any], /) -> None:
-        """Add a line to log.jsonl; what is not finite becomes null."""
+        """Add a line to log.jsonl; non-finite numbers become null."""
         _append(self.log_path, record)
 
     def append_telemetry(self, record: dict[str, Any], /) -> None:
-        """Add a line to telemetry.jsonl; what is not finite becomes null."""
+        """Add a line to telemetry.jsonl; non-finite numbers become null."""
         _append(self.telemetry_path, record)
 
     def log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl, but for one that a killed run left unfinished."""
+        """The lines of log.jsonl, without a last line that a killed run left incomplete."""
         return list(_records(self.log_path))
 
     def telemetry(self) -> Iterator[dict[str, Any]]:
-        """The lines of telemetry.jsonl, see :func:`~.telemetry.record`, but for one left unfinished. One by one: a long
-        run's take much more memory than its file."""
+        """Iterate over the lines of telemetry.jsonl, see :func:`~.telemetry.record`, without an incomplete last one.
+        A list of those of a long run would take much more memory than the file."""
         return _records(self.telemetry_path)
 
     def truncate_logs(self, nimg: int, /) -> list[dict[str, Any]]:
-        """Drop the lines that a run resumed at ``nimg`` images writes again. Returns those of log.jsonl that stay."""
+        """Drop the lines that a run resumed at ``nimg`` images writes again. Returns those of log.jsonl that remain."""
         kept = [record for record in self.log() if record["nimg"] <= nimg]
-        measured = [record for record in self.telemetry() if record["nimg"] < nimg]  # at a step's start
+        measured = [record for record in self.telemetry() if record["nimg"] < nimg]  # nimg before the step
         for path, records in ((self.log_path, kept), (self.telemetry_path, measured)):
             if path.exists():
                 write_bytes(path, "".join(json.dumps(r) + "\n" for r in records).encode())

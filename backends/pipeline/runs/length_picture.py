@@ -1,4 +1,4 @@
-"""The picture at a run's end: the same seeds from the raw weights and from averages of several lengths."""
+"""The picture drawn when a run ends: the same seeds from the raw weights and from averages of several lengths."""
 
 from collections.abc import Mapping, Sequence
 from math import exp
@@ -36,19 +36,19 @@ def draw_lengths(
     *,
     nimg: int,
 ) -> tuple[Path, dict[str, float]] | None:
-    """Draw ``samples/lengths.png``: the ``raw`` weights, then averages, half-lives first, each from short to long.
+    """Draw ``samples/lengths.png``: a row for the ``raw`` weights, then one for each average, in the order of lengths.
 
     Averages are the last ones up to ``nimg``, stored or reconstructed; lengths whose predicted reconstruction error
-    exceeds 0.5 are skipped. Column k is seed k, with label k where there are labels. Returns the path and each row's
-    denoising error, or None where there is nothing to draw: no averages, or images that are neither grey nor RGB.
+    exceeds 0.5 are skipped. Column k is seed k, with label k if there are labels. Returns the path and each row's
+    denoising error; None if there are no averages, or images are neither grey nor RGB.
     """
     sources = [source for source in run.snapshots(config.network) if source.time <= nimg]
     if not sources or config.network.img_channels not in (1, 3):
         return None
     networks = {"raw weights": Snapshot(params=raw, config=config.network, nimg=sources[-1].time, length=None)}
-    for length, (snapshot, made) in sorted(_averages(sources).items()):
+    for length, (snapshot, origin) in sorted(_averages(sources).items()):
         name = f"{length.value:.2f}" if length.relative else str(length)
-        networks[f"{name} {made}"] = snapshot
+        networks[f"{name} {origin}"] = snapshot
     sigma = exp(config.hyper.P_mean)
     errors = {name: _error(network, dataset, open_sampler, sigma) for name, network in networks.items()}
     rows = [(f"{name}: {errors[name]:.4f}", _row(network, open_sampler)) for name, network in networks.items()]
@@ -58,15 +58,15 @@ def draw_lengths(
 
 
 def _averages(sources: Sequence[Source]) -> dict[Length, tuple[Snapshot, str]]:
-    """The averages to draw, each with whether it is stored or reconstructed."""
+    """The averages to draw, each with its origin: stored or reconstructed."""
     kept = {source.length: source for source in sources if source.time == sources[-1].time}
     drawn = {length: (source.load(), "stored") for length, source in kept.items()}
     wanted = [s for s in RECONSTRUCTED if Length.of(s) not in kept]
     combination = Combination.of(sources, sigma_rels=wanted)
     errors = combination.error.profile if wanted else ()
     within = [sigma_rel for sigma_rel, error in zip(wanted, errors, strict=True) if error <= _WORST_ERROR]
-    made = zip(within, averages(combination.only(within)) if within else (), strict=True)
-    return drawn | {Length.of(sigma_rel): (snapshot, "reconstructed") for sigma_rel, snapshot in made}
+    reconstructed = zip(within, averages(combination.only(within)) if within else (), strict=True)
+    return drawn | {Length.of(sigma_rel): (snapshot, "reconstructed") for sigma_rel, snapshot in reconstructed}
 
 
 def _row(network: Snapshot, open_sampler: OpenSampler) -> np.ndarray:

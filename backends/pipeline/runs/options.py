@@ -1,7 +1,7 @@
-"""Command lines: option dataclasses are read by tyro, with one rule for each type and one line for each fault.
+"""Command lines: tyro fills option dataclasses, with one reader for each type and a one-line message for each error.
 
-Defaults are those of the dataclass, or of an instance of it: the train command reads its line twice, first for the
-options that choose the defaults (run folder, preset, rung), then for all of them.
+Defaults are those of the dataclass, or of an instance of it. The train command parses its line twice: first the options
+that determine the defaults of others (run folder, preset, rung), then all.
 """
 
 import json
@@ -37,7 +37,7 @@ _FLAT = (
 
 
 def parse_count(text: str, /) -> int:
-    """A whole number, with a binary unit if it has one: '96', '192Ki', '1.5Mi'. Raises ValueError for anything else."""
+    """A whole number, perhaps with a binary unit: '96', '192Ki', '1.5Mi'. Raises ValueError for any other text."""
     unit = _UNITS.get(text[-2:], 1)
     value = float(text[:-2] if unit > 1 else text) * unit
     if not value.is_integer():
@@ -60,7 +60,7 @@ def flag(name: str, /) -> str:
 
 
 class _Unreadable(Exception):
-    """Words that a reader refuses. Not a ValueError, which tyro would turn into a box of several lines."""
+    """Words that break a reader's rule. Not a ValueError: tyro would print that over several lines."""
 
     def __init__(self, rule: str, words: list[str]) -> None:
         super().__init__(rule)
@@ -70,9 +70,9 @@ class _Unreadable(Exception):
 def reader(
     read: Callable[[str], Any], metavar: str, rule: str, *, nargs: int | Literal["*"] = 1, optional: bool = False
 ) -> Any:
-    """How tyro reads the words after a flag: each by ``read``, whose ValueError means that it breaks ``rule``.
+    """How tyro reads the words after a flag: ``read`` converts each, and raises ValueError if a word breaks ``rule``.
 
-    With ``nargs`` other than 1 the value is a tuple. An ``optional`` value may be the word none.
+    With ``nargs`` other than 1 the value is a tuple. The word none gives None if the value is ``optional``.
     """
 
     def convert(words: list[str]) -> Any:
@@ -82,7 +82,7 @@ def reader(
             if not words:
                 raise ValueError
             values = tuple(map(read, words))
-        except (ValueError, OverflowError) as error:  # the latter: a count of inf
+        except (ValueError, OverflowError) as error:  # OverflowError: a count of inf
             raise _Unreadable(rule, words) from error
         return values[0] if nargs == 1 else values
 
@@ -113,7 +113,7 @@ _REGISTRY = ConstructorRegistry()
 
 @_REGISTRY.primitive_rule
 def _by_type(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """The reader of a type: int, float, str, Path, a Literal of words, a tuple of one of these, any of them or None."""
+    """The reader of a type: int, float, str, Path, a Literal of words, a tuple of one type, or any of these or None."""
     kind: Any = info.type
     optional = False
     if get_origin(kind) in (Union, UnionType) and NoneType in get_args(kind):
@@ -138,11 +138,11 @@ def _by_type(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 def parse(
     cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str, default: T | None = None
 ) -> T:
-    """The options in ``argv`` (None: those of this process) over those of ``default``. ``--help`` exits with 0, an
-    unknown flag with 2.
+    """The options in ``argv`` (None: ``sys.argv``), with defaults from ``default``.
 
     Raises:
-        InputError: a value that cannot be read, or that ``cls`` refuses; the message names the flag.
+        InputError: a value cannot be read, or ``cls`` refuses it; the message names the flag.
+        SystemExit: 0 after ``--help``, 2 for an unknown flag.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -159,12 +159,12 @@ def parse(
 
 
 def flags_given(words: Sequence[str], /) -> set[str]:
-    """The names of the options that ``words`` set, dashes as underscores."""
+    """Names of the options that ``words`` set, with underscores for dashes."""
     return {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
 
 
 def _flag_before(values: Sequence[str], words: Sequence[str]) -> str:
-    """The flag that ``values`` stand after, as one word with it or as words of their own; several where they repeat."""
+    """The flag whose value is ``values``, as ``--flag=value`` or ``--flag value``; several flags if they share it."""
     flags = []
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -174,16 +174,16 @@ def _flag_before(values: Sequence[str], words: Sequence[str]) -> str:
 
 
 def _with_flag(message: str, cls: Any) -> str:
-    """``message`` with a field's name in front written as the flag."""
+    """``message``, with its first word spelled as a flag if it is the name of a field."""
     name, space, rest = message.partition(" ")
     return f"{flag(name)}{space}{rest}" if name in _names(cls) else message
 
 
 def _names(cls: Any) -> set[str]:
-    """The fields of a dataclass, and of the dataclasses in it."""
-    own = {field.name: field.type for field in fields(cls)}
-    kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in own.values()]
-    return set(own).union(*(_names(kind) for kind in kinds if is_dataclass(kind)))
+    """Names of the fields of a dataclass and of the dataclasses nested in it."""
+    types = {field.name: field.type for field in fields(cls)}
+    kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in types.values()]
+    return set(types).union(*(_names(kind) for kind in kinds if is_dataclass(kind)))
 
 
 # ---- the commands of ports
@@ -208,35 +208,35 @@ Class = Annotated[int | None, tyro.conf.arg(name="class")]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """The options of the train command. ``config`` holds those that are a run's own; ``previous`` is the config of the
-    run that is resumed."""
+    """Options of the train command. Those in ``config`` are stored with the run; ``previous`` is the config of the run
+    that is resumed, or None."""
 
     outdir: Path | None = None
-    """Run folder; one that exists is resumed. Without it: the next number under runs/."""
+    """Run folder; an existing run is resumed. Without it: a new numbered folder under runs/."""
     data: str | None = None
-    """'digits', or a folder or zip of images. Without it: digits, or the data of the run that is resumed."""
+    """'digits', or a folder or zip of images. Without it: digits, or the data of the resumed run."""
     preset: str = "digits"
     """Network and hyperparameters."""
     ladder: Rung = "G"
-    """Rung of the paper's ladder, CONFIG A to G: the network, and how it is trained."""
+    """Rung of the paper's ladder, CONFIG A to G: the network and its training."""
     switches: Switches = ()
-    """Switches of the ladder to set by themselves, such as bias=true group_norm=none."""
+    """Switches of the ladder to change, such as bias=true group_norm=none."""
     dropout: float = 0.0
-    """Share of activations dropped in training."""
+    """Probability of dropping an activation in training."""
     unconditional: bool = False
     """Train without labels."""
     snapshot_plan: Path | None = None
-    """File of edm2 plan that says which averages to store when, instead of --sigma-rels and --snapshot."""
+    """File written by edm2 plan: which averages to store when, instead of --sigma-rels and --snapshot."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     previous: tyro.conf.Fixed[TrainConfig | None] = None
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
     dry_run: bool = False
-    """Print what would be done, and do nothing."""
+    """Print the config and stop before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
-    """The options that choose the defaults of the others."""
+    """The options that determine the defaults of the others."""
 
     outdir: Path | None = None
     preset: str = "digits"
@@ -244,7 +244,7 @@ class _Choice:
 
 
 def parse_train(argv: Sequence[str] | None = None, *, prog: str, description: str) -> TrainOptions:
-    """The options of the train command. Defaults are those of the run that is resumed, else of the preset on its rung.
+    """The options of the train command. Defaults come from the resumed run, else from the preset on its rung.
 
     Raises:
         InputError: as :func:`parse`; an unknown preset; a damaged run; or options that exclude each other.
@@ -256,14 +256,14 @@ def parse_train(argv: Sequence[str] | None = None, *, prog: str, description: st
     return options
 
 
-def _check_exclusive(options: TrainOptions, given: set[str]) -> None:
+def _check_exclusive(options: TrainOptions, names: set[str]) -> None:
     hyper = options.config.hyper
     for one, others in {
         "half_life": ("sigma_rels", "snapshot_plan"),
         "snapshot_plan": ("sigma_rels", "snapshot"),
     }.items():
         for other in others:
-            if {one, other} <= given:
+            if {one, other} <= names:
                 value = getattr(hyper, other if one == "snapshot_plan" else one)
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
                 raise InputError(
@@ -293,26 +293,26 @@ def _defaults(words: Sequence[str], *, prog: str) -> TrainOptions:
     base = on_rung(preset(choice.preset), choice.ladder)
     hyper = base.hyper
     if "sigma_rels" in flags_given(words):
-        hyper = replace(hyper, half_life=None)  # the rung's own is only a default
+        hyper = replace(hyper, half_life=None)  # the half-life of CONFIG A is only a default
     config = TrainConfig(preset=choice.preset, network=base.network, hyper=hyper)
     return TrainOptions(preset=choice.preset, ladder=choice.ladder, dropout=base.network.dropout, config=config)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """The options of the sample command."""
+    """Options of the sample command."""
 
     run: Path | None = None
-    """Run folder to take the network from. Without it: the newest under runs/."""
+    """Run folder with the network. Without it: the newest under runs/."""
     net: Path | None = None
-    """Snapshot to take the network from, instead of a run."""
+    """Snapshot file with the network, instead of a run."""
     sigma_rel: float | None = None
-    """Relative length of the average, reconstructed where it is not stored. Without it: of those kept 0.10, else
-    the longest; a traditional one where the run keeps that."""
+    """Relative length of the average, reconstructed if it is not stored. Without it: the stored average of length
+    0.10, else the longest; for a run with --half-life the traditional average."""
     seeds: str = "0-63"
-    """One image for each, such as 0-63 or 3,7,10-19."""
+    """Seeds, one image for each, such as 0-63 or 3,7,10-19."""
     label: Class = None
-    """Class of all images, from 0. Without it: drawn by each seed."""
+    """Class of all images, from 0. Without it: drawn from each seed."""
     steps: int = 32
     """Sampling steps."""
     sigma_min: float = 0.002
@@ -322,40 +322,40 @@ class SampleOptions:
     rho: float = 7.0
     """Exponent of the noise levels."""
     S_churn: float = 0.0
-    """Strength of noise added while sampling."""
+    """Amount of noise added while sampling; 0 samples deterministically."""
     S_min: float = 0.0
-    """Lowest noise level to churn at."""
+    """Lowest noise level at which noise is added."""
     S_max: float = inf
-    """Highest noise level to churn at."""
+    """Highest noise level at which noise is added."""
     S_noise: float = 1.0
-    """Scale of the noise added."""
+    """Standard deviation of the added noise."""
     guidance: float = 1.0
-    """Guidance weight; 1 is none."""
+    """Guidance weight; 1 disables guidance."""
     guide: Path | None = None
     """Snapshot of the guiding network. Without it: the same network without its label."""
     guide_interval: tuple[float, float] = (0.0, inf)
-    """Noise levels to guide at."""
+    """Lowest and highest noise level at which guidance acts."""
     outdir: Path | None = None
-    """Where the images go. Without it: a folder under samples/ of the run; ./samples with --net."""
+    """Folder of the images. Without it: a folder under samples/ of the run; ./samples with --net."""
     format: Literal["png", "npz"] = "png"
-    """Image files and a grid, or one samples.npz."""
+    """png: an image file per seed, and a grid; npz: one samples.npz."""
     batch: int = 64
-    """Images at a time; does not change them."""
+    """Images per call of the network; has no effect on the result."""
     precision: Precision = "float32"
-    """Arithmetic of the network."""
+    """Dtype of the network's activations."""
     device: str | None = None
-    """Where to sample. Without it: the fastest device."""
+    """Device to sample on. Without it: the fastest available."""
 
 
 def parse_seeds(text: str, /) -> list[int]:
     """The seeds of a list such as ``0-63,70``, in that order; ranges include both ends.
 
     Raises:
-        InputError: the text is no such list, repeats a seed, or names more than ten million.
+        InputError: invalid text, a repeated seed, or more than ten million seeds.
     """
 
-    def fault(came: str) -> InputError:
-        return InputError(f"seeds must be numbers and ranges such as 0-63,70, got {came}: correct the list")
+    def fault(got: str) -> InputError:
+        return InputError(f"seeds must be numbers and ranges such as 0-63,70, got {got}: correct the list")
 
     seeds: list[int] = []
     for part in text.split(","):

@@ -1,6 +1,6 @@
-"""Pictures of samples: one PNG each, a grid, or labelled rows.
+"""PNG files of samples: one per image, a grid, or labelled rows.
 
-Images are uint8 [n, channels, height, width], grey or RGB. Small ones are enlarged by whole pixels, never blurred.
+Images are uint8 [n, channels, height, width], grey or RGB. Small ones are enlarged by repeating pixels.
 """
 
 import os
@@ -14,17 +14,16 @@ from PIL import Image, ImageDraw, ImageFont
 from backends.pipeline.checkpoints.atomic import write_atomically
 from edm2_core.errors import InputError
 
-_VISIBLE = 48  # pixels that an image in a grid should have at least
+_VISIBLE = 48  # least size of an image in a grid, in pixels
 _GAP = 4
 _MARGIN = 12
 _PAPER, _INK = "white", "#24292f"
 
 
 def save_images(folder: str | os.PathLike[str], images: np.ndarray, names: Sequence[str]) -> list[Path]:
-    """One PNG per image at its own size, under these file names. Returns their paths.
+    """Write one PNG per image, in its own size, under the given file names. Returns their paths.
 
-    Raises:
-        InputError: the images are neither grey nor RGB, or cannot be written.
+    Raises InputError as :func:`save_grid`.
     """
     paths = [Path(folder, name) for name in names]
     for path, image in zip(paths, images, strict=True):
@@ -35,9 +34,9 @@ def save_images(folder: str | os.PathLike[str], images: np.ndarray, names: Seque
 def save_grid(
     path: str | os.PathLike[str], images: np.ndarray, *, columns: int | None = None, scale: int | None = None
 ) -> None:
-    """All images in one PNG, row by row, as square a grid as they make unless ``columns`` says otherwise.
+    """Write all images into one PNG, row by row, in a grid of ``columns``; by default the grid is about square.
 
-    ``scale`` is how many pixels wide and high a pixel becomes; by default enough for an image to be seen.
+    ``scale`` is an integer factor of enlargement; by default images become at least 48 pixels wide or high.
 
     Raises:
         InputError: the images are neither grey nor RGB, or cannot be written.
@@ -50,10 +49,9 @@ def save_grid(
 def save_rows(
     path: str | os.PathLike[str], rows: Sequence[tuple[str, np.ndarray]], *, scale: int | None = None
 ) -> None:
-    """One PNG with a row for each (label, images), the label at its left; ``scale`` as in :func:`save_grid`.
+    """Write one PNG with a row for each (label, images), the label on the left.
 
-    Raises:
-        InputError: the images are neither grey nor RGB, or cannot be written.
+    ``scale`` and errors are those of :func:`save_grid`.
     """
     _save(path, _table(rows, scale))
 
@@ -67,7 +65,7 @@ def _table(rows: Sequence[tuple[str, np.ndarray]], scale: int | None) -> Image.I
     left = _MARGIN + (text_width + _MARGIN if text_width else 0)
     pitch = max(cell_height, ceil(sum(font.getmetrics()))) if text_width else cell_height  # type: ignore[union-attr]
     columns = max(len(images) for _, images in rows)
-    row_gap = 2 * _GAP if text_width else _GAP  # rows that mean something stand apart
+    row_gap = 2 * _GAP if text_width else _GAP  # labelled rows are farther apart
     size = (
         left + columns * (cell_width + _GAP) - _GAP + _MARGIN,
         _MARGIN + len(rows) * (pitch + row_gap) - row_gap + _MARGIN,

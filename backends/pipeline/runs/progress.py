@@ -1,4 +1,4 @@
-"""Progress of a job: a bar on a terminal, plain lines in a log file."""
+"""Progress of a job on stderr: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -11,17 +11,17 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Counts up to ``total`` of ``unit``, from ``start`` on, on stderr; silent unless ``shown``.
+    """Counts from ``start`` to ``total``, in ``unit``; silent unless ``shown``.
 
-    On a terminal a bar moves with every :meth:`advance` and :meth:`report` puts a note beside it. Elsewhere each
-    report is a line, so that a log stays as long as there are reports.
+    On a terminal a bar moves with every :meth:`advance`, and :meth:`report` puts a note beside it. Elsewhere each
+    report prints a line.
     """
 
     def __init__(self, *, total: int, start: int = 0, shown: bool = True, unit: str = "img") -> None:
         self._unit = unit
         self._lines = shown and not sys.stderr.isatty()
         self._start, self._done, self._total, self._since = start, start, total, time.monotonic()
-        columns, rows = get_terminal_size()  # never 0, unlike the size that tqdm finds, at which it draws nothing
+        columns, rows = get_terminal_size()  # never 0: tqdm may measure 0 columns, and then draws nothing
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -47,7 +47,7 @@ class Progress:
         self._bar.update(count)
 
     def report(self, note: str = "", /) -> None:
-        """Show how far it is, with ``note``, 'loss 0.51' say."""
+        """Show the progress, with ``note``, such as 'loss 0.51'."""
         if self._lines:
             print(f"{self._line()}  {note}".rstrip(), file=sys.stderr, flush=True)
         else:

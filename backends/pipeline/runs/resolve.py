@@ -1,4 +1,4 @@
-"""From options, data and an earlier run to the config of a run; what a resumed run may change."""
+"""The config of a run, made from options, data and the run that is resumed; checks what a resumed run may change."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from .config import DataSummary, TrainConfig
 from .options import TrainOptions, flag
 
 FREE = ("duration", "status", "checkpoint", "telemetry")
-"""What a resumed run may change. The machine is no part of a run."""
+"""Fields that a resumed run may change."""
 
 
 def configure(
@@ -33,25 +33,26 @@ def configure(
     Args:
         dataset: gives the network its resolution, channels and labels.
         preset_name, ladder: the base; see :mod:`edm2_core.presets`.
-        unconditional: leave the labels out.
-        network: fields of :class:`~edm2_core.network.NetworkConfig` to set otherwise, ``{"model_channels": 64}`` say.
-        changes: fields of :class:`~edm2_core.presets.Hyperparameters` or of :class:`TrainConfig` to set otherwise.
+        unconditional: train without labels.
+        network: changed fields of :class:`~edm2_core.network.NetworkConfig`, such as ``{"model_channels": 64}``.
+        changes: changed fields of :class:`~edm2_core.presets.Hyperparameters` or of :class:`TrainConfig`.
 
     Raises:
         InputError: an unknown preset, a value out of range, or data without labels for a conditional preset.
         TypeError: an unknown field.
     """
     base = on_rung(preset(preset_name), ladder)
-    of_training = {field.name for field in fields(Hyperparameters)}
-    hyper = replace(base.hyper, **{name: value for name, value in changes.items() if name in of_training})
-    rest = {name: value for name, value in changes.items() if name not in of_training}
-    rest.setdefault("data", dataset.name)
+    hyper_names = {field.name for field in fields(Hyperparameters)}
+    hyper = replace(base.hyper, **{name: value for name, value in changes.items() if name in hyper_names})
+    rest = {name: value for name, value in changes.items() if name not in hyper_names}
+    rest.setdefault("data", dataset.spec)
     config = TrainConfig(preset=preset_name, network=replace(base.network, **network or {}), hyper=hyper, **rest)
     return fit(config, dataset, unconditional=unconditional)
 
 
 def fit(config: TrainConfig, dataset: Dataset, *, unconditional: bool = False) -> TrainConfig:
-    """``config`` with the network's size and labels those of ``dataset``, and its intervals filled in."""
+    """``config`` with resolution, channels and labels of ``dataset``, and with its intervals filled in. Raises
+    InputError for a conditional preset and data without labels."""
     conditional = config.network.label_dim > 0 and not unconditional
     if conditional and not dataset.label_dim:
         raise InputError(
@@ -71,7 +72,7 @@ def data_spec(options: TrainOptions, previous: TrainConfig | None = None) -> str
     """The data to open: 'digits', or the absolute path of a folder or archive.
 
     Raises:
-        InputError: no data given with a preset that is not made for digits.
+        InputError: no data, with a preset other than digits.
     """
     if options.data is not None:
         return options.data if options.data == "digits" else str(Path(options.data).absolute())
@@ -83,11 +84,11 @@ def data_spec(options: TrainOptions, previous: TrainConfig | None = None) -> str
 
 
 def resolve(options: TrainOptions, dataset: Dataset, previous: TrainConfig | None = None) -> TrainConfig:
-    """The config of a run on ``dataset``, which :func:`data_spec` names; ``previous`` is that of the run it resumes.
+    """The config of a run on ``dataset``, the data of :func:`data_spec`. ``previous``: config of the resumed run.
 
     Raises:
-        InputError: no labels for a conditional preset; a value out of range; a batch that does not divide; or, when
-            resuming, an option or data other than the run's.
+        InputError: no labels for a conditional preset; a value out of range; a batch that is not divisible; or, when
+            resuming, an option or data that differ from the run's.
     """
     if previous is None:
         config = _fresh(options, dataset)
@@ -103,10 +104,10 @@ def resolve(options: TrainOptions, dataset: Dataset, previous: TrainConfig | Non
 
 
 def microbatches(batch: int, per_device: int | None, *, world: int) -> int:
-    """How many parts each of ``world`` devices accumulates its share of a batch from, ``per_device`` images at a time.
+    """Number of microbatches of ``per_device`` images (None: one) in the share of a batch of each of ``world`` devices.
 
     Raises:
-        InputError: that does not come out even.
+        InputError: the batch cannot be divided into equal parts.
     """
     if batch % world:
         raise InputError(f"--batch must be divisible by the number of devices, got {batch} for {world}: change --batch")
@@ -122,8 +123,7 @@ def microbatches(batch: int, per_device: int | None, *, world: int) -> int:
 
 
 def _fresh(options: TrainOptions, dataset: Dataset) -> TrainConfig:
-    own = _switches(options)
-    network = replace(options.config.network, dropout=options.dropout, **own)
+    network = replace(options.config.network, dropout=options.dropout, **_switches(options))
     config = replace(options.config, network=network, data=data_spec(options))
     if options.snapshot_plan is not None:
         plan = _read_plan(options.snapshot_plan)
@@ -141,15 +141,15 @@ def _read_plan(path: Path) -> SnapshotPlan:
 
 
 def _switches(options: TrainOptions) -> dict[str, Any]:
-    """Raises InputError: no switch of that name."""
-    own, names = dict(options.switches), [field.name for field in fields(Switches) if field.name != "ladder"]
-    if unknown := sorted(set(own) - set(names)):
+    """The switches that ``options`` change. Raises InputError for an unknown name."""
+    changes, names = dict(options.switches), [field.name for field in fields(Switches) if field.name != "ladder"]
+    if unknown := sorted(set(changes) - set(names)):
         raise InputError(f"--switches must be of {', '.join(names)}, got {unknown[0]}")
-    return own
+    return changes
 
 
 def _check_unchanged(options: TrainOptions, dataset: Dataset, previous: TrainConfig) -> None:
-    for name, was, wanted in _wishes(options, previous):
+    for name, was, wanted in _fixed_options(options, previous):
         if wanted != was:
             raise InputError(
                 f"{name} must stay {_text(was)} when a run is resumed, got {_text(wanted)}: "
@@ -159,13 +159,13 @@ def _check_unchanged(options: TrainOptions, dataset: Dataset, previous: TrainCon
     for name, was in before.items():
         if now[name] != was:
             raise InputError(
-                f"data must be those the run began with, got {name} {now[name]} instead of {was} in {previous.data}: "
+                f"data must be the same as when the run began, got {name} {now[name]} for {was} in {previous.data}: "
                 "restore them, or choose another --outdir"
             )
 
 
-def _wishes(options: TrainOptions, previous: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
-    """(flag, the run's value, the option) of everything that a resumed run may not change."""
+def _fixed_options(options: TrainOptions, previous: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(flag, value of the run, value of the option) for each option that a resumed run may not change."""
     for now, before in ((options.config.hyper, previous.hyper), (options.config, previous)):
         for field in fields(now):
             if field.name not in (*FREE, "hyper"):

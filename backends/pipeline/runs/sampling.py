@@ -1,6 +1,6 @@
-"""The sample command of every port: which network, which seeds and labels, in what batches, and where the images go.
+"""The sample command of every port: loads the network, draws noise and labels from seeds, samples, writes the images.
 
-Noise and labels are drawn from the seeds on the host, so a seed gives the same image in every port and in any batch.
+Noise and labels are drawn on the host, so a seed gives the same image in every port and in any batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,16 +30,16 @@ from .options import SampleOptions, parse_seeds
 from .pictures import save_grid, save_images
 from .progress import Progress
 
-_IN_GRID = 100
+_IN_GRID = 100  # images
 _SOLVER = ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", "guide_interval")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that decides what the images are.
+    """Everything that determines the images.
 
-    ``labels``: int64 class ids, -1 where there is none. ``solver``: options of :func:`edm2_core.sampler.sample`, and
-    ``guide_interval``.
+    ``labels``: class ids, int64 [number of seeds], -1 without labels. ``solver``: options of
+    :func:`edm2_core.sampler.sample`, and ``guide_interval``.
     """
 
     snapshot: Snapshot
@@ -51,10 +51,10 @@ class Job:
 
 
 def run_sampling(options: SampleOptions, open_sampler: OpenSampler, *, prog: str) -> None:
-    """Sample what ``options`` ask for, write the images, and say on stdout what was used and written.
+    """Sample with ``options``, write the images, and print the network, the guide and the paths.
 
     Raises:
-        InputError: no such run, network, length, seed or class, options out of range, or nowhere to write.
+        InputError: no such run, network, length, seed or class; an option out of range; or a failed write.
     """
     if options.batch < 1:
         raise InputError(f"--batch must be at least 1, got {options.batch}: 64 is the default")
@@ -72,7 +72,7 @@ def run_sampling(options: SampleOptions, open_sampler: OpenSampler, *, prog: str
 
 
 def sample_images(job: Job, open_sampler: OpenSampler, *, batch: int, shown: bool = False) -> np.ndarray:
-    """uint8 [n, channels, height, width], a row per seed of ``job``, ``batch`` of them at a time."""
+    """Images, uint8 [n, channels, height, width], one per seed of ``job``, sampled in batches of ``batch``."""
     config = job.snapshot.required_config()
     shape = (config.img_channels, config.img_resolution, config.img_resolution)
     sampler = open_sampler(config, job.snapshot.params, guide=job.guide)
@@ -82,8 +82,8 @@ def sample_images(job: Job, open_sampler: OpenSampler, *, batch: int, shown: boo
             seeds, labels = job.seeds[part], job.labels[part]
             rows = one_hot(labels, config.label_dim) if config.label_dim else None
             churn = (churn_noise(seeds, shape, step=step) for step in count())
-            made = sampler(noise(seeds, shape), rows, guidance=job.guidance, churn_noise=churn, **job.solver)
-            images[part] = to_uint8(made)
+            samples = sampler(noise(seeds, shape), rows, guidance=job.guidance, churn_noise=churn, **job.solver)
+            images[part] = to_uint8(samples)
             progress.advance(len(seeds))
             progress.report()
     return images
@@ -93,17 +93,18 @@ def _parts(total: int, batch: int) -> Iterator[slice]:
     return (slice(start, min(start + batch, total)) for start in range(0, total, batch))
 
 
-# ---- which network
+# ---- the network
 
 
 def stored_network(path: str | Path, /, *, sigma_rel: float | None = None) -> Snapshot:
-    """The network in a snapshot file, or of a run folder, at its latest time.
+    """The network in a snapshot file, or the latest average in a run folder.
 
-    Of a run, ``sigma_rel`` is the length of the average, reconstructed where it is not stored; by default 0.10 where
-    that is stored, else the longest.
+    Args:
+        path: the file or the folder.
+        sigma_rel: length of a run's average, reconstructed if it is not stored; None: 0.10 if stored, else the longest.
 
     Raises:
-        InputError: no such file or run, nothing stored in it, or ``sigma_rel`` of a single file.
+        InputError: no such file or run, a run without snapshots, or ``sigma_rel`` with a single file.
     """
     if not Path(path).is_dir():
         if sigma_rel is not None:
@@ -117,10 +118,10 @@ def stored_network(path: str | Path, /, *, sigma_rel: float | None = None) -> Sn
 
 
 def average_of(sources: Sequence[Source], sigma_rel: float | None, /) -> tuple[Snapshot, Length, bool]:
-    """(the average of this length at the latest time, its length, whether it is stored) of the sources of a run."""
+    """The latest average of a run: the snapshot, its length, and whether it was stored rather than reconstructed."""
     stored = {source.length: source for source in sources if source.time == sources[-1].time}
-    usual = Length.of(0.10) if Length.of(0.10) in stored else max(stored)
-    length = usual if sigma_rel is None else Length.of(sigma_rel)
+    default = Length.of(0.10) if Length.of(0.10) in stored else max(stored)
+    length = default if sigma_rel is None else Length.of(sigma_rel)
     if length in stored:
         return stored[length].load(), length, True
     (snapshot,) = reconstruct(sources, sigma_rels=[length.value])
@@ -128,10 +129,10 @@ def average_of(sources: Sequence[Source], sigma_rel: float | None, /) -> tuple[S
 
 
 def _network(options: SampleOptions, *, train: str) -> tuple[Snapshot, str, Path]:
-    """(the network, where it is from, the folder that samples of it belong in)."""
+    """(the network, a description of its origin, the folder for its samples)."""
     if options.net is not None:
         if options.run is not None or options.sigma_rel is not None:
-            raise InputError("--net is one stored network, got --run or --sigma-rel too: give --run instead of --net")
+            raise InputError("--net excludes --run and --sigma-rel, got one of them too: give --run instead of --net")
         return load_snapshot(options.net), str(options.net), Path("samples")
     if options.sigma_rel is not None:
         Length.of(options.sigma_rel)
@@ -139,11 +140,11 @@ def _network(options: SampleOptions, *, train: str) -> tuple[Snapshot, str, Path
     sources = run.snapshots(run.config().network)
     if not sources:
         raise InputError(
-            f"a run must have snapshots, got none in {run.path}: {train} --outdir {run.path} goes on with it"
+            f"a run must have snapshots, got none in {run.path}: continue it with {train} --outdir {run.path}"
         )
     snapshot, length, is_stored = average_of(sources, options.sigma_rel)
-    made = "stored" if is_stored else f"reconstructed from {len(sources)} snapshots"
-    return snapshot, f"{run.path} ({made})", run.samples_path / Path(snapshot_name(snapshot.nimg, length)).stem
+    origin = "stored" if is_stored else f"reconstructed from {len(sources)} snapshots"
+    return snapshot, f"{run.path} ({origin})", run.samples_path / Path(snapshot_name(snapshot.nimg, length)).stem
 
 
 # ---- the job
@@ -152,10 +153,10 @@ def _network(options: SampleOptions, *, train: str) -> tuple[Snapshot, str, Path
 def _job(options: SampleOptions, snapshot: Snapshot) -> Job:
     config, guidance = snapshot.required_config(), options.guidance
     if options.guide is not None and guidance == 1:
-        raise InputError(f"--guide needs a weight other than 1, got {options.guide} without one: add --guidance 2, say")
+        raise InputError(f"--guide needs a guidance weight other than 1, got {options.guide} alone: add --guidance 2")
     guide = None if options.guide is None else _guide(options.guide, config)
     if guidance != 1 and guide is None and not config.label_dim:
-        raise InputError("--guidance of a network without labels needs another, got none: name one with --guide")
+        raise InputError("--guidance of a network without labels needs a guide, got none: name one with --guide")
     seeds = parse_seeds(options.seeds)
     return Job(
         snapshot=snapshot,
@@ -169,13 +170,13 @@ def _job(options: SampleOptions, snapshot: Snapshot) -> Job:
 
 def _guide(path: Path, config: NetworkConfig) -> Network:
     snapshot = load_snapshot(path)
-    theirs = snapshot.required_config()
+    guide = snapshot.required_config()
     for name in ("img_resolution", "img_channels"):
-        if (other := getattr(theirs, name)) != (own := getattr(config, name)):
-            raise InputError(f"--guide must make the same images, got {name} {other} instead of {own}: choose another")
-    if theirs.label_dim not in (0, config.label_dim):
-        raise InputError(f"--guide must have no classes or {config.label_dim}, got {theirs.label_dim}: choose another")
-    return theirs, snapshot.params
+        if (got := getattr(guide, name)) != (need := getattr(config, name)):
+            raise InputError(f"--guide must make images of the same shape, got {name} {got} for {need}: choose another")
+    if guide.label_dim not in (0, config.label_dim):
+        raise InputError(f"--guide must have no classes or {config.label_dim}, got {guide.label_dim}: choose another")
+    return guide, snapshot.params
 
 
 def _labels(label: int | None, seeds: Sequence[int], label_dim: int) -> np.ndarray:
@@ -189,7 +190,7 @@ def _labels(label: int | None, seeds: Sequence[int], label_dim: int) -> np.ndarr
 
 
 def labels_of_seeds(seeds: Sequence[int], label_dim: int, /) -> np.ndarray:
-    """The class that each seed draws, or -1 where there are no labels: ``labels`` of a :class:`Job`."""
+    """The class ids drawn from seeds, int64 [n]; -1 without labels. They are the ``labels`` of a :class:`Job`."""
     return seeded_labels(seeds, label_dim) if label_dim else np.full(len(seeds), -1, np.int64)
 
 

@@ -1,7 +1,7 @@
 """Telemetry of a training step as a line of telemetry.jsonl: magnitudes by block, losses by noise level.
 
-A port makes the :class:`~backends.ports.Measurement`. Source: arXiv 2312.02696 Eq. 3 and Appendix A.6, where
-activations are averaged over images before features are compared; here the maximum is over both.
+A port makes the :class:`~backends.ports.Measurement`. Source: arXiv 2312.02696 Eq. 3 and Appendix A.6. Departure: the
+paper averages magnitudes over images and takes the maximum over features; here the maximum is over both.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from edm2_core.network import NetworkConfig, plan
 
 from .config import TrainConfig
 
-BINS = 16  # of ln(sigma), over three standard deviations on either side; what lies beyond is counted in the last ones
+BINS = 16  # of ln(sigma), over three standard deviations on either side; the outer bins include everything beyond
 
 
 def watched(config: NetworkConfig, /) -> dict[str, list[str]]:
-    """The weights of each block, by its name: of its convolutions, its attention and its conditioning."""
+    """By name of the block, the names of its weights: of convolutions, attention and conditioning."""
     walk = plan(config)
     weights = [name for name, parameter in walk.parameters.items() if parameter.kind == "weight"]
     return {
@@ -27,8 +27,8 @@ def watched(config: NetworkConfig, /) -> dict[str, list[str]]:
 
 
 def record(config: TrainConfig, measured: Measurement, /, *, nimg: int) -> dict[str, Any]:
-    """A line of telemetry.jsonl: ``nimg`` as the step began; ``blocks``, each with role, resolution, the maximum and
-    mean of its activations, weights and gradients and its relative update; ``noise``, by bin of noise level."""
+    """A line of telemetry.jsonl: ``nimg`` before the step; ``blocks``, each with role, resolution, maximum and mean of
+    its activations, weights and gradients, and its relative update; ``noise``, losses by bin of noise level."""
     walk = plan(config.network)
     blocks = {block.name: block for block in (*walk.encoder, *walk.decoder)}
     return {
@@ -52,8 +52,8 @@ def _magnitudes(config: NetworkConfig, measured: Measurement, names: list[str]) 
         rows = np.array([getattr(measured, f"{kind}s")[name] for name in names], np.float64)
         magnitudes[f"{kind}_max"] = float(rows[:, 0].max())
         magnitudes[f"{kind}_mean"] = float(np.average(rows[:, 1], weights=features))
-    moved, size = np.sqrt(np.sum(np.square([measured.updates[name] for name in names], dtype=np.float64), axis=0))
-    return magnitudes | {"update": float(moved / size) if size else float("nan")}
+    update, size = np.sqrt(np.sum(np.square([measured.updates[name] for name in names], dtype=np.float64), axis=0))
+    return magnitudes | {"update": float(update / size) if size else float("nan")}
 
 
 def _by_noise(measured: Measurement, P_mean: float, P_std: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The training loop of every port: batches, learning rate, log, snapshots, states, signals, and what is printed.
+"""The training loop of every port: batches, learning rate, log, snapshots, states, signals and printed messages.
 
-Order of a step: learning rate, batch, step; then, where a multiple of its interval was crossed, a line of log, the
-averages, the state. A run is a function of its config alone: stopped anywhere and resumed, it ends the same.
+Order of an iteration: learning rate, batch, step; then, whenever a multiple of its interval was crossed, the log line,
+the averages and the state. The result depends only on the config: stopping and resuming do not change it.
 """
 
 import sys
@@ -33,12 +33,10 @@ from .resolve import FREE, data_spec, microbatches, resolve
 
 
 def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler: OpenSampler, *, prog: str) -> int:
-    """The train command: train as ``options`` say, in a fresh run folder or on from where one stopped.
-
-    Returns the exit status.
+    """The train command: start a run, or resume the one in ``options.outdir``. Returns the exit status.
 
     Raises:
-        InputError: see :func:`~.resolve.resolve`; a damaged state; or nowhere to write.
+        InputError: as :func:`~.resolve.resolve`; a damaged state; or a failed write.
     """
     previous = options.previous
     dataset = open_dataset(data_spec(options, previous))
@@ -46,7 +44,7 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
     run = None if options.outdir is None else Run(options.outdir)
     start = _start(run, previous) if run is not None and previous is not None else 0
     if options.dry_run:
-        place = run.path if run is not None else "a fresh folder under runs/"
+        place = run.path if run is not None else "a new folder under runs/"
         print(f"{config.to_json()}{_ladder_text(config.network)}")
         print(f"would train from {start} to {config.hyper.duration} images in {place}")
         return 0
@@ -67,13 +65,15 @@ def train(
     machine: Machine = Machine(),
     prog: str,
 ) -> Run | None:
-    """Train ``config`` on ``dataset`` in the run folder ``outdir``, or on from where the run in it stopped.
+    """Train ``config`` on ``dataset``. Returns the run; None in processes other than the first.
 
-    ``outdir`` None is a fresh numbered folder under runs/. Returns the run; None in processes other than the first.
+    Args:
+        outdir: the run folder; a run that stopped in it is resumed. None: a new numbered folder under runs/.
+        prog: the train command, for messages that suggest the next one.
 
     Raises:
-        InputError: the folder holds a run of another config, a damaged state, or cannot be written.
-        KeyboardInterrupt: SIGINT or SIGTERM came; the state was saved, and the same call continues from it.
+        InputError: the folder holds a run of another config or a damaged state, or cannot be written.
+        KeyboardInterrupt: after SIGINT or SIGTERM; the state was saved, and the same call continues from it.
     """
     config = replace(config, data_summary=DataSummary.of(dataset)).intervals_filled()
     run = None if outdir is None else Run(outdir)
@@ -89,18 +89,18 @@ def train(
         return run
     trainer = open_trainer(config, machine)
     folder = None if run is None else run.path
-    made, status = _train(config, dataset, trainer, open_sampler, outdir=folder, start=start, prog=prog)
+    finished, status = _train(config, dataset, trainer, open_sampler, outdir=folder, start=start, prog=prog)
     if status:
         raise KeyboardInterrupt
-    return made
+    return finished
 
 
 def _start(run: Run, previous: TrainConfig) -> int:
-    """Images seen by the stored state. Raises InputError where a state must have been stored and is gone."""
-    came_to = max((record["nimg"] for record in run.log()), default=0)
-    if not run.state_path.exists() and came_to > (previous.checkpoint or 0) + previous.hyper.batch:
+    """Images seen by the stored state. Raises InputError if the log shows that a state was stored and it is missing."""
+    last = max((record["nimg"] for record in run.log()), default=0)
+    if not run.state_path.exists() and last > (previous.checkpoint or 0) + previous.hyper.batch:
         raise InputError(
-            f"a run that came to {came_to} images must have its state to go on, got none at {run.state_path}: "
+            f"a run must have its state to be resumed after {last} images, got none at {run.state_path}: "
             "restore it, or choose another --outdir"
         )
     return run.state_nimg()
@@ -116,7 +116,7 @@ def _train(
     start: int,
     prog: str,
 ) -> tuple[Run | None, int]:
-    """The run (None in processes that write nothing) and the exit status."""
+    """The run, None in processes that do not write, and the exit status."""
     microbatches(config.hyper.batch, None, world=trainer.world)
     if outdir is not None and start:
         trainer.load_state(load_state(Run(outdir).state_path, config.network, config.hyper.lengths))
@@ -137,7 +137,7 @@ def _train(
 
 
 def _loop(config: TrainConfig, dataset: Dataset, trainer: Trainer, run: Run | None) -> int:
-    """Train until the duration; write to ``run`` unless it is None. Returns the status of a signal, or 0."""
+    """Train to the end; write to ``run`` unless it is None. Returns 0, or the exit status after a signal."""
     hyper, share = config.hyper, config.hyper.batch // trainer.world
     part = {"offset": trainer.rank * share, "count": share}
     with (
@@ -167,7 +167,7 @@ def _loop(config: TrainConfig, dataset: Dataset, trainer: Trainer, run: Run | No
             if stop or end or _crossed(config.checkpoint, before, nimg):
                 _save_state(run, trainer)
             if stop:
-                return interrupts.status or 128 + SIGTERM  # the signal may have come to another process
+                return interrupts.status or 128 + SIGTERM  # another process may have received the signal
     return 0
 
 
@@ -187,12 +187,12 @@ def _save_state(run: Run | None, trainer: Trainer) -> None:
 
 
 class _Snapshots:
-    """Stores the averages that are due, and deletes those that the snapshot plan does not keep."""
+    """Stores averages when they are due, and deletes those that the snapshot plan no longer keeps."""
 
     def __init__(self, config: TrainConfig, run: Run | None) -> None:
         self._config, self._run, self._plan = config, run, config.snapshot_plan
-        there = run.snapshots(config.network) if run is not None and self._plan is not None else []
-        self._stored = [(source.time, source.length.value) for source in there]
+        sources = run.snapshots(config.network) if run is not None and self._plan is not None else []
+        self._stored = [(source.time, source.length.value) for source in sources]
 
     def store_due(self, trainer: Trainer, before: int, now: int, *, end: bool) -> None:
         for length in self._due(before, now, end=end):
@@ -215,12 +215,12 @@ class _Snapshots:
 
 
 class _Report:
-    """Writes a line of log each time it is called, and says the loss. Lines after ``nimg`` are dropped first."""
+    """Each call writes a log line and shows the loss. Log lines after ``nimg`` are dropped at construction."""
 
     def __init__(self, run: Run | None, progress: Progress, nimg: int) -> None:
         kept = run.truncate_logs(nimg) if run is not None else []
         self._run, self._progress, self._nimg = run, progress, nimg
-        self._before = kept[-1]["seconds"] if kept else 0.0  # the clock goes on where the log ends
+        self._before = kept[-1]["seconds"] if kept else 0.0  # seconds of training before this start
         self._start = self._last = time.monotonic()
 
     def __call__(self, metrics: Mapping[str, float], nimg: int, lr: float) -> None:
@@ -239,7 +239,7 @@ class _Report:
             self._progress.report(f"loss {metrics['loss']:.4f}")
 
 
-# ---- what is printed
+# ---- printed messages
 
 
 def _say_begin(run: Run, config: TrainConfig, trainer: Trainer, *, resumed: bool) -> None:
@@ -255,14 +255,14 @@ def _say_begin(run: Run, config: TrainConfig, trainer: Trainer, *, resumed: bool
     if trainer.nimg:
         print(f"resumed  {run.state_path} at {trainer.nimg} images")
     elif resumed:
-        print("resumed  at 0 images, for no state was stored yet")
+        print("resumed  at 0 images, because no state was stored yet")
     sys.stdout.flush()  # before the progress on stderr
 
 
 def _ladder_text(network: NetworkConfig) -> str:
-    """The rung, and the switches of the network that are not the rung's."""
-    rung, own = vars(LADDER[network.ladder]), vars(network.switches)
-    differ = [f"{name} {own[name]}" for name in rung if own[name] != rung[name]]
+    """The rung, and the switches that differ from it."""
+    rung, switches = vars(LADDER[network.ladder]), vars(network.switches)
+    differ = [f"{name} {switches[name]}" for name in rung if switches[name] != rung[name]]
     return f"CONFIG {network.ladder}" + (f" with {', '.join(differ)}" if differ else "")
 
 
@@ -272,19 +272,19 @@ def _say_end(run: Run, config: TrainConfig, drawn: tuple[Path, dict[str, float]]
         picture, errors = drawn
         print(f"picture  {picture}: the raw weights, then averages from short to long")
         print("error    of denoising: " + ", ".join(f"{name} {error:.4f}" for name, error in errors.items()))
-    print("next, for instance:")
-    other = any(length.relative for length in config.hyper.lengths)  # of a half-life alone hardly any other is made
+    print("next, for example:")
+    other = any(length.relative for length in config.hyper.lengths)  # a half-life alone reconstructs few lengths
     print(f"  {sample} --sigma-rel 0.15" if other else f"  {sample}")
     if config.network.label_dim:
         print(f"  {sample} --class 3 --guidance 2")
-    if not isinstance(config.snapshot_plan, TimedPlan):  # which ends with its run
+    if not isinstance(config.snapshot_plan, TimedPlan):  # a timed plan ends with its run
         print(f"  {prog} --outdir {run.path} --duration {count_text(2 * config.hyper.duration)}")
 
 
 def _complete(
     run: Run, config: TrainConfig, dataset: Dataset, nimg: int, open_sampler: OpenSampler, *, prog: str
 ) -> None:
-    print(f"complete {run.path} at {nimg} images; to prolong it give a longer --duration")
+    print(f"complete {run.path} at {nimg} images; give a longer --duration to continue it")
     if not (run.samples_path / "lengths.png").exists():  # stopped between the last state and the picture
         state = load_state(run.state_path, config.network, config.hyper.lengths)
         _say_end(run, config, draw_lengths(run, config, dataset, state.params, open_sampler, nimg=nimg), prog=prog)
