@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 import tyro
 
+from backends.pipeline.runs.command_line import parse_count
 from backends.pipeline.runs.exit_codes import command
-from backends.pipeline.runs.options import parse_count
 from edm2_core.presets import preset
 from examples.digits import Study
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from backends.pipeline.runs.options import SampleOptions, count_text, flag, parse, parse_count, parse_train
+from backends.pipeline.runs.command_line import count_text, flag, parse, parse_count
+from backends.pipeline.runs.options import SampleOptions, parse_train
 from backends.ports import Machine
 from edm2_core.errors import InputError
 from edm2_core.presets import PRESETS, Hyperparameters, on_rung

@@ -7,7 +7,8 @@ import numpy as np
 
 from backends.pipeline.checkpoints.states import load_state
 from backends.pipeline.data.datasets import open_dataset
-from backends.pipeline.runs.options import flag, parse, parse_train
+from backends.pipeline.runs.command_line import flag, parse
+from backends.pipeline.runs.options import parse_train
 from backends.pipeline.runs.resolve import resolve
 from backends.pipeline.runs.training import run_training
 from backends.ports import Machine, Trainer

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from backends.pipeline.runs.command_line import parse
 from backends.pipeline.runs.exit_codes import command
-from backends.pipeline.runs.options import parse
 from edm2_core import __version__
 from edm2_core.errors import InputError
 

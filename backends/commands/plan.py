@@ -8,7 +8,7 @@ import numpy as np
 
 from backends.pipeline.checkpoints.atomic import write_bytes
 from backends.pipeline.report.plots import draw_errors, figure, save
-from backends.pipeline.runs.options import count_text, parse_count, reader
+from backends.pipeline.runs.command_line import count_text, parse_count, reader
 from edm2_core.ema import SnapshotPlan, TimedPlan, plan_snapshots, uniform_plan, worst_error
 from edm2_core.errors import InputError
 from edm2_core.network import parameter_count

@@ -9,8 +9,8 @@ from backends.pipeline.checkpoints.combination import Combination
 from backends.pipeline.checkpoints.outputs import Writer, plan_outputs
 from backends.pipeline.checkpoints.reconstruct import GiB
 from backends.pipeline.checkpoints.sources import Broken, Source
+from backends.pipeline.runs.command_line import reader
 from backends.pipeline.runs.exit_codes import Interrupts
-from backends.pipeline.runs.options import reader
 from backends.pipeline.runs.progress import Progress
 from edm2_core.errors import InputError
 

@@ -13,8 +13,8 @@ from backends.pipeline.report import sections
 from backends.pipeline.report.history import History
 from backends.pipeline.report.page import page
 from backends.pipeline.report.strips import open_port
+from backends.pipeline.runs.command_line import parse_seeds
 from backends.pipeline.runs.folder import Run
-from backends.pipeline.runs.options import parse_seeds
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.sampler import noise_levels

@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Sequence
 
+from backends.pipeline.runs.command_line import parse
 from backends.pipeline.runs.exit_codes import command
 from backends.pipeline.runs.folder import newest
-from backends.pipeline.runs.options import SampleOptions, parse
+from backends.pipeline.runs.options import SampleOptions
 from backends.pipeline.runs.sampling import run_sampling
 from backends.ports import OpenSampler
 from edm2_core.errors import InputError

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from backends.pipeline.runs.command_line import count_text, flags_given
 from backends.pipeline.runs.exit_codes import command
-from backends.pipeline.runs.options import TrainOptions, count_text, flags_given, parse_train
+from backends.pipeline.runs.options import TrainOptions, parse_train
 from backends.pipeline.runs.training import run_training
 from edm2_core.presets import Ki
 

@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Sequence
 
+from backends.pipeline.runs.command_line import parse
 from backends.pipeline.runs.exit_codes import command
-from backends.pipeline.runs.options import SampleOptions, parse
+from backends.pipeline.runs.options import SampleOptions
 from backends.pipeline.runs.sampling import run_sampling
 from backends.ports import OpenSampler
 

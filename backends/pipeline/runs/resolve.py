@@ -12,8 +12,9 @@ from edm2_core.errors import InputError
 from edm2_core.ladder import Rung, Switches
 from edm2_core.presets import Hyperparameters, on_rung, preset
 
+from .command_line import flag
 from .config import DataSummary, TrainConfig
-from .options import TrainOptions, flag
+from .options import TrainOptions
 
 FREE = ("duration", "status", "checkpoint", "telemetry")
 """Fields that a resumed run may change."""

@@ -25,8 +25,9 @@ from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, parameter_count
 from edm2_core.sampler import noise_levels
 
+from .command_line import parse_seeds
 from .folder import Run, newest
-from .options import SampleOptions, parse_seeds
+from .options import SampleOptions
 from .pictures import save_grid, save_images
 from .progress import Progress
 

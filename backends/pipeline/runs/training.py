@@ -23,11 +23,12 @@ from edm2_core.network import NetworkConfig, multiply_adds, parameter_count
 from edm2_core.schedule import learning_rate
 
 from . import telemetry
+from .command_line import count_text
 from .config import DataSummary, TrainConfig
 from .exit_codes import Interrupts
 from .folder import Run, create
 from .length_picture import draw_lengths
-from .options import TrainOptions, count_text
+from .options import TrainOptions
 from .progress import Progress
 from .resolve import FREE, data_spec, microbatches, resolve
 
