@@ -19,9 +19,7 @@ from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, plan
 from edm2_core.state import Arrays, State
 
-Params = Mapping[str, np.ndarray]
-"""Canonical parameters: float32 arrays by name."""
-
+Params = Mapping[str, np.ndarray]  # canonical: float32 arrays by name
 Network = tuple[NetworkConfig, Params]
 Betas = tuple[float, float]
 Batch = Sequence[np.ndarray | None]
@@ -103,7 +101,7 @@ class OpenSampler(Protocol):
     def __call__(self, config: NetworkConfig, params: Params, *, guide: Network | None = None) -> Sampler: ...
 
 
-# ---- the NumPy face of a port
+# ---- the NumPy interface of a port
 
 
 class Port(ABC):
@@ -189,10 +187,10 @@ class Port(ABC):
         """:meth:`jvp` of native arrays."""
 
     @abstractmethod
-    def steps(
-        self, config: NetworkConfig, state: State, batches: Iterable[Batch], *, rates: Sequence[float], betas: Betas
-    ) -> tuple[list[float], State]:
-        """Continue from ``state``, one step per batch and learning rate. Returns mean losses and the new state."""
+    def native_training(
+        self, config: NetworkConfig, state: State, betas: Betas, /
+    ) -> tuple[Callable[..., Any], Callable[[], State]]:
+        """Training from ``state`` on: ``step(*native batch, lr=)``, which returns the mean loss, and the state now."""
 
     def train(
         self,
@@ -207,14 +205,22 @@ class Port(ABC):
         """Train from ``params``, one step per batch. Returns mean losses, parameters, and averages by sigma_rel."""
         trained = [name for name, parameter in plan(config).parameters.items() if parameter.trained]
         start = State.start(params, trained=trained, lengths=map(Length.of, sigma_rels))
-        losses, end = self.steps(config, start, batches, rates=learning_rates, betas=betas)
+        losses, end = self._steps(config, start, batches, learning_rates, betas)
         return losses, end.params, {length.value: average for length, average in end.averages.items()}
 
     def advance(
         self, config: NetworkConfig, state: State, batches: Iterable[Batch], *, learning_rates: Sequence[float]
     ) -> tuple[list[float], State]:
-        """:meth:`steps` with Adam's betas (0.9, 0.99)."""
-        return self.steps(config, state, batches, rates=learning_rates, betas=(0.9, 0.99))
+        """One step per batch from ``state`` on, betas (0.9, 0.99): mean losses, and the state afterwards."""
+        return self._steps(config, state, batches, learning_rates, (0.9, 0.99))
+
+    def _steps(
+        self, config: NetworkConfig, state: State, batches: Iterable[Batch], rates: Sequence[float], betas: Betas
+    ) -> tuple[list[float], State]:
+        with self.place():
+            step, state_now = self.native_training(config, state, betas)
+            losses = [step(*self.batch(*batch), lr=lr) for batch, lr in zip(batches, rates, strict=True)]
+            return [float(loss) for loss in losses], state_now()
 
     def sampler(self, config: NetworkConfig, params: Params, *, guide: Params | Network | None = None) -> Sampler:
         """A sampler that keeps its networks on the device, to be called for each batch.

@@ -1,6 +1,6 @@
 """The NumPy interface of the JAX port. See :class:`backends.ports.Port`."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -53,22 +53,15 @@ class Port(ports.Port):
         config, params = network
         return _derivative(config, self.precision)(weights.load(config, params), x, tangent, sigma, labels)
 
-    def steps(
-        self,
-        config: NetworkConfig,
-        state: State,
-        batches: Iterable[ports.Batch],
-        *,
-        rates: Sequence[float],
-        betas: ports.Betas,
-    ) -> tuple[list[float], State]:
-        step, losses = _step(config, self.precision, betas, tuple(state.averages)), []
-        with self.place():
-            current = from_state(config, state)
-            for batch, lr in zip(batches, rates, strict=True):
-                current, metrics = step(current, Batch(*self.batch(*batch)), lr=jnp.float32(lr))
-                losses.append(float(metrics.loss))
-            return losses, to_state(current)
+    def native_training(self, config: NetworkConfig, state: State, betas: ports.Betas, /) -> Any:
+        step, current = _step(config, self.precision, betas, tuple(state.averages)), [from_state(config, state)]
+
+        def take(*batch: Any, lr: float) -> Array:
+            current[0], metrics = step(current[0], Batch(*batch), lr=jnp.float32(lr))
+            loss: Array = metrics.loss
+            return loss
+
+        return take, lambda: to_state(current[0])
 
     def variants(self) -> dict[str, ports.Port]:
         others = {device.platform: device for device in jax.devices() if device.platform != "cpu"}

@@ -1,6 +1,5 @@
 """The NumPy interface of the MLX port. See :class:`backends.ports.Port`."""
 
-from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -57,21 +56,10 @@ class Port(ports.Port):
         on_gpu = {"gpu": replace(self, device="gpu")} if mx.is_available(mx.gpu) else {}
         return on_gpu | {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
 
-    def steps(
-        self,
-        config: NetworkConfig,
-        state: State,
-        batches: Iterable[ports.Batch],
-        *,
-        rates: Sequence[float],
-        betas: ports.Betas,
-    ) -> tuple[list[float], State]:
-        with self.place():
-            learner = Learner(self._network(config, state.params), betas=betas, sigma_rels=tuple(state.averages))
-            learner.load_state(state)
-            pairs = zip(batches, rates, strict=True)
-            losses = [learner.step(Batch(*self.batch(*batch)), lr=lr)[0] for batch, lr in pairs]
-            return [float(np.array(loss)) for loss in losses], learner.state()
+    def native_training(self, config: NetworkConfig, state: State, betas: ports.Betas, /) -> Any:
+        learner = Learner(self._network(config, state.params), betas=betas, sigma_rels=tuple(state.averages))
+        learner.load_state(state)
+        return lambda *batch, lr: learner.step(Batch(*batch), lr=lr)[0], learner.state
 
     def place(self) -> AbstractContextManager[Any]:
         return mx.stream(devices.choose(self.device))

@@ -1,6 +1,5 @@
 """The NumPy interface of the PyTorch port. See :class:`backends.ports.Port`."""
 
-from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from os import environ
@@ -55,21 +54,10 @@ class Port(ports.Port):
         compiled = {"compiled": replace(self, compiles=True)} if _has_a_compiler() else {}
         return devices | narrow | compiled
 
-    def steps(
-        self,
-        config: NetworkConfig,
-        state: State,
-        batches: Iterable[ports.Batch],
-        *,
-        rates: Sequence[float],
-        betas: ports.Betas,
-    ) -> tuple[list[float], State]:
-        with self.place():
-            learner = Learner(self.network(config, state.params), betas=betas, sigma_rels=tuple(state.averages))
-            learner.load_state(state)
-            pairs = zip(batches, rates, strict=True)
-            losses = [float(learner.step(Batch(*self.batch(*batch)), lr=lr)[0]) for batch, lr in pairs]
-            return losses, learner.state()
+    def native_training(self, config: NetworkConfig, state: State, betas: ports.Betas, /) -> Any:
+        learner = Learner(self.network(config, state.params), betas=betas, sigma_rels=tuple(state.averages))
+        learner.load_state(state)
+        return lambda *batch, lr: learner.step(Batch(*batch), lr=lr)[0], learner.state
 
     def place(self) -> AbstractContextManager[Any]:
         return full_precision()  # arrays name their device
