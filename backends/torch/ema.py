@@ -227,7 +227,7 @@ def _move(averages: list[Tensor], live: list[Tensor], share: float, *, seed: tup
         narrow = [averages[i] for i in group]
         wide = torch.cat([average.flatten() for average in narrow]).float()
         wide.lerp_(torch.cat([live[i].flatten() for i in group]), share)
-        parts = _rounded(wide, seed=(*seed, index)).split([average.numel() for average in narrow])
+        parts = torch.split(_rounded(wide, seed=(*seed, index)), [average.numel() for average in narrow])
         torch._foreach_copy_(narrow, [part.view_as(average) for part, average in zip(parts, narrow, strict=True)])
 
 
