@@ -325,7 +325,7 @@ class Trainer(ABC):
             self._metrics.append(self.take_step(images, labels, lr=lr))
 
     def measured_step(self, images: np.ndarray, labels: np.ndarray | None, /, *, lr: float) -> Measurement:
-        """:meth:`step`, and its telemetry. Training continues exactly as without."""
+        """:meth:`step`, and its telemetry. Training continues exactly as if nothing were measured."""
         with self._memory(len(images)):
             metrics, measurement = self.take_measured_step(images, labels, lr=lr)
             self._metrics.append(metrics)

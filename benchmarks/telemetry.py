@@ -46,7 +46,7 @@ def row(name: str, plain: float, measured: float) -> str:
 def seconds(name: str, steps: int) -> tuple[float, float]:
     """Median seconds of a plain and of a measured step, after one of each to warm up."""
     dataset = open_dataset("digits")
-    config = configure(dataset)
+    config = configure(dataset, telemetry=EVERY)
     trainer = getattr(import_module(f"backends.{name}.trainer"), TRAINERS[name])(config, Machine())
     indices = np.arange(config.hyper.batch)
     images, labels = dataset.images(indices).astype(np.float32) / 127.5 - 1, np.eye(10)[dataset.labels(indices)]

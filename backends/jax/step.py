@@ -93,7 +93,7 @@ def make_step(
     force: Callable[[Tree], Tree] = lambda params: params,
     loss_scaling: float = 1.0,
     microbatch: int | None = None,
-    summarize: Callable[[Tree], Any] = lambda gradients: None,
+    summarize: Callable[[Tree], Any] | None = None,
 ) -> Step:
     """A pure ``step(state, batch, key, **extra) -> (state, metrics)``, to be jitted with the state donated.
 
@@ -108,7 +108,7 @@ def make_step(
         force: applied to the trained parameters as the step begins.
         loss_scaling: the loss is multiplied and its gradients divided by it: keeps float16 gradients above underflow.
         microbatch: images per forward pass; larger batches accumulate gradients in a scan.
-        summarize: what to return of the gradients that the optimizer receives, in ``Metrics.gradients``.
+        summarize: a function of the gradients that the optimizer receives; its result is ``Metrics.gradients``.
 
     ``key`` is that of dropout, or None. Source: SPEC STEP, Eq. 21.
     """
@@ -141,7 +141,7 @@ def make_step(
         gradients = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0), gradients)
         extra = {"t_delta": len(batch.images), **extra}
         updates, opt_state = optimizer.update(gradients, state.opt_state, params, **extra)
-        metrics = Metrics(loss / batch.images.size, jnp.asarray(nonfinite), summarize(gradients))
+        metrics = Metrics(loss / batch.images.size, jnp.asarray(nonfinite), summarize(gradients) if summarize else None)
         return TrainState(optax.apply_updates(params, updates), opt_state, state.constants), metrics
 
     return step

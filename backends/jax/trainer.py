@@ -16,6 +16,7 @@ from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.resolve import microbatches
 from backends.ports import Machine, Measurement, Trainer
 from edm2_core.ema import Length
+from edm2_core.errors import InputError
 from edm2_core.network import initialize
 from edm2_core.state import Arrays, State
 
@@ -39,8 +40,8 @@ from .weights import to_nhwc
 class JaxTrainer(Trainer):
     """Noise is a function of (seed, images seen), however many devices share the batch.
 
-    A step always returns the row summaries of its gradients, for a few of its memory passes: so a measured step and a
-    plain one run the same program, and training continues exactly alike.
+    Where the config asks for telemetry, every step returns the row summaries of its gradients, so that a measured step
+    and a plain one run the same program and training continues exactly alike.
     """
 
     def __init__(self, config: TrainConfig, machine: Machine) -> None:
@@ -89,7 +90,7 @@ class JaxTrainer(Trainer):
             **hyper.of_step,
             microbatch=self._microbatch,
             dtype=self._dtype,
-            summarize=partial(summarize_rows, network),
+            summarize=partial(summarize_rows, network) if self._config.telemetry else None,
         )
         draw = self._draw
 
@@ -128,6 +129,8 @@ class JaxTrainer(Trainer):
     def take_measured_step(
         self, images: np.ndarray, labels: np.ndarray | None, *, lr: float
     ) -> tuple[tuple[Array, Array], Measurement]:
+        if not self._config.telemetry:
+            raise InputError("steps can be measured where the config has telemetry, got 0: set telemetry")
         before = jax.tree.map(jnp.copy, self._state.params)  # a step is given the memory of its state
         batch = self._on_mesh(images, labels)
         metrics = self._advance(*batch, lr=lr)
