@@ -17,6 +17,9 @@ def main() -> None:
     check(not loaded, f"importing edm2_core loads {loaded}")
     check(Path(edm2_core.ema.__file__).parents[2] != CHECKOUT, f"edm2_core came from the checkout, {CHECKOUT}")
     check(resources.files("edm2_core").joinpath("SPEC.md").is_file(), "SPEC.md is missing")
+    for package in ("edm2_core", "backends", "conformance"):
+        check(resources.files(package).joinpath("py.typed").is_file(), f"{package}/py.typed is missing")
+    check(resources.files("backends.pipeline.report").joinpath("page.html").is_file(), "page.html is missing")
     check(any("LICENSE" in str(file) for file in metadata.files("edm2") or ()), "LICENSE is missing")
 
     import conformance

@@ -75,6 +75,27 @@ def test_averages_are_stored_when_a_multiple_of_the_interval_is_crossed_and_at_t
     assert stored(run) == [(t, s) for t in times for s in (0.05, 0.10)]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_process_asks_for_the_averages_that_are_due_and_for_nothing_else(tmp_path, rank):
+    """Asking gathers arrays of all processes: each must ask, as often as the others."""
+    asked = []
+
+    class Asked(ToyTrainer):
+        def average(self, length):
+            asked.append((self.nimg, length.value))
+            return super().average(length)
+
+        def parameters(self):
+            asked.append((self.nimg, "weights"))
+            return super().parameters()
+
+    plan, path = planned(tmp_path, 4096)
+    train(trainer=lambda *given: Asked(*given, rank=rank, world=2), snapshot_plan=path, duration=4096, checkpoint=8192)
+    due = [(-(-t // 64) * 64, s) for s, times in zip(plan.sigma_rels, plan.times, strict=True) for t in times]
+    assert sorted(asked[:-1]) == sorted(due)
+    assert asked[-1] == (4096, "weights")  # for the picture
+
+
 def test_stored_averages_are_the_trainer_s():
     _, trainer, run = train()
     for source in run.snapshots(PRESET.network)[-2:]:
