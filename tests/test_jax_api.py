@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,8 +90,9 @@ def test_the_python_face_loads_what_a_run_stored_and_samples_as_the_port(toy):
     labels = np.eye(10, dtype=np.float32)[:4]
     noise = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)
     stored = weights.dump(net.params)
-    wanted = PORT.sample(net.config, stored, noise, labels, guidance=2.0, num_steps=3)
-    got = api.sample(net, jax.numpy.asarray(weights.to_nhwc(noise)), labels, guidance=2.0, num_steps=3)
+    cpu = jax.devices("cpu")[0]
+    wanted = replace(PORT, device=cpu).sample(net.config, stored, noise, labels, guidance=2.0, num_steps=3)
+    got = api.sample(net, jax.device_put(weights.to_nhwc(noise), cpu), labels, guidance=2.0, num_steps=3)
     assert np.array_equal(weights.to_nchw(got), wanted)
     x, sigma = weights.to_nhwc(noise), np.ones((4, 1, 1, 1), np.float32)
     for got, wanted in zip(jax.jit(net.apply)(net.params, x, sigma, labels), net(x, sigma, labels), strict=True):
