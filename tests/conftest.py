@@ -1,4 +1,4 @@
-"""What several test files begin with."""
+"""Fixtures of several test files, and how tests are divided over processes."""
 
 import pytest
 from toy_port import PRESET

@@ -1,4 +1,4 @@
-"""Any two installed ports: what one keeps on disk the other takes in and gives back, and seeds are the same images."""
+"""Any two installed ports: states and snapshots pass between them unchanged, and seeds give the same images."""
 
 from dataclasses import replace
 from functools import cache

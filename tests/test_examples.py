@@ -1,4 +1,4 @@
-"""What the examples claim is true of what they print, run as a reader runs them."""
+"""The examples, run as a reader runs them: what they print supports what they claim."""
 
 import re
 import subprocess

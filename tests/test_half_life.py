@@ -1,4 +1,4 @@
-"""Traditional averages from training to images: tracked alike by all ports, resumed, stored, sampled, rebuilt from."""
+"""Traditional averages in every port: trained, resumed, stored, sampled, and other lengths made from them."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Plans beat four times as many uniform files, are followed exactly by any step size, and survive their file."""
+"""Snapshot plans: better than four times as many uniform files, followed at any step size, and stored without loss."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""edm2 reconstruct: what it prints and writes, from whose files, and that nothing is half-written whatever happens."""
+"""edm2 reconstruct: output, file formats of others, and that no file is ever half-written."""
 
 import json
 import os

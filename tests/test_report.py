@@ -1,4 +1,4 @@
-"""edm2 report: what is on the page, of whole, broken and very long runs; and how it behaves in a browser."""
+"""edm2 report: the page for complete, broken and very long runs, and its behaviour in a browser."""
 
 import json
 import re

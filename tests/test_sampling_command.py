@@ -1,4 +1,4 @@
-"""The sample command: the right network, the same image for a seed whatever the batch, and files as promised."""
+"""The sample command: which network, one image per seed whatever the batch, and the files written."""
 
 from dataclasses import replace
 from math import inf

@@ -1,4 +1,4 @@
-"""A seed stands for one noise and one label, whatever stands beside it."""
+"""Noise and labels depend on their own seed alone; lists of seeds are parsed strictly."""
 
 import numpy as np
 import pytest

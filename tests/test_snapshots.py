@@ -1,4 +1,4 @@
-"""One snapshot format for all ports: exact where it promises to be, all or nothing, and clear about damage."""
+"""The snapshot format of all ports: precision, atomic writes, and clear messages about damaged files."""
 
 import json
 from dataclasses import replace

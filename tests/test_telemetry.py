@@ -1,4 +1,4 @@
-"""Magnitudes of a step: what they are, that measuring changes nothing, and the story that they tell (Appendix A.6)."""
+"""Telemetry of a step: its values, that measuring changes nothing, and the growth of activations (Appendix A.6)."""
 
 from dataclasses import replace
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Tracked averages are the integral that they stand for, in every array library, and touch nothing else."""
+"""Tracked averages equal the integral of their profile, in every array library, and leave their inputs alone."""
 
 from importlib import import_module
 

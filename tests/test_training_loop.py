@@ -1,4 +1,4 @@
-"""What surrounds the steps of training: when things are written, and that stopping anywhere changes nothing."""
+"""The training loop: when log, averages and states are written, and that stopping anywhere changes nothing."""
 
 import json
 import os

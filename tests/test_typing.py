@@ -1,4 +1,4 @@
-"""The public API to a type checker: arrays of every library pass, and come back as what they are."""
+"""The public API under a strict type checker, with arrays of every library."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The run folder: numbered, found again, listed by what files say of themselves, and logged without a line twice."""
+"""The run folder: numbering, configs, snapshots sorted by their metadata, and logs without repeated lines."""
 
 import os
 

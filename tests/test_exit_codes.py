@@ -1,4 +1,4 @@
-"""How commands end: one line and 2 for bad input, 128 + signal when stopped, a traceback for faults of ours."""
+"""Exit codes of commands: 2 with one line for bad input, 128 + signal when stopped, a traceback for our own faults."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The state of a run: every part is itself when it comes back, and a damaged or foreign file is refused."""
+"""The state of a run on disk: every part comes back unchanged, and damaged or foreign files are refused."""
 
 from dataclasses import replace
 
