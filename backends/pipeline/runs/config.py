@@ -82,6 +82,7 @@ class TrainConfig:
         """The text of config.json: one object, flat except for network, data summary and plan."""
         values = asdict(self) | {"network": self.network.to_json()}
         values |= values.pop("hyper")
+        values["sigma_rels"] = () if self.hyper.half_life is not None else values["sigma_rels"]
         values["snapshot_plan"] = self.snapshot_plan and json.loads(self.snapshot_plan.to_json())
         return json.dumps({"format": FORMAT, **values}, indent=2) + "\n"
 
@@ -104,7 +105,7 @@ class TrainConfig:
                 values["snapshot_plan"] = plan_from_json(json.dumps(values["snapshot_plan"]), name=f"{name}: plan")
             hyper = {f.name: _tuple(values.pop(f.name)) for f in fields(Hyperparameters) if f.name in values}
             if not hyper.get("sigma_rels", True):
-                del hyper["sigma_rels"]  # earlier versions wrote [] for a run with a half-life
+                del hyper["sigma_rels"]  # the file has [] beside a half-life
             return cls(hyper=Hyperparameters(**hyper), **values)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):

@@ -95,13 +95,17 @@ def resolve(options: TrainOptions, dataset: Dataset, previous: TrainConfig | Non
         config = _fresh(options, dataset)
     else:
         _check_unchanged(options, dataset, previous)
-        config = replace(
-            previous,
-            hyper=replace(previous.hyper, duration=options.config.hyper.duration),
-            **{name: getattr(options.config, name) for name in ("status", "checkpoint", "telemetry")},
-        )
+        config = with_free_options(previous, options.config)
     microbatches(config.hyper.batch, options.machine.batch_per_device, world=1)
     return config
+
+
+def with_free_options(previous: TrainConfig, config: TrainConfig, /) -> TrainConfig:
+    """``previous`` with what a resumed run may change taken from ``config``."""
+    hyper = replace(previous.hyper, duration=config.hyper.duration)
+    return replace(
+        previous, hyper=hyper, status=config.status, checkpoint=config.checkpoint, telemetry=config.telemetry
+    )
 
 
 def microbatches(batch: int, per_device: int | None, *, world: int) -> int:

@@ -30,7 +30,7 @@ from .folder import Run, create
 from .length_picture import draw_lengths
 from .options import TrainOptions
 from .progress import Progress
-from .resolve import FREE, data_spec, microbatches, resolve
+from .resolve import data_spec, microbatches, resolve, with_free_options
 
 
 def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler: OpenSampler, *, prog: str) -> int:
@@ -79,11 +79,7 @@ def train(
     config = replace(config, data_summary=DataSummary.of(dataset)).intervals_filled()
     run = None if outdir is None else Run(outdir)
     previous = run.config() if run is not None and run.exists() else None
-    if previous is not None and config != replace(
-        previous,
-        hyper=replace(previous.hyper, duration=config.hyper.duration),
-        **{name: getattr(config, name) for name in FREE if name != "duration"},
-    ):
+    if previous is not None and config.to_json() != with_free_options(previous, config).to_json():
         raise InputError(f"a run must be resumed with its own config, got another for {outdir}: choose another outdir")
     start = _start(run, previous) if run is not None and previous is not None else 0
     if run is not None and start >= config.hyper.duration:
