@@ -94,10 +94,8 @@ class Learner:
     ):
         self.network, self.loss_scaling, self.microbatch, self.world = network.train(), loss_scaling, microbatch, world
         self.weights = {name: p for name, p in tensors(network).items() if p.requires_grad}
-        self.fused = next(iter(self.weights.values())).device.type in (
-            "cpu",
-            "cuda",
-        )  # which keeps its step count there
+        kind = next(iter(self.weights.values())).device.type
+        self.fused = kind in ("cpu", "cuda")  # then Adam's step counts are on the device too
         self.optimizer = torch.optim.Adam(list(self.weights.values()), betas=betas, eps=1e-8, fused=self.fused or None)
         self.ema = PowerEMA(network, sigma_rels=sigma_rels)
         self.steps = 0

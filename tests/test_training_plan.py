@@ -1,0 +1,94 @@
+"""Snapshot plans in the training loop: followed through stops, by every process, and refused beside other options."""
+
+import pytest
+from test_training_loop import stopping, stored, train
+from toy_port import ToyTrainer
+
+from backends.pipeline.runs.folder import Run
+from edm2_core.ema import plan_snapshots
+from edm2_core.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("toy")
+
+
+def planned(tmp_path, duration):
+    plan = plan_snapshots(files=8, sigma_rel_range=(0.03, 0.2), duration=duration, batch=64)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    return plan, tmp_path / "plan.json"
+
+
+@pytest.mark.parametrize("stop", [None, 2048])
+def test_a_plan_is_followed_also_through_a_stop(tmp_path, stop):
+    plan, path = planned(tmp_path, 4096)
+    train(snapshot_plan=path, duration=4096, trainer=stopping(stop) if stop else ToyTrainer)
+    _, _, run = train()
+    wanted = {(t // 1000, s) for s, times in zip(plan.sigma_rels, plan.times, strict=True) for t in times}
+    assert {(nimg // 1000, s) for nimg, s in stored(run)} == wanted
+    assert run.config().hyper.sigma_rels == plan.sigma_rels
+    assert run.config().snapshot_plan == plan
+
+
+def test_an_open_plan_is_followed_and_what_is_stale_goes(tmp_path):
+    plan, path = planned(tmp_path, None)
+    _, _, run = train(snapshot_plan=path, duration=32768)
+    found = stored(run)
+    assert len(found) <= plan.files
+    assert {s for nimg, s in found if nimg == 32768} == set(plan.sigma_rels)
+    assert not plan.stale(found)
+    first = min(nimg for nimg, _ in found)
+    _, _, run = train(duration=65536)  # goes on with the same plan
+    assert min(nimg for nimg, _ in stored(run)) > first
+    assert len(stored(run)) <= plan.files
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"duration": 8192}, "--duration must be that of the --snapshot-plan, 4096 images, got 8192"),
+        ({"snapshot": 1024}, r"--snapshot-plan and --snapshot exclude each other, got both"),
+        ({"sigma_rels": (0.05,)}, r"--snapshot-plan and --sigma-rels exclude each other, got both"),
+    ],
+)
+def test_a_plan_stands_alone(tmp_path, options, message):
+    _, path = planned(tmp_path, 4096)
+    with pytest.raises(InputError, match=message):
+        train(**({"snapshot_plan": path, "duration": 4096} | options))
+    assert not Run("run").path.exists()
+
+
+def test_another_plan_for_a_run_that_exists_is_refused(tmp_path):
+    _, path = planned(tmp_path, 4096)
+    train(snapshot_plan=path, duration=4096)
+    train(snapshot_plan=path)  # the same one is no change
+    _, path = planned(tmp_path, None)
+    with pytest.raises(InputError, match="--snapshot-plan must stay"):
+        train(snapshot_plan=path)
+
+
+def test_a_file_that_is_no_plan_is_refused(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(InputError, match=r"plan\.json must be a plan"):
+        train(snapshot_plan=tmp_path / "plan.json")
+    with pytest.raises(InputError, match="which cannot be read"):
+        train(snapshot_plan=tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_process_asks_for_the_averages_that_are_due_and_for_nothing_else(tmp_path, rank):
+    """Asking gathers arrays of all processes: each must ask, as often as the others."""
+    asked = []
+
+    class Asked(ToyTrainer):
+        def average(self, length):
+            asked.append((self.nimg, length.value))
+            return super().average(length)
+
+        def parameters(self):
+            asked.append((self.nimg, "weights"))
+            return super().parameters()
+
+    plan, path = planned(tmp_path, 4096)
+    train(trainer=lambda *given: Asked(*given, rank=rank, world=2), snapshot_plan=path, duration=4096, checkpoint=8192)
+    due = [(-(-t // 64) * 64, s) for s, times in zip(plan.sigma_rels, plan.times, strict=True) for t in times]
+    assert sorted(asked[:-1]) == sorted(due)
+    assert asked[-1] == (4096, "weights")  # for the picture
