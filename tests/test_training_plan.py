@@ -5,7 +5,7 @@ from test_training_loop import stopping, stored, train
 from toy_port import ToyTrainer
 
 from backends.pipeline.runs.folder import Run
-from edm2_core.ema import plan_snapshots
+from edm2_core.ema import OpenPlan, plan_snapshots
 from edm2_core.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("toy")
@@ -39,6 +39,14 @@ def test_an_open_plan_is_followed_and_what_is_stale_goes(tmp_path):
     _, _, run = train(duration=65536)  # goes on with the same plan
     assert min(nimg for nimg, _ in stored(run)) > first
     assert len(stored(run)) <= plan.files
+
+
+def test_a_snapshot_that_took_the_name_of_a_stale_one_stays(tmp_path):
+    """Names count thousands of images: here many due times share one."""
+    plan = OpenPlan(sigma_rels=(0.05, 0.1), ratio=1.05, kept=2, range=(0.03, 0.2))
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    _, _, run = train(snapshot_plan=tmp_path / "plan.json", duration=1920)
+    assert stored(run) == [(1920, 0.05), (1920, 0.1)]
 
 
 @pytest.mark.parametrize(

@@ -189,20 +189,21 @@ class _Snapshots:
     def __init__(self, config: TrainConfig, run: Run | None) -> None:
         self._config, self._run, self._plan = config, run, config.snapshot_plan
         sources = run.snapshots(config.network) if run is not None and self._plan is not None else []
-        self._stored = [(source.time, source.length.value) for source in sources]
+        self._stored = {source.path: (source.time, source.length.value) for source in sources}
 
     def store_due(self, trainer: Trainer, before: int, now: int, *, end: bool) -> None:
         for length in self._due(before, now, end=end):
             average = trainer.average(length)  # in every process: they gather it together
             if self._run is not None:
                 snapshot = Snapshot(params=average, config=self._config.network, nimg=now, length=length)
-                save_snapshot(self._run.snapshots_path / snapshot_name(now, length), snapshot)
-                self._stored.append((now, length.value))
+                path = self._run.snapshots_path / snapshot_name(now, length)
+                save_snapshot(path, snapshot)
+                self._stored[path] = (now, length.value)  # names count thousands of images: one may come again
         if self._run is not None and self._plan is not None:
-            for stale in self._plan.stale(self._stored):
-                name = snapshot_name(stale[0], Length.of(stale[1]))
-                (self._run.snapshots_path / name).unlink(missing_ok=True)
-                self._stored.remove(stale)
+            stale = set(self._plan.stale(self._stored.values()))
+            for path in [path for path, stored in self._stored.items() if stored in stale]:
+                path.unlink(missing_ok=True)
+                del self._stored[path]
 
     def _due(self, before: int, now: int, *, end: bool) -> tuple[Length, ...]:
         if self._plan is not None:
