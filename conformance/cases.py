@@ -58,6 +58,13 @@ CONTRACT = (
         "16 eps of magnitudes",
         "loss_and_gradients",
     ),
+    Clause(
+        "LOSS-4",
+        "one-hot rows, probabilities, seeds; networks",
+        "row by row; each row alone",
+        "exact; " + _NETWORK,
+        "denoise",
+    ),
     Clause("LR-1", "counts, rates", "Eq. 67 term by term", "4 eps"),
     Clause("SAMPLE-1", "numbers of steps, ranges, rho", "even spacing in the power 1 / rho", "8 rho eps", "sample"),
     Clause("SAMPLE-2", "networks, schedules", "Algorithm 2 written out again", _SAMPLED, "sample"),

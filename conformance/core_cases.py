@@ -212,6 +212,11 @@ def _other_cases() -> list[Case]:
     def guided(x: Any) -> Any:
         return sampler.guided(lambda x, s: x * s, lambda x, s: -x, guidance=3.0)(x, 0.5)
 
+    labels = st.tuples(draw.numbers(5, 3, low=0, high=1), draw.numbers(5, low=0, high=1))
+
+    def dropped(rows: Any, uniform: Any) -> Any:
+        return loss.drop_labels(rows, uniform, probability=0.5)
+
     normals = st.tuples(draw.numbers(7, low=-5, high=5))
     # four steps of two evaluations with about eight roundings each; nothing grows, because 0 <= D <= x
     noises = st.tuples(*[draw.numbers(*draw.IMAGES, low=-3, high=3)] * 5)
@@ -225,6 +230,7 @@ def _other_cases() -> list[Case]:
         Case("noise_level", ("LOSS-1",), loss.noise_level, normals, loss.noise_level, 4, level_magnitude),
         Case("weight", ("LOSS-2",), loss.weight, st.tuples(sigmas), loss.weight, 8),
         Case("loss", ("LOSS-3",), loss.loss, errors, loss.loss, 16, error_magnitude),
+        Case("drop_labels", ("LOSS-4",), loss.drop_labels, labels, dropped, 0),
         Case("sample-heun", ("SAMPLE-2",), sampler.sample, noises, heun, 64, noise_magnitude),
         Case("sample-euler", ("SAMPLE-2",), sampler.sample, noises, euler, 64, noise_magnitude),
         Case("sample-callback", ("SAMPLE-1", "SAMPLE-2"), sampler.sample, noises, changed, 64, noise_magnitude),

@@ -76,6 +76,19 @@ def no_label(port: Subject, config: NetworkConfig, seed: int) -> None:
     _same_answer(without, wanted, tolerance.network(config), what="images without label")
 
 
+def dropped_labels(port: Subject, config: NetworkConfig, seed: int) -> None:
+    """Images with and without a label in one batch, as label dropout makes them in training."""
+    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed, size=3)
+    kept = np.array([[1], [0], [1]], np.float32)
+    labels = None if batch.labels is None else draw.frozen(batch.labels * kept)
+    got = port.denoise(config, params, batch.noisy, batch.sigma, labels)
+    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, labels)))
+    _same_answer(got, wanted, tolerance.network(config), what="images of a batch, one without label")
+    one = slice(1, 2)
+    alone = port.denoise(config, params, batch.noisy[one], batch.sigma[one], None)
+    _same_answer(alone, (got[0][one], got[1][one]), tolerance.network(config), what="that image by itself")
+
+
 def jvp(port: Subject, config: NetworkConfig, seed: int) -> None:
     config = replace(config, clip_act=None)  # a difference across the kink of a clip is wrong
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
@@ -214,6 +227,7 @@ CASES = (
         "batch-independence", ("NET-7",), RANDOM, batch_independence, "the port, on each image alone", NETWORK,
         "denoise", cost=6,
     ),
+    PortCase("dropped-labels", ("LOSS-4", "NET-8"), LABELLED, dropped_labels, REFERENCE, NETWORK, "denoise", cost=4),
     PortCase("no-label", ("NET-8",), LABELLED, no_label, f"{REFERENCE} of zeros", NETWORK, "denoise", cost=4),
     PortCase(
         "jvp", ("NET-5", "STEP-1"), BACKWARD, jvp, f"central differences of {REFERENCE}", "4 x network",

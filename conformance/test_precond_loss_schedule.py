@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.pipeline.data.batches import label_uniforms
+from backends.pipeline.data.seeds import bits
 from conformance import strategies as draw
 from conformance import tolerance
 from conformance.clauses import proves
@@ -107,6 +109,30 @@ def test_loss_is_least_at_the_true_uncertainty(seed: int, sigma: float) -> None:
 
     assert mean_loss(best) == pytest.approx(1 + best, abs=1e-12 * (1 + abs(best)))
     assert mean_loss(best) < min(mean_loss(best + 0.01), mean_loss(best - 0.01))
+
+
+@proves("LOSS-4")
+@given(st.integers(1, 9), st.integers(1, 5), st.floats(0, 0.999), draw.seeds)
+def test_labels_are_dropped_by_row(n: int, label_dim: int, probability: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels, uniform = np.eye(label_dim)[rng.integers(label_dim, size=n)], rng.random(n)
+    before = labels.copy()
+    got = loss.drop_labels(labels, uniform, probability=probability)
+    for row, label, u in zip(got, before, uniform, strict=True):
+        assert np.array_equal(row, 0 * label if u < probability else label)
+    assert np.array_equal(labels, before)
+
+
+@proves("LOSS-4")
+@given(st.integers(1, 50), st.integers(0, 120), st.integers(1, 60), st.integers(0, 3))
+def test_uniform_numbers_of_labels_depend_on_seed_and_position_alone(
+    size: int, start: int, count: int, seed: int
+) -> None:
+    """Word i of the stream of (seed, purpose, epoch), which any port can draw again."""
+    got = label_uniforms(start=start, count=count, size=size, seed=seed)
+    for position, u in zip(range(start, start + count), got, strict=True):
+        word = int(bits(seed, "label dropout", position // size).random_raw(size)[position % size])
+        assert u == (word >> 11) / 2**53
 
 
 @proves("LR-1")

@@ -3,7 +3,8 @@
     sigma ~ exp(N(P_mean, P_std^2))                                                                         (Eq. 16)
     L = lambda(sigma) / exp(u(sigma)) |D(y + n; sigma) - y|^2 + u(sigma)                                    (Eq. 21)
 
-D may be any denoiser. Source: arXiv 2312.02696. None of the functions departs from it.
+D may be any denoiser. Source: arXiv 2312.02696, and arXiv 2207.12598 for label dropout. None of the functions departs
+from them.
 """
 
 from typing import cast
@@ -55,3 +56,25 @@ def loss(denoised: A, images: A, sigma: Array, logvar: Array, /, *, sigma_data: 
     error = denoised - images
     scale = weight(sigma, sigma_data=sigma_data) / namespace(logvar).exp(logvar)
     return cast(A, scale * (error * error) + logvar)
+
+
+def drop_labels(labels: A, uniform: Array, /, *, probability: float) -> A:
+    """The labels of a training batch, some of them dropped, so that the network also learns to do without.
+
+    Args:
+        labels: one-hot, [N, label_dim].
+        uniform: a number within [0, 1) for each image, [N].
+        probability: how likely a label is dropped; 0 returns ``labels`` unchanged.
+
+    Returns:
+        A new array like ``labels``, with zeros in the rows whose ``uniform`` is below ``probability``.
+
+    Source: arXiv 2207.12598 Algorithm 1, where the zero row is the null token.
+
+    >>> import numpy as np
+    >>> drop_labels(np.eye(2), np.array([0.05, 0.7]), probability=0.1)
+    array([[0., 0.],
+           [0., 1.]])
+    """
+    xp = namespace(labels)
+    return cast(A, xp.where((uniform < probability)[:, None], xp.zeros_like(labels), labels))

@@ -64,15 +64,18 @@ def sample(
         network: of :func:`load`, or ``Network(denoise, params)`` of any denoiser.
         noise: [N, ...]; [N, H, W, C] for our own network. The result is shaped like it.
         labels: one-hot [N, label_dim], or None.
-        guide: another network of such data; None: the network itself without its label.
+        guide: another network of such data; None: the network itself without its label, if it was trained with
+            label dropout.
         options: ``guidance`` and ``guide_interval`` of :func:`backends.ports.sample`; and those of
             :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas``, ``callback`` and ``churn_noise``.
 
     Matrix products are in :data:`~.device.SAMPLING_MATMUL`, as in the commands.
 
     Raises:
-        InputError: guidance without a guide or labels; or as :func:`edm2_core.sampler.sample`.
+        InputError: as :func:`backends.ports.check_labels`, :func:`backends.ports.sample` and
+            :func:`edm2_core.sampler.sample`.
     """
+    ports.check_labels(network, guide, labels, options.get("guidance", 1.0))
     other = None if guide is None else SamplingDenoiser(guide)
     with jax.default_matmul_precision(devices.SAMPLING_MATMUL):
         images: Array = ports.sample(SamplingDenoiser(network), noise, labels, guide=other, **options)

@@ -63,19 +63,25 @@ def denoiser(
     return denoise
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("apply", "config", "label_dim"))
+_META = ("apply", "config", "label_dim", "label_dropout")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=_META)
 @dataclass(frozen=True)
 class Network:
     """A network ready to use; a pytree, whose leaves are its parameters.
 
     ``apply(params, x, sigma, labels=None) -> (denoised, logvar)`` is pure; calling the network is ``apply`` of its own
-    parameters. ``label_dim`` is 0 for a network without labels. ``config`` is None for a backbone of one's own.
+    parameters. ``label_dim`` is 0 for a network without labels. ``label_dropout`` is the share of training images whose
+    label is dropped (:func:`edm2_core.loss.drop_labels`); above 0, the network may be sampled without labels and guide
+    itself. ``config`` is None for a backbone of one's own.
     """
 
     apply: Denoise
     params: Tree
     config: NetworkConfig | None = None
     label_dim: int = 0
+    label_dropout: float = 0.0
 
     def __call__(self, x: Array, sigma: Array, labels: Array | None = None) -> tuple[Array, Array]:
         """See :class:`Denoise`. Our own network takes x [N, H, W, C], sigma [N, 1, 1, 1] and labels [N, label_dim]."""

@@ -74,7 +74,8 @@ def network_denoiser(config: NetworkConfig, dtype: Any = jnp.float32, /) -> Deno
 
 def load_network(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, dtype: Any = jnp.float32) -> Network:
     """A network of canonical ``params``, on JAX's default device. Raises InputError unless they are the config's."""
-    return Network(network_denoiser(config, dtype), weights.load(config, params), config, config.label_dim)
+    denoise, loaded = network_denoiser(config, dtype), weights.load(config, params)
+    return Network(denoise, loaded, config, config.label_dim, config.label_dropout)
 
 
 def denoise_with_activations(

@@ -66,13 +66,16 @@ def sample(
         network: any denoiser.
         noise: float32 [N, ...]; for a :class:`Network` [N, H, W, C], channels last. The result is shaped like it.
         labels: one-hot [N, label_dim], or None.
-        guide: another denoiser of such data; None: the network itself without its label.
+        guide: another denoiser of such data; None: the network itself without its label, if it was trained with
+            label dropout.
         options: ``guidance`` and ``guide_interval`` of :func:`backends.ports.sample`; and those of
             :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas``, ``callback`` and ``churn_noise``.
 
     Raises:
-        InputError: guidance without a guide or labels; or as :func:`edm2_core.sampler.sample`.
+        InputError: as :func:`backends.ports.check_labels`, :func:`backends.ports.sample` and
+            :func:`edm2_core.sampler.sample`.
     """
+    ports.check_labels(network, guide, labels, options.get("guidance", 1.0))
     other = None if guide is None else SamplingDenoiser(guide)
     images: mx.array = ports.sample(SamplingDenoiser(network), noise, labels, guide=other, **options)
     return images

@@ -23,6 +23,8 @@ class Denoiser(nn.Module):
         sigma_data: standard deviation of the data.
         uncertainty: u, called as ``uncertainty(c_noise)``, [N] to [N] or [N, 1]; None: u is 0.
         label_dim: number of classes, 0 for a network without labels.
+        label_dropout: share of training images whose label is dropped (:func:`edm2_core.loss.drop_labels`); above 0,
+            the network may be sampled without labels and guide itself.
         dtype: of the backbone's input, and so of its activations.
     """
 
@@ -33,11 +35,13 @@ class Denoiser(nn.Module):
         sigma_data: float = 0.5,
         uncertainty: Callable[[mx.array], mx.array] | None = None,
         label_dim: int = 0,
+        label_dropout: float = 0.0,
         dtype: mx.Dtype = mx.float32,
     ):
         super().__init__()
         self.backbone, self.uncertainty = backbone, uncertainty
-        self.sigma_data, self.label_dim, self.dtype = sigma_data, label_dim, dtype
+        self.sigma_data, self.dtype = sigma_data, dtype
+        self.label_dim, self.label_dropout = label_dim, label_dropout
 
     def __call__(
         self, x: mx.array, sigma: mx.array, labels: mx.array | None = None, *, dropout: mx.array | None = None

@@ -321,7 +321,13 @@ class Network(Denoiser):
     """
 
     def __init__(self, config: NetworkConfig, *, dtype: mx.Dtype = mx.float32):
-        super().__init__(UNet(config), sigma_data=config.sigma_data, label_dim=config.label_dim, dtype=dtype)
+        super().__init__(
+            UNet(config),
+            sigma_data=config.sigma_data,
+            label_dim=config.label_dim,
+            label_dropout=config.label_dropout,
+            dtype=dtype,
+        )
         self.config = config
         self.unet = self.pop("backbone")  # the canonical name
         if config.switches.uncertainty:

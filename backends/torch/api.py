@@ -65,14 +65,16 @@ def sample(
         network: any denoiser; it computes in evaluation mode and is left in the mode it had.
         noise: [N, ...], on the network's device; the result is shaped like it.
         labels: one-hot [N, label_dim], or None.
-        guide: another denoiser of such data; None: the network itself without its label.
+        guide: another denoiser of such data; None: the network itself without its label, if it was trained with
+            label dropout.
         options: ``guidance`` and ``guide_interval`` of :func:`backends.ports.sample`; and those of
             :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas``, ``callback`` and ``churn_noise``.
 
     Raises:
-        InputError: labels that are not one-hot rows, guidance without a guide or labels, or as
+        InputError: as :func:`backends.ports.check_labels`, :func:`backends.ports.sample` and
             :func:`edm2_core.sampler.sample`.
     """
+    ports.check_labels(network, guide, labels, options.get("guidance", 1.0))
     other = None if guide is None else SamplingDenoiser(guide)
     with devices.full_precision(), evaluating(*(net for net in (network, guide) if net is not None)):
         images: Tensor = ports.sample(SamplingDenoiser(network), noise, labels, guide=other, **options)

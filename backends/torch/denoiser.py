@@ -29,6 +29,8 @@ class Denoiser(nn.Module):
         sigma_data: standard deviation of the data.
         uncertainty: u, called as ``uncertainty(c_noise)``, [N] to [N] or [N, 1]; None: u is 0.
         label_dim: number of classes, 0 for a network without labels.
+        label_dropout: share of training images whose label is dropped (:func:`edm2_core.loss.drop_labels`); above 0,
+            the network may be sampled without labels and guide itself.
         dtype: of the backbone's input, and so of its activations.
     """
 
@@ -39,11 +41,13 @@ class Denoiser(nn.Module):
         sigma_data: float = 0.5,
         uncertainty: nn.Module | None = None,
         label_dim: int = 0,
+        label_dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.backbone, self.uncertainty = backbone, uncertainty
-        self.sigma_data, self.label_dim, self.dtype = sigma_data, label_dim, dtype
+        self.sigma_data, self.dtype = sigma_data, dtype
+        self.label_dim, self.label_dropout = label_dim, label_dropout
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Denoise ``x`` at noise level ``sigma``; also the uncertainty, named logvar.

@@ -295,7 +295,13 @@ class Network(Denoiser):
 
     def __init__(self, config: NetworkConfig, *, dtype: torch.dtype = torch.float32):
         unet = UNet(config)
-        super().__init__(unet, sigma_data=config.sigma_data, label_dim=config.label_dim, dtype=dtype)
+        super().__init__(
+            unet,
+            sigma_data=config.sigma_data,
+            label_dim=config.label_dim,
+            label_dropout=config.label_dropout,
+            dtype=dtype,
+        )
         del self.backbone  # it is registered under its canonical name instead
         self.config, self.unet = config, unet
         if config.switches.uncertainty:

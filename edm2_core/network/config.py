@@ -37,6 +37,7 @@ class _Fields:
     attn_balance: float = 0.3
     clip_act: float | None = 256.0
     dropout: float = 0.0
+    label_dropout: float = 0.0
     sigma_data: float = 0.5
     logvar_channels: int = 128
     switches: Switches
@@ -50,7 +51,9 @@ class NetworkConfig(_Fields):
     units of ``model_channels``; None takes the first and the widest level's. Entries of ``attn_resolutions`` that the
     network does not have are ignored. The ``*_balance`` are the blend t of Eqs. 88 and 103, where functions preserve
     magnitude. ``clip_act`` bounds the activations after each block (None: never). ``dropout`` acts in training only.
-    Groups of a group norm are ``channels_per_group`` wide, or the next width that divides the channels evenly.
+    ``label_dropout`` is the share of training images whose label is dropped (:func:`edm2_core.loss.drop_labels`): with
+    0, a network with labels is never trained without one, and cannot guide itself. Groups of a group norm are
+    ``channels_per_group`` wide, or the next width that divides the channels evenly.
 
     ``switches`` is the rung with all its :class:`~edm2_core.ladder.Switches`. For convenience, and for JSON, they can
     be given flat: ``NetworkConfig(..., ladder="C", bias=True)`` is CONFIG C with biases. None takes the value of
@@ -198,6 +201,13 @@ def _check(config: NetworkConfig) -> None:
     for name in ("label_balance", "concat_balance", "res_balance", "attn_balance"):
         rule(0 <= getattr(config, name) <= 1, name, "within [0, 1]", "it is the blend t of mp_sum and mp_cat")
     rule(0 <= config.dropout < 1, "dropout", "within [0, 1)", "0.1 drops ten percent")
+    rule(0 <= config.label_dropout < 1, "label_dropout", "within [0, 1)", "0.1 drops the label of every tenth image")
+    rule(
+        config.label_dim > 0 or not config.label_dropout,
+        "label_dropout",
+        "0 for a network without labels",
+        "leave it out, or train with labels",
+    )
     rule(config.sigma_data > 0, "sigma_data", "positive", "0.5 is the paper's")
     rule(config.clip_act is None or config.clip_act > 0, "clip_act", "positive or None", "256 is usual")
     rule(config.noise_channels >= 1, "channel_mult_noise", "positive", "leave it out for the first level's width")

@@ -65,6 +65,8 @@ class TrainOptions:
     """Switches of the ladder to change, such as bias=true group_norm=none."""
     dropout: float = 0.0
     """Probability of dropping an activation in training."""
+    label_dropout: float = 0.0
+    """Probability of dropping the label of an image in training, so that the network can guide itself; 0.1 is usual."""
     unconditional: bool = False
     """Train without labels."""
     snapshot_plan: Path | None = None
@@ -112,6 +114,7 @@ def _defaults(words: Sequence[str], *, prog: str) -> TrainOptions:
             preset=config.preset,
             ladder=config.network.ladder,
             dropout=config.network.dropout,
+            label_dropout=config.network.label_dropout,
             config=config,
             previous=config,
         )
@@ -157,7 +160,8 @@ class SampleOptions:
     guidance: float = 1.0
     """Guidance weight; 1 disables guidance."""
     guide: Path | None = None
-    """Snapshot of the guiding network. Without it: the same network without its label."""
+    """Snapshot or run of the guiding network. Without it: the same network without its label, if it was trained with
+    --label-dropout."""
     guide_interval: tuple[float, float] = (0.0, inf)
     """Lowest and highest noise level at which guidance acts."""
     outdir: Path | None = None

@@ -128,7 +128,8 @@ def microbatches(batch: int, per_device: int | None, *, world: int) -> int:
 
 
 def _fresh(options: TrainOptions, dataset: Dataset) -> TrainConfig:
-    network = replace(options.config.network, dropout=options.dropout, **_switches(options))
+    changes = _switches(options) | {"dropout": options.dropout, "label_dropout": options.label_dropout}
+    network = replace(options.config.network, **changes)
     config = replace(options.config, network=network, data=data_spec(options))
     if options.snapshot_plan is not None:
         plan = _read_plan(options.snapshot_plan)
@@ -179,6 +180,7 @@ def _fixed_options(options: TrainOptions, previous: TrainConfig) -> Iterator[tup
     yield "--preset", previous.preset, options.preset
     yield "--data", previous.data, data_spec(options, previous)
     yield "--dropout", network.dropout, options.dropout
+    yield "--label-dropout", network.label_dropout, options.label_dropout
     yield "--ladder", network.ladder, options.ladder
     if options.unconditional:
         yield "--unconditional", network.label_dim == 0, True

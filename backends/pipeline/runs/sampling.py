@@ -19,7 +19,7 @@ from backends.pipeline.data.datasets import to_uint8
 from backends.pipeline.data.labels import one_hot
 from backends.pipeline.data.seeds import churn_noise, noise
 from backends.pipeline.data.seeds import labels as seeded_labels
-from backends.ports import Network, OpenSampler
+from backends.ports import Network, OpenSampler, check_labels
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, parameter_count
@@ -159,18 +159,20 @@ def _job(options: SampleOptions, snapshot: Snapshot) -> Job:
     if guidance != 1 and guide is None and not config.label_dim:
         raise InputError("--guidance of a network without labels needs a guide, got none: name one with --guide")
     seeds = parse_seeds(options.seeds)
+    labels = _labels(options.label, seeds, config.label_dim)
+    check_labels(config, guide and guide[0], labels, guidance)
     return Job(
         snapshot=snapshot,
         guide=guide,
         guidance=guidance,
         seeds=seeds,
-        labels=_labels(options.label, seeds, config.label_dim),
+        labels=labels,
         solver=_solver(options),
     )
 
 
 def _guide(path: Path, config: NetworkConfig) -> Network:
-    snapshot = load_snapshot(path)
+    snapshot = stored_network(path)
     guide = snapshot.required_config()
     for name in ("img_resolution", "img_channels"):
         if (got := getattr(guide, name)) != (need := getattr(config, name)):

@@ -136,10 +136,12 @@ def _train(
 def _loop(config: TrainConfig, dataset: Dataset, trainer: Trainer, run: Run | None) -> int:
     """Train to the end; write to ``run`` unless it is None. Returns 0, or the exit status after a signal."""
     hyper, share = config.hyper, config.hyper.batch // trainer.world
-    part = {"offset": trainer.rank * share, "count": share}
+    part, dropped = {"offset": trainer.rank * share, "count": share}, config.network.label_dropout
     with (
         Interrupts() as interrupts,
-        Batches(dataset, start=trainer.nimg, batch=hyper.batch, seed=config.seed, **part) as batches,
+        Batches(
+            dataset, start=trainer.nimg, batch=hyper.batch, seed=config.seed, label_dropout=dropped, **part
+        ) as batches,
         Progress(total=hyper.duration, start=trainer.nimg, shown=run is not None) as progress,
     ):
         report = _Report(run, progress, trainer.nimg)
@@ -274,7 +276,7 @@ def _say_end(run: Run, config: TrainConfig, drawn: tuple[Path, dict[str, float]]
     other = any(length.relative for length in config.hyper.lengths)  # a half-life alone reconstructs few lengths
     print(f"  {sample} --sigma-rel 0.15" if other else f"  {sample}")
     if config.network.label_dim:
-        print(f"  {sample} --class 3 --guidance 2")
+        print(f"  {sample} --class 3" + " --guidance 2" * (config.network.label_dropout > 0))
     if not isinstance(config.snapshot_plan, TimedPlan):  # a timed plan ends with its run
         print(f"  {prog} --outdir {run.path} --duration {count_text(2 * config.hyper.duration)}")
 
