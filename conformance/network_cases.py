@@ -78,11 +78,10 @@ def no_label(port: Subject, config: NetworkConfig, seed: int) -> None:
 
 def dropped_labels(port: Subject, config: NetworkConfig, seed: int) -> None:
     """Images with and without a label in one batch, as label dropout makes them in training."""
-    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed, size=3)
-    kept = np.array([[1], [0], [1]], np.float32)
-    labels = None if batch.labels is None else draw.frozen(batch.labels * kept)
-    got = port.denoise(config, params, batch.noisy, batch.sigma, labels)
-    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, labels)))
+    params = draw.random_parameters(config, seed)
+    batch = draw.random_batch(config, seed, size=3).with_a_dropped_label
+    got = port.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
+    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
     _same_answer(got, wanted, tolerance.network(config), what="images of a batch, one without label")
     one = slice(1, 2)
     alone = port.denoise(config, params, batch.noisy[one], batch.sigma[one], None)

@@ -160,6 +160,14 @@ class Batch(NamedTuple):
     def noisy(self) -> np.ndarray:
         return frozen(self.images + self.unit_noise * self.sigma)
 
+    @property
+    def with_a_dropped_label(self) -> "Batch":
+        """The batch with zeros as the label of the second image, as label dropout makes it."""
+        if self.labels is None:
+            return self
+        kept = np.array([[i != 1] for i in range(len(self.labels))], np.float32)
+        return self._replace(labels=frozen(self.labels * kept))
+
 
 def random_batch(config: NetworkConfig, seed: int, *, size: int = 2, P_mean: float = -0.4, P_std: float = 1.0) -> Batch:
     """Images of the config's standard deviation, noise levels from Eq. 16 within [0.02, 80], one-hot labels."""

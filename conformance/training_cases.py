@@ -39,7 +39,7 @@ def directions(port: Subject, config: NetworkConfig, seed: int) -> None:
     """(g + error) . v - g . v is N(0, |error|^2) for Gaussian v: within 6 of its standard deviations. The central
     difference is accurate to tolerance.difference."""
     config = replace(config, clip_act=None)  # a difference across the kink of a clip is wrong
-    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
+    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed).with_a_dropped_label
     _, gradients = port.loss_and_gradients(config, params, *batch)
     measure.same_names(gradients, trained_names(config), what="the gradients")
     exact, allowed = wide(params), tolerance.gradient(config, batch.sigma, batch.images)
@@ -62,7 +62,7 @@ def directions(port: Subject, config: NetworkConfig, seed: int) -> None:
 
 
 def gradients(port: Subject, config: NetworkConfig, seed: int) -> None:
-    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
+    params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed).with_a_dropped_label
     _, got = port.loss_and_gradients(config, params, *batch)
     _, wanted = oracle.torch_gradients(config, wide(params), batch)
     allowed = GRADIENT_SHARE * tolerance.gradient(config, batch.sigma, batch.images)

@@ -17,16 +17,17 @@ from sklearn.svm import SVC
 
 from backends.pipeline.checkpoints.reconstruct import reconstruct
 from backends.pipeline.checkpoints.snapshots import Snapshot
-from backends.pipeline.data.datasets import open_dataset, to_model
+from backends.pipeline.data.datasets import open_dataset, to_model, to_uint8
+from backends.pipeline.data.labels import one_hot
 from backends.pipeline.data.seeds import labels as seeded_labels
 from backends.pipeline.data.seeds import noise
 from backends.pipeline.runs.folder import Run
-from backends.pipeline.runs.sampling import Job, sample_images
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.loss import weight
 
 TRAINING = 1500  # of 1797
+CLASSES = 10
 SAMPLES, STEPS = 500, 16
 
 
@@ -64,9 +65,9 @@ class Study:
             raise InputError(f"a run must be complete, got {run.path}, which stopped: see the message above")
         return run
 
-    def averages(self, run: Run, sigma_rels: Sequence[float]) -> list[Snapshot]:
-        """The averages of these lengths at the end of ``run``, stored or reconstructed."""
-        return reconstruct(run.snapshots(run.config().network), sigma_rels=list(sigma_rels))
+    def averages(self, run: Run, sigma_rels: Sequence[float], *, at: int | None = None) -> list[Snapshot]:
+        """The averages of these lengths after ``at`` images (None: at the end of ``run``), stored or reconstructed."""
+        return reconstruct(run.snapshots(run.config().network), time=at, sigma_rels=list(sigma_rels))
 
     def at(self, run: Run, nimg: int, sigma_rel: float) -> Snapshot:
         """The first stored average of this length at or after ``nimg``."""
@@ -78,13 +79,25 @@ class Study:
         return [self.denoising_loss(network, held_out=True) for network in self.averages(run, sigma_rels)]
 
     def sample(
-        self, network: Snapshot, *, count: int = SAMPLES, guidance: float = 1.0
+        self,
+        network: Snapshot,
+        *,
+        count: int = SAMPLES,
+        guidance: float = 1.0,
+        guide: Snapshot | None = None,
+        labelled: bool = True,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Images, uint8 [count, 1, 8, 8], of the first ``count`` seeds, sampled in 16 steps, and their class ids."""
-        labels = seeded_labels(range(count), network.required_config().label_dim)
-        solver = {"num_steps": STEPS}
-        job = Job(snapshot=network, seeds=range(count), labels=labels, guidance=guidance, solver=solver)
-        return sample_images(job, self._adapter.sampler, batch=250), labels
+        """Images, uint8 [count, 1, 8, 8], of the first ``count`` seeds, sampled in 16 steps, and their class ids.
+
+        ``guide`` None is the network without its label, trained so or not; without ``labelled`` no label is given.
+        """
+        seeds, config = range(count), network.required_config()
+        other = None if guide is None else (guide.required_config(), guide.params)
+        sampler = self._adapter.sampler(config, network.params, guide=other)
+        labels = seeded_labels(seeds, CLASSES)
+        rows = one_hot(labels, CLASSES) if labelled else None
+        start = noise(seeds, (config.img_channels, config.img_resolution, config.img_resolution))
+        return to_uint8(sampler(start, rows, guidance=guidance, num_steps=STEPS)), labels
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
         return float((self._classifier.predict(_scanned(images)) == labels).mean())
@@ -98,12 +111,12 @@ class Study:
     def denoising_loss(self, network: Snapshot, *, held_out: bool) -> float:
         """Mean of lambda(sigma) (D(y + n; sigma) - y)^2 per pixel, with fixed noise, on training or held-out digits."""
         part = slice(TRAINING, None) if held_out else slice(0, min(self.count, len(self.images) - TRAINING))
-        images, one_hot = to_model(self.images[part]), np.eye(10, dtype=np.float32)[self.labels[part]]
+        images, rows = to_model(self.images[part]), one_hot(self.labels[part], CLASSES)
         seeds, total = range(len(images)), 0.0
         for sigma in np.exp(np.linspace(-2, 1, 7)):
             level = np.full((len(images), 1, 1, 1), sigma, np.float32)
             noisy = images + level * noise(seeds, images.shape[1:])
-            denoised, _ = self._adapter.denoise(network.required_config(), network.params, noisy, level, one_hot)
+            denoised, _ = self._adapter.denoise(network.required_config(), network.params, noisy, level, rows)
             total += float(np.mean(weight(level) * np.square(denoised - images)))
         return total / 7
 

@@ -2,8 +2,9 @@
 
     python -m examples.guidance_length [--port torch|jax|mlx] [--folder guidance-length]
 
-The guide is the same network without its label. Each row is a guidance weight: the Fréchet distance to held-out digits
-of samples from averages of five lengths, the best one marked.
+The guide is a network trained without labels, or an earlier snapshot of the network (autoguidance). Each row is a
+guidance weight: the Fréchet distance to held-out digits of samples from averages of five lengths, the best one marked.
+The guide has an average of the same length.
 """
 
 import sys
@@ -26,17 +27,26 @@ def main() -> None:
 def guidance_length(
     port: Literal["torch", "jax", "mlx"] = "torch",
     duration: str = "32Ki",
-    weights: tuple[float, ...] = (1.0, 1.2, 1.5, 2.0),
+    guide: Literal["unconditional", "shorter"] = "unconditional",
+    earlier: int = 8 << 10,
+    weights: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0),
     samples: int = SAMPLES,
     folder: Path = Path("guidance-length"),
 ) -> None:
     """Train for DURATION images; draw SAMPLES images at each of WEIGHTS and each length."""
     study = Study(folder, port=port)
-    run = study.train("run", "--duration", duration, "--snapshot", "1Ki")
+    common = ("--duration", duration, "--snapshot", "1Ki")
+    run = study.train("run", *common)
     networks = study.averages(run, LENGTHS)
+    if guide == "shorter":
+        guides = study.averages(run, LENGTHS, at=earlier)
+    else:
+        guides = study.averages(study.train("unconditional", *common, "--unconditional"), LENGTHS)
     print("\nguidance" + "".join(f"{length:9.2f} " for length in LENGTHS))
     for weight in weights:
-        distances = [study.frechet(study.sample(network, count=samples, guidance=weight)[0]) for network in networks]
+        pairs = zip(networks, guides, strict=True)
+        sampled = (study.sample(net, count=samples, guidance=weight, guide=other)[0] for net, other in pairs)
+        distances = [study.frechet(images) for images in sampled]
         marked = "".join(f"{distance:9.4f}{'*' if distance == min(distances) else ' '}" for distance in distances)
         print(f"{weight:8g}{marked}", flush=True)
 

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.pipeline.data.batches import Batches, sample_indices
+from backends.pipeline.data.batches import Batches, label_uniforms, sample_indices
 from backends.pipeline.data.datasets import open_dataset, to_model
 from edm2_core.errors import InputError
 
 PINNED = [3, 0, 2, 4, 8, 7, 6, 9, 5, 0]
+UNIFORM = [0.7948388310120027, 0.9517635360793124, 0.005134536026104364, 0.05463488965959018, 0.8549525795211378]
 sizes = st.integers(1, 20)
 seeds = st.integers(0, 5)
 
@@ -117,6 +118,33 @@ def test_images_and_labels_are_those_of_the_dataset() -> None:
     assert images.dtype == labels.dtype == np.float32
     np.testing.assert_array_equal(images, to_model(digits.images(indices)))
     np.testing.assert_array_equal(labels, np.eye(10, dtype=np.float32)[digits.labels(indices)])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("batch", [2, 8])
+def test_dropped_labels_are_zero_rows_by_position_alone(batch: int, world: int) -> None:
+    share, rows, seen = batch // world, [], []
+    parts = [{"offset": rank * share, "count": share} for rank in range(world)]
+    readers = [Batches(Numbered(label_dim=3), start=4, batch=batch, seed=1, label_dropout=0.3, **p) for p in parts]
+    for _ in range(400 // batch):
+        for reader in readers:
+            images, labels = next(reader)
+            assert labels is not None
+            seen += _numbers(images)
+            rows += labels.tolist()
+    for reader in readers:
+        reader.close()
+    dropped = label_uniforms(start=4, count=400, size=10, seed=1) < 0.3
+    assert abs(dropped.sum() - 120) < 5 * (400 * 0.3 * 0.7) ** 0.5
+    for number, row, drop in zip(seen, rows, dropped, strict=True):
+        assert row == ([0, 0, 0] if drop else np.eye(3)[number % 3].tolist())
+    assert len({tuple(dropped[i : i + 10]) for i in range(6, 396, 10)}) > 20  # epochs differ
+
+
+def test_which_labels_are_dropped_is_the_same_as_ever() -> None:
+    """Pinned: a change here means that a run started earlier does not resume exactly."""
+    drawn = label_uniforms(start=7, count=5, size=10, seed=3)
+    assert drawn.tolist() == UNIFORM
 
 
 def test_without_labels_there_are_none() -> None:

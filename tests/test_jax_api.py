@@ -10,6 +10,7 @@ from toy_port import PRESET, train
 
 from conformance import tolerance
 from edm2_core import precond
+from edm2_core.errors import InputError
 
 jax = pytest.importorskip("jax", reason="jax is not installed")
 optax = pytest.importorskip("optax", reason="optax is not installed")
@@ -73,20 +74,26 @@ def test_any_denoiser_is_sampled_from_with_levels_and_a_callback_of_ones_own():
         shift = 0 if labels is None else labels @ params
         return middle + shift + 0 * x, jax.numpy.zeros_like(sigma)
 
-    point, seen = Network(to_point, jax.numpy.eye(2), label_dim=2), []
+    point, seen = Network(to_point, jax.numpy.eye(2), label_dim=2, label_dropout=0.1), []
     noise, labels = jax.random.normal(jax.random.key(0), (3, 2)), jax.numpy.eye(2)[jax.numpy.array([0, 1, 0])]
     images = api.sample(point, noise, sigmas=(5.0, 1.0, 0.0), callback=lambda step: seen.append(step.sigma))
     assert np.allclose(images, np.broadcast_to(middle, (3, 2)), atol=1e-6)
     assert seen == [1.0, 0.0]
     guided = api.sample(point, noise, labels, guidance=3.0, num_steps=4)
     assert np.allclose(guided, middle + 3 * labels, atol=1e-5)
+    always = replace(point, label_dropout=0.0)
+    with pytest.raises(InputError, match="that guides itself must be trained with label dropout, got label_dropout 0"):
+        api.sample(always, noise, labels, guidance=3.0)
+    with pytest.raises(InputError, match="label_dropout 0 must be sampled with labels, got None"):
+        api.sample(always, noise)
 
 
 def test_the_python_face_loads_what_a_run_stored_and_samples_as_the_port(toy):
     """Alike to the bit: the command and the face share their precision and their programs."""
-    train(JaxTrainer, "run", 1024)
+    train(JaxTrainer, "run", 1024, label_dropout=0.1)
     net = api.load(toy / "run", sigma_rel=0.05, device="cpu")
-    assert net.config == PRESET.network
+    assert net.config == replace(PRESET.network, label_dropout=net.label_dropout)
+    assert net.label_dropout == 0.1
     labels = np.eye(10, dtype=np.float32)[:4]
     noise = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)
     stored = weights.dump(net.params)

@@ -120,7 +120,11 @@ def test_the_step_trains_and_averages_any_backbone():
 
 def test_sampling_takes_any_denoiser_with_guidance_sigmas_and_a_callback():
     """Of a backbone that is the label: D = c_skip x + c_out label, in NumPy too."""
-    denoiser = Denoiser(lambda x, c_noise, labels: mx.zeros_like(x) if labels is None else labels, label_dim=2)
+
+    def backbone(x, c_noise, labels):
+        return mx.zeros_like(x) if labels is None else labels
+
+    denoiser, always = (Denoiser(backbone, label_dim=2, label_dropout=share) for share in (0.1, 0.0))
     labels, noise, sigmas, seen = np.eye(2, dtype=np.float32), np.ones((2, 2), np.float32), (5.0, 1.0, 0.2, 0.0), []
 
     def oracle(x, sigma):
@@ -138,6 +142,10 @@ def test_sampling_takes_any_denoiser_with_guidance_sigmas_and_a_callback():
     assert seen == [1.0, 0.2, 0.0] * 2
     with pytest.raises(InputError, match="guidance without a guide"):
         sample(denoiser, mx.array(noise), guidance=2.0)
+    with pytest.raises(InputError, match="that guides itself must be trained with label dropout, got label_dropout 0"):
+        sample(always, mx.array(noise), mx.array(labels), guidance=2.0)
+    with pytest.raises(InputError, match="label_dropout 0 must be sampled with labels, got None"):
+        sample(always, mx.array(noise))
 
 
 def test_a_stored_network_is_loaded_ready_to_use(tmp_path):
@@ -154,10 +162,10 @@ def test_a_stored_network_is_loaded_ready_to_use(tmp_path):
 
 def test_training_in_python_makes_a_run_that_loads(tmp_path):
     hyper = Hyperparameters(duration=96, batch=32, half_life=1000)  # with few other lengths to draw at the end
-    config = TrainConfig(network=CONFIG, hyper=hyper)
+    config = TrainConfig(network=replace(CONFIG, label_dropout=0.2), hyper=hyper)
     run = train(config, open_dataset("digits"), outdir=tmp_path / "run")
     network = backends.mlx.load(run.path)
-    assert network.config == CONFIG
+    assert network.config == config.network
     made = sample(network, mx.random.normal((2, 8, 8, 1)), mx.eye(10)[:2], num_steps=2)
     assert made.shape == (2, 8, 8, 1)
     assert bool(mx.isfinite(made).all())

@@ -99,7 +99,7 @@ def test_without_0_10_the_longest_average_is_the_default(run):
 
 
 def test_an_image_depends_on_its_seed_and_not_on_the_batch_or_its_neighbours(run):
-    settings = {"S_churn": 20.0, "guidance": 2.0}
+    settings = {"S_churn": 20.0, "guidance": 2.0, "guide": run.path}
     whole = npz(seeds="0-12", batch=64, **settings)
     for seeds, batch in [("0-12", 1), ("0-12", 5), ("12,3,7", 2)]:
         part = npz(seeds=seeds, batch=batch, **settings)
@@ -148,11 +148,27 @@ def test_net_samples_that_file_into_samples_here(capsys):
     assert Run("samples/grid.png").path.exists()
 
 
-def test_guidance_without_a_guide_is_by_the_same_network_without_its_label(run, capsys):
-    (call,) = sample(seeds="0", guidance=1.5)
+def test_guidance_without_a_guide_is_by_the_same_network_without_its_label(capsys):
+    store("net", replace(CONFIG, label_dropout=0.1))
+    (call,) = sample(net="net", seeds="0", guidance=1.5)
     assert (call["guidance"], call["guide"]) == (1.5, None)
     assert "the same network without its label, weight 1.5" in capsys.readouterr().out
-    assert (run.samples_path / "0000003-0.100-guidance1.5/grid.png").exists()
+    assert Run("samples-guidance1.5/grid.png").path.exists()
+
+
+def test_a_network_never_trained_without_its_label_does_not_guide_itself(run):
+    with pytest.raises(InputError, match=r"got label_dropout 0: .*--unconditional, then --guide.*--label-dropout 0\.1"):
+        sample(seeds="0", guidance=2.0)
+    assert not run.samples_path.exists()
+    (call,) = sample(seeds="0", label=3)
+    assert call["labels"].argmax() == 3
+
+
+def test_a_run_guides_with_its_usual_average(run):
+    (call,) = sample(run=run.path, seeds="0", guidance=2.0, guide=run.path, sigma_rel=0.05)
+    config, params = call["guide"]
+    assert config == CONFIG
+    assert np.mean(params["unet.out_conv.weight"]) == used(5)  # 0.10, the last
 
 
 def test_a_guide_is_handed_to_the_sampler(run, capsys):

@@ -69,7 +69,7 @@ def test_a_run_folder_means_its_usual_average_or_the_one_asked_for(tmp_path: Pat
 
 
 def test_sampling_is_that_of_the_port() -> None:
-    network, start, labels = make_network(), noise(4, 1, 8, 8), one_hot(4)
+    network, start, labels = make_network(label_dropout=0.1), noise(4, 1, 8, 8), one_hot(4)
     images = api.sample(network, start, labels, guidance=2.0, num_steps=4)
     params = dump(tensors(network))
     wanted = PORT.sample(CONFIG, params, start.numpy(), labels.numpy(), guidance=2.0, num_steps=4)
@@ -106,13 +106,24 @@ def test_any_denoiser_can_be_sampled_and_guide() -> None:
     assert not torch.equal(plain, guided)
 
 
+def test_a_network_never_trained_without_its_label_is_not_sampled_without_it() -> None:
+    network, start = make_network(), noise(4, 1, 8, 8)
+    with pytest.raises(InputError, match="that guides itself must be trained with label dropout, got label_dropout 0"):
+        api.sample(network, start, one_hot(4), guidance=2.0)
+    with pytest.raises(InputError, match="label_dropout 0 must be sampled with labels, got None"):
+        api.sample(network, start)
+    with pytest.raises(InputError, match="guidance without a guide needs labels, got a network that takes none"):
+        api.sample(make_network(label_dim=0), start, one_hot(4), guidance=2.0)
+    assert api.sample(make_network(label_dropout=0.1), start, num_steps=1).shape == start.shape
+
+
 def test_labels_that_are_no_rows_are_refused() -> None:
     with pytest.raises(InputError, match=r"one-hot rows of shape \(4, 3\), got \(4,\)"):
         api.sample(make_network(), noise(4, 1, 8, 8), torch.arange(4))
 
 
 def test_training_from_python_makes_a_run_that_loads_and_resumes(tmp_path: Path) -> None:
-    network = replace(CONFIG, label_dim=10)
+    network = replace(CONFIG, label_dim=10, label_dropout=0.2)
     hyper = Hyperparameters(duration=2048, batch=64, snapshot=1000)
     config, data = TrainConfig(network=network, hyper=hyper), open_dataset("digits")
     run = api.train(config, data, outdir=tmp_path / "run", machine=Machine(device="cpu"))

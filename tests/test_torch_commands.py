@@ -102,13 +102,14 @@ def test_a_seed_is_an_image_whatever_the_batch(short: Path) -> None:
     assert np.array_equal(one["labels"], other["labels"])
 
 
-def test_guidance_by_an_earlier_self_and_by_the_unlabelled_self(digits: Path) -> None:
+def test_guidance_by_an_earlier_self_and_by_the_unlabelled_self(digits: Path, short: Path) -> None:
     guide = min((digits / "runs" / "00000-digits" / "snapshots").glob("*-0.050.safetensors"))
+    run_here(*TRAIN, *SMALL, "--label-dropout", 0.1, "--outdir", "dropped", cwd=short)
     options = ("--seeds", "0-4", "--steps", 6, "--class", 7)
-    plain = samples(digits, *options)
-    for guided in (("--guidance", 2), ("--guidance", 2, "--guide", guide)):
-        assert not np.array_equal(samples(digits, *options, *guided)["images"], plain["images"])
-    assert set(plain["labels"]) == {7}
+    for folder, run, guided in ((digits, (), ("--guide", guide)), (short, ("--run", "dropped"), ())):
+        plain = samples(folder, *run, *options)
+        assert not np.array_equal(samples(folder, *run, *options, "--guidance", 2, *guided)["images"], plain["images"])
+        assert set(plain["labels"]) == {7}
 
 
 def test_stopping_by_a_signal_and_resuming_is_not_stopping(short: Path) -> None:

@@ -278,8 +278,19 @@ def test_the_header_and_the_end_say_what_and_what_next(capsys):
     assert "digits: 1797 images of 8x8x1, 10 classes" in out[2]
     assert "run: 1Ki images in batches of 64" in out[3]
     assert "  python -m backends.toy.sample --run run --sigma-rel 0.15" in out
-    assert "  python -m backends.toy.sample --run run --class 3 --guidance 2" in out
+    assert "  python -m backends.toy.sample --run run --class 3" in out
     assert f"  {PROG} --outdir run --duration 2Ki" in out
+
+
+def test_dropped_labels_reach_the_step_and_every_snapshot_says_so(capsys):
+    _, trainer, run = train(duration=1024, label_dropout=0.5)
+    assert {source.config.label_dropout for source in run.snapshots(run.config().network)} == {0.5}
+    assert "  python -m backends.toy.sample --run run --class 3 --guidance 2" in capsys.readouterr().out.splitlines()
+    assert 400 < trainer.dropped < 624
+    with pytest.raises(InputError, match=r"--label-dropout must stay 0\.5 when a run is resumed, got 0\.1"):
+        train(duration=2048, label_dropout=0.1)
+    with pytest.raises(InputError, match=r"label_dropout must be 0 for a network without labels, got 0\.1"):
+        train(outdir="other", label_dropout=0.1, unconditional=True)
 
 
 def test_the_picture_has_a_row_for_each_length_from_the_same_seeds():

@@ -45,7 +45,7 @@ class ToyTrainer(Trainer):
         params = initialize(config.network, seed=config.seed)
         trained = [name for name, parameter in plan(config.network).parameters.items() if parameter.trained]
         self.load_state(State.start(params, trained=trained, lengths=config.hyper.lengths))
-        self.seen, self.rates, self.resumed = [], [], False
+        self.seen, self.rates, self.resumed, self.dropped = [], [], False, 0
 
     @property
     def nimg(self):
@@ -55,6 +55,7 @@ class ToyTrainer(Trainer):
         share = np.float32(images.sum() + (0 if labels is None else labels.argmax(1).sum()))
         self.seen.append((self.nimg, images.shape, None if labels is None else labels.shape))
         self.rates.append(lr)
+        self.dropped += 0 if labels is None else int((labels.sum(axis=1) == 0).sum())
         for name, first in self.moments1.items():
             gradient = np.sin(self.params[name] + share)
             self.moments1[name] = np.asarray(0.9 * first + 0.1 * gradient, np.float32)
