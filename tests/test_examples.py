@@ -110,6 +110,17 @@ def test_studies_end_with_their_table(tmp_path, study):
     assert not [line for line in lines if "nan" in line.split()]
 
 
+def test_every_guide_changes_what_one_network_samples(tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed")
+    options = ("--duration", "2Ki", "--earlier", 1024, "--weights", 1, 2, "--samples", 70, "--folder", tmp_path)
+    rows = {line[:14].strip(): line[14:].split() for line in printed("guidance", *options)[-4:]}
+    assert list(rows) == ["none", "label dropout", "unconditional", "shorter run"]
+    of_one = [rows[name] for name in ("none", "unconditional", "shorter run")]
+    assert len({tuple(row[1:3]) for row in of_one}) == 1  # weight 1 is the network alone
+    for column in (0, 3):  # the guide alone, and guided by 2
+        assert len({row[column] for row in rows.values()}) == 4
+
+
 def test_the_ladder_ends_with_a_row_for_each_rung_and_a_page(tmp_path):
     pytest.importorskip("torch", reason="torch is not installed")
     options = ("--rungs", "A", "G", "--duration", "1Ki", "--samples", 70, "--folder", tmp_path / "ladder")
