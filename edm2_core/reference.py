@@ -33,7 +33,8 @@ def denoise(config: NetworkConfig, params: Params, x: A, sigma: A, one_hot: Arra
         params: its parameters, as :func:`~edm2_core.network.initialize` makes them.
         x: noisy images, [N, C, H, W].
         sigma: their noise levels, [N, 1, 1, 1].
-        one_hot: one-hot labels, [N, label_dim]; None: unconditional.
+        one_hot: one-hot labels, [N, label_dim], a row of zeros for an image without label (SPEC LOSS-4, NET-8); None:
+            no image has one.
 
     Returns:
         The denoised images [N, C, H, W], and the uncertainty u(sigma) [N, 1, 1, 1], 0 where none is learned.
