@@ -51,35 +51,6 @@ class LabelledDenoiser(Protocol):
     def __call__(self, x: Any, sigma: float, labels: Any, /) -> Any: ...
 
 
-class Labels(Protocol):
-    """What a network was trained with: ``label_dim`` classes, of which the share ``label_dropout`` was dropped.
-
-    A :class:`~edm2_core.network.NetworkConfig`, or a denoiser of one framework.
-    """
-
-    @property
-    def label_dim(self) -> int: ...
-    @property
-    def label_dropout(self) -> float: ...
-
-
-def check_labels(net: Labels, guide: Labels | None, labels: Any, guidance: float) -> None:
-    """Raise InputError where sampling would call a network without the label that training never dropped.
-
-    Commands and the Python interfaces check this; a :class:`Port` computes whatever the conformance suite asks.
-    """
-    if guidance != 1 and guide is None and labels is not None and net.label_dim and not net.label_dropout:
-        raise InputError(
-            "a network that guides itself must be trained with label dropout, got label_dropout 0: guide it by "
-            "another trained without labels (--unconditional, then --guide), or train it with --label-dropout 0.1"
-        )
-    if labels is None and any(n is not None and n.label_dim and not n.label_dropout for n in (net, guide)):
-        raise InputError(
-            "a network trained with labels and label_dropout 0 must be sampled with labels, got None: give one-hot "
-            "labels, or train it with --label-dropout 0.1"
-        )
-
-
 def sample(
     net: LabelledDenoiser,
     noise: Any,

@@ -91,9 +91,11 @@ def scalars_too(function: Callable[Concatenate[Any, P], Any], /) -> Elementwise[
 
 
 def widened(x: Array, /) -> Array:
-    """``x`` in float32 if its own floating type is narrower, else ``x``: what norms and angles are computed in."""
+    """``x`` in float32 if its own floating type is narrower, else ``x``: what norms and angles are computed in. A
+    complex ``x`` is at least complex64 already."""
     xp = namespace(x)
-    return xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x
+    narrow = xp.isdtype(x.dtype, "real floating") and xp.finfo(x.dtype).bits < 32
+    return xp.astype(x, xp.float32) if narrow else x
 
 
 def in_dtype_of(like: A, x: Array, /) -> A:

@@ -122,7 +122,7 @@ def test_reconstruction_loads_into_the_module_and_follows_a_tracked_length(tmp_p
 
 def test_inside_a_compiled_function_the_averages_are_those_of_update():
     first, second = ({"w": mx.array([1.0, -2.0, 3.0]) + k, "n": mx.array(k)} for k in (0, 1))
-    tracker = ema.PowerEMA(first, sigma_rels=(0.05, Length.half_life(3)))
+    tracker = ema.PowerEMA(first, sigma_rels=(0.05, Length.half_life(3)), start=6)
     start = list(tracker.averages.values())
     tracker.update(second, time=8, delta=2)
     shares = mx.array([1 - length.beta(t_next=8, t_delta=2) for length in tracker.averages])

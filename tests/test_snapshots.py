@@ -19,7 +19,7 @@ from backends.pipeline.checkpoints.snapshots import (
 )
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
-from edm2_core.network import NetworkConfig, initialize
+from edm2_core.network import NetworkConfig, initialize, plan
 
 CONFIG = NetworkConfig(
     img_resolution=4,
@@ -32,6 +32,7 @@ CONFIG = NetworkConfig(
     channels_per_head=4,
     logvar_channels=4,
 )
+CONSTANTS = {name for name, parameter in plan(CONFIG).parameters.items() if not parameter.trained}
 PARAMS = initialize(CONFIG, seed=1) | {"unet.out_gain": np.float32(1 / 3)}
 SNAPSHOT = Snapshot(params=PARAMS, config=CONFIG, nimg=8192, length=Length.of(0.05))
 
@@ -51,12 +52,12 @@ def refused(path, message):
         assert "\n" not in str(caught.value)
 
 
-def test_a_snapshot_comes_back_rounded_to_float16_with_its_gains_exact(path):
+def test_a_snapshot_comes_back_rounded_to_float16_with_gains_and_constants_exact(path):
     loaded = load_snapshot(path)
     assert (loaded.config, loaded.nimg, loaded.length) == (CONFIG, 8192, Length.of(0.05))
     assert set(loaded.params) == set(PARAMS)
     for name, array in PARAMS.items():
-        kept = array.astype(np.float16) if array.ndim else array
+        kept = array.astype(np.float16) if array.ndim and name not in CONSTANTS else array
         assert loaded.params[name].dtype == np.float32
         assert loaded.params[name].shape == array.shape
         assert (loaded.params[name] == kept).all()
@@ -66,14 +67,16 @@ def test_a_snapshot_comes_back_rounded_to_float16_with_its_gains_exact(path):
 def test_the_library_reads_the_same_arrays(path):
     arrays = load_file(path)
     for name, array in load_snapshot(path).params.items():
-        assert arrays[name].dtype == (np.float16 if array.ndim else np.float32)
+        assert arrays[name].dtype == (np.float16 if array.ndim and name not in CONSTANTS else np.float32)
         assert (arrays[name] == array).all()
 
 
 def test_metadata_is_read_without_the_arrays(path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-100] + b"\xff" * 100)
-    assert metadata_of(TensorFile(path)) == Metadata(config=CONFIG, nimg=8192, length=Length.of(0.05))
+    assert metadata_of(TensorFile(path)) == Metadata(
+        config=CONFIG, nimg=8192, length=Length.of(0.05), kept=frozenset(CONSTANTS), pairs=frozenset()
+    )
 
 
 def test_metadata_is_text_that_says_what_it_is(path):
@@ -121,13 +124,48 @@ def test_someone_else_s_network_keeps_its_names_and_counters(tmp_path):
         loaded.required_config()
 
 
-@pytest.mark.parametrize("value", [65520.0, -1e6, np.inf, np.nan])
-def test_a_value_that_float16_cannot_hold_is_refused_by_name_and_nothing_is_written(tmp_path, value):
-    broken = PARAMS["unet.out_conv.weight"].copy()
-    broken.flat[0] = value
-    with pytest.raises(InputError, match=r"within \+-65504, got .* in unet.out_conv.weight"):
-        save_snapshot(tmp_path / "s", replace(SNAPSHOT, params=PARAMS | {"unet.out_conv.weight": broken}))
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_written(tmp_path, value):
+    for name in ("unet.out_conv.weight", "unet.out_gain"):
+        broken = np.array(PARAMS[name])
+        broken.flat[0] = value
+        with pytest.raises(InputError, match=f"must be finite to be stored, got .* in {name}: training has diverged"):
+            save_snapshot(tmp_path / "s", replace(SNAPSHOT, params=PARAMS | {name: broken}))
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "stored"),
+    [
+        ("float16", 1.0, np.float16),
+        ("float16", 7e4, np.float32),  # beyond its range
+        ("float16", 1e-6, np.float32),  # subnormal
+        ("float16", 1e-4, np.float16),  # partly subnormal, off by less than 1e-3
+        ("bfloat16", 1e38, None),
+        ("bfloat16", 1e-30, None),
+        ("float32", 1.0, np.float32),
+    ],
+)
+def test_averages_are_stored_in_a_dtype_or_wider_where_it_cannot_hold_them(tmp_path, caplog, dtype, scale, stored):
+    name = f"weight-{dtype}-{scale}"
+    values = np.float32(scale) * np.random.default_rng(0).uniform(0.3, 1, (64, 3)).astype(np.float32)
+    snapshot = Snapshot(params={name: values, "other": np.ones(2, np.float32)}, config=None, nimg=1, length=None)
+    for _ in range(2):
+        save_snapshot(tmp_path / "s", snapshot, dtype=dtype)
+    entries = TensorFile(tmp_path / "s").entries
+    assert entries[name].dtype == {None: "BF16", np.float16: "F16", np.float32: "F32"}[stored]
+    assert entries["other"].dtype == {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
+    error = np.linalg.norm(load_snapshot(tmp_path / "s").params[name] / scale - values / scale)
+    assert error <= {"float16": 1e-3, "bfloat16": 2**-8, "float32": 0}[dtype] * np.linalg.norm(values / scale)
+    said = [record.getMessage() for record in caplog.records if name in record.getMessage()]
+    assert len(said) == (stored == np.float32 and dtype == "float16")  # once
+
+
+def test_files_of_earlier_versions_are_read_as_all_averages(tmp_path):
+    metadata = {"format": "edm2-snapshot", "version": "1", "nimg": "5", "sigma_rel": "0.1", "config": "null"}
+    save_file({"scale": np.ones(2, np.float16)}, tmp_path / "old", metadata=metadata)
+    loaded = load_snapshot(tmp_path / "old")
+    assert (loaded.kept, loaded.params["scale"].dtype) == (frozenset(), np.float32)
 
 
 def test_the_largest_float16_is_still_stored(tmp_path):

@@ -34,7 +34,7 @@ def run(options: Options) -> None:
     reconstructed = reconstructed_profile(t * combination.time, **combination.arguments(lengths)) * combination.time
     wanted = [profile(t, end_time=1.0, sigma_rel=s) for s in lengths]
     draw_profiles(left, t, {s: (w, r) for s, w, r in zip(lengths, wanted, reconstructed, strict=True)})
-    error = reconstruction_error(**combination.arguments(_CURVE))
+    error = reconstruction_error(**combination.arguments(_CURVE), dtype=combination.stored_dtype)
     draw_errors(right, _CURVE, {f"{len(combination.usable)} files": error})
     path = options.out or options.source / "ema.png"
     save(picture, path)

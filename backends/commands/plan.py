@@ -9,7 +9,7 @@ import numpy as np
 from backends.pipeline.checkpoints.atomic import write_bytes
 from backends.pipeline.report.plots import draw_errors, figure, save
 from backends.pipeline.runs.command_line import count_text, parse_count, reader
-from edm2_core.ema import SnapshotPlan, TimedPlan, plan_snapshots, uniform_plan, worst_error
+from edm2_core.ema import SnapshotPlan, StorageDtype, TimedPlan, plan_snapshots, uniform_plan, worst_error
 from edm2_core.errors import InputError
 from edm2_core.network import parameter_count
 from edm2_core.presets import preset
@@ -53,7 +53,7 @@ class Options:
     """Images per step. Without it: that of the preset."""
     max_lengths: int = 3
     """Maximum number of averages to track, each a copy of the network in memory."""
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    dtype: StorageDtype = "float16"
     """Dtype of the files."""
     out: Path = Path("snapshot-plan.json")
     """File of the plan; its picture is written beside it."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from backends.pipeline.checkpoints.combination import Combination
 from backends.pipeline.checkpoints.outputs import Writer, plan_outputs
@@ -12,6 +12,7 @@ from backends.pipeline.checkpoints.sources import Broken, Source
 from backends.pipeline.runs.command_line import reader
 from backends.pipeline.runs.exit_codes import Interrupts
 from backends.pipeline.runs.progress import Progress
+from edm2_core.ema import StorageDtype
 from edm2_core.errors import InputError
 
 from .sources import SourceOptions, print_skipped
@@ -42,8 +43,8 @@ class Options(SourceOptions):
     """Other lengths for the arrays whose names match."""
     outdir: Path | None = None
     """Folder of the averages. Without it: 'reconstructed' in the source's folder."""
-    dtype: Literal["float16", "float32"] = "float16"
-    """Dtype of the files."""
+    dtype: StorageDtype = "float16"
+    """Dtype of the averages in the files; tensors that it cannot hold are stored in float32."""
     memory: int = GiB
     """Bytes of memory to use, independent of the size of the network."""
     max_error: float = inf

@@ -17,6 +17,7 @@ from jax import Array
 
 from backends import ports
 from backends.pipeline.data.datasets import Dataset
+from backends.pipeline.data.labels import check_labels
 from backends.pipeline.runs import sampling, training
 from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
@@ -72,10 +73,10 @@ def sample(
     Matrix products are in :data:`~.device.SAMPLING_MATMUL`, as in the commands.
 
     Raises:
-        InputError: as :func:`backends.ports.check_labels`, :func:`backends.ports.sample` and
+        InputError: as :func:`~backends.pipeline.data.labels.check_labels`, :func:`backends.ports.sample` and
             :func:`edm2_core.sampler.sample`.
     """
-    ports.check_labels(network, guide, labels, options.get("guidance", 1.0))
+    check_labels(network, guide, labels, options.get("guidance", 1.0))
     other = None if guide is None else SamplingDenoiser(guide)
     with jax.default_matmul_precision(devices.SAMPLING_MATMUL):
         images: Array = ports.sample(SamplingDenoiser(network), noise, labels, guide=other, **options)

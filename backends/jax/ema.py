@@ -10,9 +10,9 @@ or, in a loop without optax or every few steps:
     state = init(params)                                                   # sigma_rel 0.05 and 0.10
     state = update(state, params, time=images_seen, delta=batch)           # under jit or not
 
-Averages are float32, or wider where weights are; expm1 and log1p compute 1 - beta with a relative error of a few parts
-in 10^7 however small it is. Averages share no memory with the parameters: a step may donate both. Source: arXiv
-2312.02696 Section 3, Appendix C.
+Averages are float32 or complex64, or wider where weights are; expm1 and log1p compute 1 - beta with a relative error
+of a few parts in 10^7 however small it is. Averages share no memory with the parameters: a step may donate both.
+Source: arXiv 2312.02696 Section 3, Appendix C.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
+from backends.pipeline.checkpoints.averages import ALONE, Processes, save_gathered
 from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_arrays
-from backends.pipeline.checkpoints.snapshots import save_averages
 from backends.pipeline.checkpoints.sources import open_sources
-from edm2_core.ema import Length, LengthLike, beta, sigma_rel_to_gamma
+from edm2_core.ema import Length, LengthLike, StorageDtype, sigma_rel_to_gamma
+from edm2_core.ema.clock import LATEST, start_time
 from edm2_core.errors import InputError
+
+from . import clocks
+from . import device as devices
 
 Tree = Any  # a pytree of arrays
 
@@ -38,15 +43,27 @@ class PowerEMAState(NamedTuple):
     """A pytree: the clock, and the averages by the text :attr:`~edm2_core.ema.Length.key` of their lengths, as in
     ``averages["0.05"]`` or ``["HalfLife(2000.0)"]``.
 
-    ``time`` is a uint32, below 2^32. Averages have the structure of the parameters.
+    ``clock`` is the time in two uint32, [2], the lower half first, because JAX has no wider integers by default. It is
+    a NumPy array until the state has gone through jit. Averages have the structure of the parameters.
     """
 
-    time: jax.Array
+    clock: Any
     averages: dict[str, Tree]
+
+    @property
+    def time(self) -> int:
+        """The time of the last update, below 2^53; outside jit only. Raises InputError where an update inside jit was
+        given a wrong time."""
+        if (time := clocks.number(self.clock)) >= LATEST:
+            raise InputError(
+                "time - delta must be the time of the last update, got another inside jit, so the averages are NaN: "
+                "go back to an earlier state; delta is the time since the last update, and start= is for a history"
+            )
+        return time
 
 
 def power_ema(
-    sigma_rels: Sequence[LengthLike] = (0.05, 0.10), *, t_delta: int | None = None
+    sigma_rels: Sequence[LengthLike] = (0.05, 0.10), *, t_delta: int | None = None, start: int = 0
 ) -> optax.GradientTransformationExtraArgs:
     """Averages of the updated parameters; the updates themselves pass unchanged. Last in a chain.
 
@@ -54,68 +71,103 @@ def power_ema(
         sigma_rels: relative lengths; ``Length.half_life(images)`` for a traditional average.
         t_delta: by how much each update advances the clock: the images of a batch. None: it comes with each call,
             ``optimizer.update(gradients, state, params, t_delta=...)``, which takes precedence over the one given here.
+            A call may also give ``time=``, the clock after it, alone or as a check.
+        start: the time at init; see :func:`init`.
 
     Source: Eq. 127. Dtypes: as :func:`init`.
 
     Raises:
-        InputError: a length outside (0, 0.2887), or none; in an update without params or t_delta, or one below 1.
+        InputError: a length outside (0, 0.2887), or none; in an update without params, without t_delta and time, or
+            as :func:`update`.
     """
 
-    def start(params: Tree) -> PowerEMAState:
-        return init(params, sigma_rels=sigma_rels)
+    def begin(params: Tree) -> PowerEMAState:
+        return init(params, sigma_rels=sigma_rels, start=start)
 
     def advance(
-        updates: Tree, state: PowerEMAState, params: Tree = None, *, t_delta: Any = t_delta, **_: Any
+        updates: Tree,
+        state: PowerEMAState,
+        params: Tree = None,
+        *,
+        t_delta: Any = t_delta,
+        time: Any = None,
+        **_: Any,
     ) -> tuple[Tree, PowerEMAState]:
         if params is None:
             raise InputError("power_ema averages parameters, got none: call optimizer.update(updates, state, params)")
-        if t_delta is None:
+        if t_delta is None and time is None:
             raise InputError("power_ema needs t_delta, got none: give it here or with each update")
-        _check(t_delta, t_delta)
-        time = state.time + jnp.asarray(t_delta, jnp.uint32)
-        return updates, update(state, optax.apply_updates(params, updates), time=time, delta=t_delta)
+        clock = state.clock
+        now = clocks.plus(clock, clocks.words(t_delta)) if time is None else clocks.words(time)
+        delta = clocks.since(clock, now) if t_delta is None else clocks.words(t_delta)
+        return updates, _advanced(state, optax.apply_updates(params, updates), now, delta)
 
     _lengths(sigma_rels)
-    return optax.GradientTransformationExtraArgs(start, advance)
+    return optax.GradientTransformationExtraArgs(begin, advance)
 
 
-def init(params: Tree, *, sigma_rels: Sequence[LengthLike] = (0.05, 0.10)) -> PowerEMAState:
-    """The averages before the first update, which replaces them: a copy of ``params`` for each length.
+def init(params: Tree, *, sigma_rels: Sequence[LengthLike] = (0.05, 0.10), start: int = 0) -> PowerEMAState:
+    """The averages before the first update: a copy of ``params`` for each length.
 
-    Dtype: that of each leaf, float32 where it is a narrower floating one. Raises InputError as :func:`power_ema`.
+    With ``start`` 0, the first update replaces them by the weights: what was before does not count, also when weights
+    are fine-tuned. With another time, ``params`` count as the average until then: one that goes on from pretraining.
+
+    Dtype: that of each leaf, float32 or complex64 where it is narrower. Leaves of other types, such as counters and
+    PRNG keys, are not averaged: they are copied. Raises InputError as :func:`power_ema`, and for a leaf that is no
+    array.
     """
+    for name, leaf in _named(params).items():
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+            raise InputError(f"leaves must be arrays, got {type(leaf).__name__} at {name}: leave it out of params")
     averages = {length.key: jax.tree.map(_copy, params) for length in _lengths(sigma_rels)}
-    return PowerEMAState(jnp.zeros((), jnp.uint32), averages)
+    return PowerEMAState(clocks.words(start_time(start)), averages)
 
 
 def update(state: PowerEMAState, params: Tree, *, time: Any, delta: Any) -> PowerEMAState:
     """The averages at ``time``, where ``params`` were the weights for the last ``delta``. Source: Eq. 127, which is
     exact for any interval.
 
-    ``time`` and ``delta`` are numbers or arrays, traced or not. Leaves that are not floating are copied.
+    ``time`` and ``delta`` are whole numbers below 2^53 or arrays of them, traced or not. Leaves that are not averaged
+    are copied.
 
     Raises:
-        InputError: other shapes than those averaged; or not 0 < delta <= time, where they are numbers (where they are
-            arrays, the averages become NaN).
+        InputError: other shapes than those averaged; or ``time - delta`` is not the time of the last update. Inside
+            jit, where it cannot be raised, a wrong time makes the averages NaN, and :attr:`PowerEMAState.time` and
+            :func:`save` raise it.
     """
-    _check(time, delta)
+    return _advanced(state, params, clocks.words(time), clocks.words(delta))
+
+
+def _advanced(state: PowerEMAState, params: Tree, time: Any, delta: Any) -> PowerEMAState:
+    clock = clocks.checked(state.clock, time, delta)
+    wrong = None if isinstance(clock, np.ndarray) else clock[1] >= LATEST >> 32
     averages = {}
     for key, average in state.averages.items():
-        keep, share = _shares(Length.of(key), time, delta)
+        keep, share = _shares(Length.of(key), clocks.as_float(time), clocks.as_float(delta))
+        if wrong is not None:
+            share = jnp.where(wrong, jnp.nan, share)
         averages[key] = jax.tree.map(lambda a, w, keep=keep, share=share: _lerp(a, w, keep, share), average, params)
-    return PowerEMAState(jnp.asarray(time, jnp.uint32), averages)
+    return PowerEMAState(clock, averages)
 
 
-def save(folder: str | Path, state: PowerEMAState) -> list[Path]:
+def save(folder: str | Path, state: PowerEMAState, *, dtype: StorageDtype = "float16") -> list[Path]:
     """Write one snapshot per average into ``folder``, atomically; returns their paths.
 
-    Arrays are named by their path in the tree, as ``layers.0.weight``.
+    Arrays are named by their path in the tree, as ``layers.0.weight``. Averages are stored in ``dtype``, or in float32
+    where it cannot hold them; other leaves as they are. Where processes hold parts of the arrays, all must call it:
+    each array is gathered once, and the first process writes.
 
     Raises:
-        InputError: before the first update, or two leaves with one name.
+        InputError: before the first update; a wrong time inside jit; weights that are not finite; two leaves with one
+            name; or a failed write.
     """
-    averages = ((Length.of(k), {n: _host(x) for n, x in _named(tree).items()}) for k, tree in state.averages.items())
-    return save_averages(folder, averages, time=int(state.time))
+    named = {Length.of(key): _named(tree) for key, tree in state.averages.items()}
+    first = next(iter(named.values()))
+    kept = {name: _host(leaf) for name, leaf in first.items() if not _averaged(leaf)}
+    gathered = ((s, name, _host(x)) for s, leaves in named.items() for name, x in leaves.items() if _averaged(x))
+    several = Processes(jax.process_index(), lambda flag: bool(multihost_utils.broadcast_one_to_all(np.array(flag))))
+    processes = several if jax.process_count() > 1 else ALONE
+    return save_gathered(folder, gathered, processes, time=state.time, kept=kept, dtype=dtype)
 
 
 def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None, like: Tree = None) -> Tree:
@@ -132,15 +184,31 @@ def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None
     arrays = {name: jnp.asarray(array) for name, array in snapshot.params.items()}
     if like is None:
         return arrays
-    leaves = {name: (tuple(jnp.shape(x)), jnp.result_type(x)) for name, x in _named(like).items()}
-    need, got = {n: shape for n, (shape, _) in leaves.items()}, {n: x.shape for n, x in arrays.items()}
+    leaves = _named(like)
+    need, got = {n: _stored_shape(x) for n, x in leaves.items()}, {n: x.shape for n, x in arrays.items()}
     if differ := sorted(name for name in need.keys() | got.keys() if need.get(name) != got.get(name)):
         name = differ[0]
         raise InputError(
             f"the snapshots must have the arrays of like, got {name} {got.get(name, 'missing')} for "
             f"{need.get(name, 'none')} ({len(differ)} differ): give the parameters that were averaged"
         )
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[n].astype(dtype) for n, (_, dtype) in leaves.items()])
+    return jax.tree.unflatten(jax.tree.structure(like), [_as_leaf(arrays[n], x) for n, x in leaves.items()])
+
+
+def _stored_shape(like: Any) -> tuple[int, ...]:
+    return jax.eval_shape(jax.random.key_data, like).shape if _is_array_of_keys(like) else tuple(jnp.shape(like))
+
+
+def _as_leaf(stored: jax.Array, like: Any) -> jax.Array:
+    """What is stored of a leaf, in the dtype of ``like``."""
+    if _is_array_of_keys(like):
+        keys: jax.Array = jax.random.wrap_key_data(stored, impl=jax.random.key_impl(like))
+        return keys
+    return stored.astype(jnp.result_type(like))
+
+
+def _is_array_of_keys(x: Any) -> bool:
+    return hasattr(x, "dtype") and _is_key(x)
 
 
 def _lengths(sigma_rels: Sequence[LengthLike]) -> list[Length]:
@@ -151,18 +219,11 @@ def _lengths(sigma_rels: Sequence[LengthLike]) -> list[Length]:
     return [Length.of(length) for length in sigma_rels]
 
 
-def _check(time: Any, delta: Any) -> None:
-    """Check numbers only: to read an array is to wait for the device."""
-    if isinstance(time, int | float | np.number) and isinstance(delta, int | float | np.number):
-        beta(0.1, t_next=float(time), t_delta=float(delta))
-
-
-def _shares(length: Length, time: Any, delta: Any) -> tuple[jax.Array, jax.Array]:
+def _shares(length: Length, time: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
     """beta and 1 - beta, float32 0-d, the smaller with a small relative error. Source: Eq. 127, :meth:`Length.beta`.
 
     gamma is computed in float64 on the host. expm1 keeps the digits of 1 - beta that a difference would lose.
     """
-    delta, time = (jnp.asarray(x, jnp.float32) for x in (delta, time))
     if not length.relative:
         rate = -log(2) / length.value
         share = jnp.expm1(rate * delta) / jnp.expm1(rate * time)
@@ -179,7 +240,8 @@ def _lerp(average: jax.Array, weight: Any, keep: jax.Array, share: jax.Array) ->
         raise InputError(
             f"params must have the shapes of their averages, got {jnp.shape(weight)} for {average.shape}: init anew"
         )
-    keep, share, weight = (jnp.asarray(x).astype(average.dtype) for x in (keep, share, weight))
+    real = average.real.dtype  # of a complex average, the dtype of its parts
+    keep, share, weight = keep.astype(real), share.astype(real), jnp.asarray(weight).astype(average.dtype)
     difference = weight - average
     return jnp.where(share < 0.5, average + share * difference, weight - keep * difference)
 
@@ -187,15 +249,19 @@ def _lerp(average: jax.Array, weight: Any, keep: jax.Array, share: jax.Array) ->
 def _copy(x: Any) -> jax.Array:
     """A copy, also as the result of jit: two arrays that share memory cannot both be donated."""
     x = jnp.asarray(x)
-    return jnp.array(x, dtype=jnp.promote_types(x.dtype, jnp.float32) if _averaged(x) else x.dtype, copy=True)
+    return jnp.array(x, dtype=jnp.promote_types(x.dtype, jnp.float32) if _averaged(x) else None, copy=True)
 
 
 def _averaged(x: Any) -> bool:
-    return bool(jnp.issubdtype(x.dtype, jnp.floating))
+    return bool(jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _is_key(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
 
 
 def _host(x: Any) -> np.ndarray:
-    return np.asarray(x, np.float32) if _averaged(x) else np.asarray(x)
+    return devices.gathered(jax.random.key_data(x) if _is_key(x) else x)
 
 
 def _named(tree: Tree) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from edm2_core.network import NetworkConfig, plan
 from edm2_core.state import State
 
 from . import weights
+from .clocks import words
 from .denoiser import Denoise, Tree
 from .ema import PowerEMAState, power_ema
 from .network import Params, fan_axes, network_denoiser, normalize
@@ -249,5 +250,5 @@ def from_state(config: NetworkConfig, state: State) -> TrainState:
 
     adam = optax.ScaleByAdamState(jnp.asarray(state.steps, jnp.int32), native(state.moments1), native(state.moments2))
     averages = {length.key: native(arrays) for length, arrays in state.averages.items()}
-    clock = jnp.asarray(state.nimg, jnp.uint32)
+    clock = words(state.nimg)
     return TrainState(trained, (adam, optax.EmptyState(), PowerEMAState(clock, averages)), constants)

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from backends import ports
 from backends.pipeline.data.datasets import Dataset
+from backends.pipeline.data.labels import check_labels
 from backends.pipeline.runs import sampling, training
 from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
@@ -72,10 +73,10 @@ def sample(
             :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas``, ``callback`` and ``churn_noise``.
 
     Raises:
-        InputError: as :func:`backends.ports.check_labels`, :func:`backends.ports.sample` and
+        InputError: as :func:`~backends.pipeline.data.labels.check_labels`, :func:`backends.ports.sample` and
             :func:`edm2_core.sampler.sample`.
     """
-    ports.check_labels(network, guide, labels, options.get("guidance", 1.0))
+    check_labels(network, guide, labels, options.get("guidance", 1.0))
     other = None if guide is None else SamplingDenoiser(guide)
     images: mx.array = ports.sample(SamplingDenoiser(network), noise, labels, guide=other, **options)
     return images

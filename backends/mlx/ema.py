@@ -17,11 +17,12 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from backends.pipeline.checkpoints.averages import save_averages
 from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_sources
-from backends.pipeline.checkpoints.snapshots import save_averages
+from backends.pipeline.checkpoints.safetensors_io import BFLOAT16
 from backends.pipeline.checkpoints.sources import open_sources
-from edm2_core.ema import Length, LengthLike
-from edm2_core.ema.tracking import check_alike, start
+from edm2_core.ema import Length, LengthLike, StorageDtype, tracking
+from edm2_core.ema.clock import start_time, tick
 from edm2_core.errors import InputError
 
 from .device import compiled
@@ -32,17 +33,20 @@ Tree = Any  # nested dicts and lists of arrays
 class PowerEMA:
     """Averages of a module's trainable parameters, or of all arrays of a tree, one per length.
 
-    Time is any whole number you count (images, steps), the same in every call. Frozen parameters of a module,
-    such as the statistics of BatchNorm, are not averaged: snapshots hold them as they are. Averages are float32 where
-    parameters are narrower.
+    Time is any whole number you count (images, steps) below 2^53, the same in every call. Frozen parameters of a
+    module, such as the statistics of BatchNorm, are not averaged: snapshots hold them as they are. Averages are float32
+    where parameters are narrower, and complex64 where they are complex.
 
     Args:
         model: an ``mlx.nn.Module``; or a tree of arrays, and then :meth:`update` needs the live one each time.
         sigma_rels: relative lengths; ``Length.half_life(time)`` for a traditional average.
         trainable_only: snapshots hold only the parameters that are trainable now, as of a LoRA.
+        start: the time at construction. With 0, the first update replaces the averages by the weights: what was before
+            does not count, also when weights are fine-tuned. With another time, the weights now count as the average
+            until then: an average that goes on from pretraining.
 
     Raises:
-        InputError: a length outside (0, 0.2887), or none.
+        InputError: a length outside (0, 0.2887), or none; a negative start.
     """
 
     def __init__(
@@ -51,12 +55,13 @@ class PowerEMA:
         *,
         sigma_rels: Sequence[LengthLike] = (0.05, 0.10),
         trainable_only: bool = False,
+        start: int = 0,
     ):
-        self.time = 0
+        self.time = start_time(start)
         self._module = model if isinstance(model, nn.Module) else None
         self._trainable_only = trainable_only
         weights = _flat(model.trainable_parameters() if isinstance(model, nn.Module) else model)
-        averages: Any = start(weights, sigma_rels=sigma_rels)
+        averages: Any = tracking.start(weights, sigma_rels=sigma_rels)
         self.averages: dict[Length, dict[str, mx.array]] = {Length.of(s): average for s, average in averages.items()}
         self._advance = compiled(advance)
         mx.eval(self.averages)
@@ -68,16 +73,17 @@ class PowerEMA:
         parameters, so that no graph grows. Call it after a compiled training step, or put :func:`advance` into one.
 
         Raises:
-            InputError: unless 0 < delta <= time, names or shapes that are not averaged, or no parameters at all.
+            InputError: ``time - delta`` is not the time of the last update, names or shapes that are not averaged, or
+                no parameters at all.
         """
-        live = self._live(params)
-        check_alike(self.averages, live)
-        shares = mx.array([1 - length.beta(t_next=time, t_delta=delta) for length in self.averages])
+        now, live = tick(self.time, time=time, delta=delta), self._live(params)
+        tracking.check_alike(self.averages, live)
+        shares = mx.array([1 - length.beta(t_next=now, t_delta=now - self.time) for length in self.averages])
         advanced = self._advance(list(self.averages.values()), live, shares)
         self.averages = dict(zip(self.averages, advanced, strict=True))
         del advanced
         mx.eval(self.averages)
-        self.time = time
+        self.time = now
 
     def _live(self, params: Tree) -> dict[str, mx.array]:
         if params is None and self._module is None:
@@ -105,10 +111,19 @@ class PowerEMA:
         frozen = {} if self._module is None or self._trainable_only else _flat(self._module.parameters())
         return {**frozen, **self.averages[length]}
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write one snapshot per average into ``folder``, atomically; returns their paths."""
-        averages = ((length, {name: _host(x) for name, x in self.arrays(length).items()}) for length in self.averages)
-        return save_averages(folder, averages, time=self.time)
+    def save(self, folder: str | Path, *, dtype: StorageDtype = "float16") -> list[Path]:
+        """Write one snapshot per average into ``folder``, atomically; returns their paths.
+
+        Averages are stored in ``dtype``, or in float32 where it cannot hold them; all else as it is. Raises InputError
+        before the first update, or if weights are not finite.
+        """
+        first, average = next(iter(self.averages.items()))
+        kept = {name: _host(x) for name, x in self.arrays(first).items() if not (name in average and _averaged(x))}
+        averages = (
+            (length, ((name, _host(x)) for name, x in average.items() if _averaged(x)))
+            for length, average in self.averages.items()
+        )
+        return save_averages(folder, averages, time=self.time, kept=kept, dtype=dtype)
 
     def state_dict(self) -> dict[str, mx.array]:
         """The clock and the averages, flat, as ``mx.save_safetensors`` takes them."""
@@ -152,7 +167,7 @@ def advance(
 
 def _lerp(average: mx.array, weight: mx.array, share: mx.array) -> mx.array:
     """``lerp(average, weight, share)``, computed from the closer endpoint so that share 0 and 1 are exact."""
-    if not mx.issubdtype(average.dtype, mx.floating):
+    if not _averaged(average):
         return mx.array(weight)  # of its own: MLX arrays can be written in place
     weight = weight.astype(average.dtype)
     difference = weight - average
@@ -162,16 +177,26 @@ def _lerp(average: mx.array, weight: mx.array, share: mx.array) -> mx.array:
 def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None) -> dict[str, mx.array]:
     """The average of length ``sigma_rel`` at ``time``, from the snapshots in ``folder``. Source: Algorithm 3.
 
-    Returns arrays by name, for ``model.load_weights(list(....items()))`` or ``tree_unflatten``: averages in float32,
-    counters as last stored. ``time`` is that of the last snapshot by default.
+    Returns arrays by name, for ``model.load_weights(list(....items()))`` or ``tree_unflatten``: averages in float32 or
+    complex64, others as last stored. ``time`` is that of the last snapshot by default.
     """
     (snapshot,) = reconstruct_sources(open_sources(folder), time=time, sigma_rels=[sigma_rel])
-    return {name: mx.array(array) for name, array in snapshot.params.items()}
+    return {name: _device(array) for name, array in snapshot.params.items()}
 
 
 def _flat(tree: Tree) -> dict[str, mx.array]:
     return dict(tree_flatten(tree))
 
 
+def _averaged(x: mx.array) -> bool:
+    return bool(mx.issubdtype(x.dtype, mx.inexact))
+
+
 def _host(x: mx.array) -> np.ndarray:
-    return np.array(x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
+    """In the dtype of ``x``."""
+    return np.array(x.view(mx.uint16)).view(BFLOAT16) if x.dtype == mx.bfloat16 else np.array(x)
+
+
+def _device(array: np.ndarray) -> mx.array:
+    """The inverse of :func:`_host`."""
+    return mx.array(array.view(np.uint16)).view(mx.bfloat16) if array.dtype == BFLOAT16 else mx.array(array)

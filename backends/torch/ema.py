@@ -4,7 +4,7 @@
     ema.update(time=images_seen, delta=batch)                 # after each optimizer step
     ema.save("snapshots")                                     # now and then
     with ema.applied(0.10, model): ...                        # evaluate an average; the live weights are restored
-    model.load_state_dict(reconstruct("snapshots", sigma_rel=0.13))   # after training, any length
+    model.load_state_dict(reconstruct("snapshots", sigma_rel=0.13, like=model))   # after training, any length
 
 A bfloat16 average has 8 significant bits, and an update is far smaller than the last of them: rounding to nearest
 would never change it. Stochastic rounding is used instead, which is unbiased. Compared with a float32 average it adds
@@ -21,25 +21,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 
+from backends.pipeline.checkpoints.averages import ALONE, Gathered, Processes, save_gathered
 from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_sources
-from backends.pipeline.checkpoints.snapshots import save_averages
 from backends.pipeline.checkpoints.sources import open_sources
-from edm2_core.ema import Length
+from edm2_core.ema import Length, StorageDtype
+from edm2_core.ema.clock import start_time, tick
 from edm2_core.errors import InputError
 
-from .weights import canonical_name, dump, tensors
+from .sharded import local_part, placed_as, told_by_first
+from .weights import canonical_names, tensors, to_numpy, to_tensor
 
 _TOGETHER = 1 << 24  # elements rounded at once: few kernels, and little memory compared with the averages
 
 
 class PowerEMA:
-    """Averages of a module's floating-point parameters, one per length.
+    """Averages of a module's real and complex parameters, one per length.
 
-    Time is any whole number you count (images, steps), the same in every call. Buffers are not averaged: snapshots hold
-    their current values. Wrapping the module in DDP or torch.compile changes no name. ``averages`` holds the tensors,
-    by :class:`~edm2_core.ema.Length`, then by name; ``time`` is that of the last update.
+    Time is any whole number you count (images, steps) below 2^53, the same in every call. Buffers are not averaged:
+    snapshots hold their current values, in their own dtype. So the statistics of a BatchNorm are those of the live
+    weights; recompute them for an average with ``torch.optim.swa_utils.update_bn``. Wrapping the module, or modules in
+    it, by DDP, FSDP or torch.compile changes no name. ``averages`` holds the tensors, by
+    :class:`~edm2_core.ema.Length`, then by name; ``time`` is that of the last update.
+
+    The parameters may be sharded (``fully_shard``, any DTensor): averages are sharded alike, and equal those of the
+    whole module bit for bit, except for the random rounding of bfloat16. Then every process makes the same calls.
 
     Args:
         module: the module to average; its parameters must stay the same tensors while it trains.
@@ -48,10 +56,14 @@ class PowerEMA:
             nothing else.
         device: where the averages are kept; None: where each parameter is. With averages on the CPU and weights on an
             accelerator, ``update`` waits for the weights to be copied; otherwise it does not synchronize.
-        dtype: of the averages, torch.bfloat16 to save memory; None: float32, or wider where parameters are.
+        dtype: of the averages, torch.bfloat16 to save memory; None: float32, or wider where parameters are. Complex
+            averages are complex64 or wider.
+        start: the time at construction. With 0, the first update replaces the averages by the weights: what was before
+            does not count, also when weights are fine-tuned. With another time, the weights now count as the average
+            until then: an average that goes on from pretraining.
 
     Raises:
-        InputError: a length outside (0, 0.2887), or none; a dtype that is neither bfloat16 nor wider.
+        InputError: a length outside (0, 0.2887), or none; a dtype that is neither bfloat16 nor wider; a negative start.
     """
 
     def __init__(
@@ -62,6 +74,7 @@ class PowerEMA:
         trainable_only: bool = False,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        start: int = 0,
     ):
         if not sigma_rels:
             raise InputError(
@@ -71,12 +84,13 @@ class PowerEMA:
             raise InputError(
                 f"dtype must be torch.bfloat16, float32 or float64, got {dtype}: choose one of them, or None"
             )
-        self.time = 0
+        self.time = start_time(start)
+        self._module, self._trainable_only = module, trainable_only
         self._tracked = _tracked(module, trainable_only=trainable_only)
-        self._same, self._buffers = ({}, {}) if trainable_only else _besides(module, self._tracked)
         self.averages = {
             length: {
-                name: p.detach().to(device, dtype or _wide(p.dtype), copy=True) for name, p in self._tracked.items()
+                name: p.detach().to(device, (p.is_floating_point() and dtype) or _wide(p.dtype), copy=True)
+                for name, p in self._tracked.items()
             }
             for length in map(Length.of, sigma_rels)
         }
@@ -86,17 +100,27 @@ class PowerEMA:
         """Advance every average to ``time``, ``delta`` after the last update. Exact for any ``delta``. Source: Eq. 127.
 
         Raises:
-            InputError: unless 0 < delta <= time.
+            InputError: ``time - delta`` is not the time of the last update; or a parameter is no longer the tensor that
+                it was.
         """
-        shares = [1 - length.beta(t_next=time, t_delta=delta) for length in self.averages]
+        now = tick(self.time, time=time, delta=delta)
+        shares = [1 - length.beta(t_next=now, t_delta=now - self.time) for length in self.averages]
         live = self._live()
         for index, (share, average) in enumerate(zip(shares, self.averages.values(), strict=True)):
-            _move(list(average.values()), live, share, seed=(time, index))
-        self.time = time
+            _move(list(map(local_part, average.values())), live, share, seed=(now, index))
+        self.time = now
 
     def _live(self) -> list[Tensor]:
-        """The weights, on the devices of their averages, in the dtype that is computed in."""
-        pairs = list(zip(self._tracked.values(), next(iter(self.averages.values())).values(), strict=True))
+        """The weights, on the devices of their averages, in the dtype that is computed in; of DTensors the shards."""
+        own = tensors(self._module)
+        for name, parameter in self._tracked.items():
+            if own.get(name) is not parameter:
+                raise InputError(
+                    f"parameters must stay the tensors that PowerEMA was given, got another for {name}: construct it "
+                    "after parameters are replaced; its state can be loaded into the new one"
+                )
+        averages = map(local_part, next(iter(self.averages.values())).values())
+        pairs = list(zip(map(local_part, self._tracked.values()), averages, strict=True))
         live = [p.detach().to(average.device, non_blocking=True) for p, average in pairs]
         copied_from = {p.device for p, average in pairs if average.device.type == "cpu" != p.device.type}
         for device in copied_from:  # reading on the CPU before the copies complete is a race
@@ -104,12 +128,21 @@ class PowerEMA:
         return [weight.to(_wide(average.dtype)) for weight, (_, average) in zip(live, pairs, strict=True)]
 
     def arrays(self, sigma_rel: float | Length) -> dict[str, Tensor]:
-        """One average and the module's buffers, by name, for ``load_state_dict``.
+        """One average and the module's buffers as they are now, by name, for ``load_state_dict``.
 
         With ``trainable_only`` other parameters are missing: use ``load_state_dict(..., strict=False)``.
         """
-        average = self._average(sigma_rel)
-        return {**average, **{name: average[first] for name, first in self._same.items()}, **self._buffers}
+        average, (same, kept) = self._average(sigma_rel), self._besides()
+        return {**average, **{name: average[first] for name, first in same.items()}, **kept}
+
+    def _besides(self) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """What snapshots hold besides averages: second names of tied parameters, and tensors that are not averaged."""
+        if self._trainable_only:
+            return {}, {}
+        first = {id(p): name for name, p in self._tracked.items()}
+        others = {name: t for name, t in tensors(self._module).items() if name not in self._tracked}
+        same = {name: first[id(t)] for name, t in others.items() if id(t) in first}
+        return same, {name: t for name, t in others.items() if name not in same}
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module, /, *, sigma_rel: float | Length) -> None:
@@ -157,10 +190,28 @@ class PowerEMA:
             )
         return self.averages[length]
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write one snapshot per average into ``folder``, atomically; returns their paths."""
-        averages = ((length, dump(self.arrays(length))) for length in self.averages)
-        return save_averages(folder, averages, time=self.time)
+    def save(self, folder: str | Path, *, dtype: StorageDtype = "float16") -> list[Path]:
+        """Write one snapshot per average into ``folder``, atomically; returns their paths.
+
+        Averages are stored in ``dtype``, or in float32 where it cannot hold them; buffers as they are. If parameters
+        are sharded, call it in every process: each tensor is gathered once, and the first process writes.
+
+        Raises:
+            InputError: no update yet; weights that are not finite; a failed write, in every process.
+        """
+        same, kept = self._besides()
+        arrays = {name: to_numpy(tensor) for name, tensor in kept.items()}
+        sharded = any(isinstance(p, DTensor) for p in self._tracked.values())
+        processes = Processes(distributed.get_rank(), told_by_first) if sharded else ALONE
+        return save_gathered(folder, self._gathered(same), processes, time=self.time, kept=arrays, dtype=dtype)
+
+    def _gathered(self, same: Mapping[str, str]) -> Gathered:
+        """(length, name, array) of all averages, in order; each tensor is copied to the host, whole, when asked for."""
+        for length, average in self.averages.items():
+            for name, tensor in average.items():
+                array = to_numpy(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)
+                for known in (name, *(second for second, first in same.items() if first == name)):
+                    yield length, known, array
 
     def state_dict(self) -> dict[str, Any]:
         """The clock and the averages, for ``torch.save`` and ``torch.load(weights_only=True)``."""
@@ -179,35 +230,50 @@ class PowerEMA:
         self.time = state["time"]
         for length, average in self.averages.items():
             for name, tensor in average.items():
-                tensor.copy_(theirs[length][name])
+                tensor.copy_(placed_as(tensor, theirs[length][name]))
 
 
-def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None) -> dict[str, Tensor]:
+def reconstruct(
+    folder: str | Path, *, sigma_rel: float, time: int | None = None, like: nn.Module | None = None
+) -> dict[str, Tensor]:
     """The average of length ``sigma_rel`` at ``time`` (None: the last snapshot's), from the snapshots in ``folder``.
 
-    Returns tensors by name, for ``load_state_dict``: averages in float32, counters as last stored. Source: Algorithm 3.
+    Returns tensors by name, for ``load_state_dict``: averages in float32 or complex64, others as last stored. ``like``
+    is the module that will load them: names are then those of its ``state_dict``, however it is wrapped, and tensors
+    are sharded as its own. Source: Algorithm 3.
 
     Raises:
-        InputError: no snapshots there, a broken one, or a length out of range.
+        InputError: no snapshots there, a broken one, a length out of range, or tensors that ``like`` does not have.
     """
     (snapshot,) = reconstruct_sources(open_sources(folder), time=time, sigma_rels=[sigma_rel])
-    return {name: torch.from_numpy(array) for name, array in snapshot.params.items()}
+    stored = {name: to_tensor(array) for name, array in snapshot.params.items()}
+    if like is None:
+        return stored
+    state = like.state_dict(keep_vars=True)
+    own = {name: wrapped for wrapped, name in canonical_names(state).items()}
+    for name, tensor in stored.items():
+        if name not in own or state[own[name]].shape != tensor.shape:
+            got = tuple(state[own[name]].shape) if name in own else "none"
+            raise InputError(
+                f"like must have {name} of shape {tuple(tensor.shape)}, got {got}: give the module that was averaged"
+            )
+    return {own[name]: placed_as(state[own[name]], tensor) for name, tensor in stored.items()}
 
 
 def _tracked(module: nn.Module, *, trainable_only: bool) -> dict[str, Tensor]:
     return {
-        canonical_name(name): p
-        for name, p in module.named_parameters()
-        if p.is_floating_point() and (p.requires_grad or not trainable_only)
+        name: p
+        for name, p in _once(tensors(module)).items()
+        if isinstance(p, nn.Parameter)
+        and (p.is_floating_point() or p.is_complex())
+        and (p.requires_grad or not trainable_only)
     }
 
 
-def _besides(module: nn.Module, tracked: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What ``load_state_dict`` needs besides: second names of tied parameters, and tensors that are not averaged."""
-    first = {id(p): name for name, p in tracked.items()}
-    others = {name: t for name, t in tensors(module).items() if name not in tracked and isinstance(t, Tensor)}
-    same = {name: first[id(t)] for name, t in others.items() if id(t) in first}
-    return same, {name: t for name, t in others.items() if name not in same}
+def _once(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor under its first name."""
+    first: dict[int, str] = {}
+    return {name: t for name, t in named.items() if first.setdefault(id(t), name) == name}
 
 
 def _shapes(averages: Mapping[Length, Mapping[str, Tensor]]) -> dict[Length, dict[str, torch.Size]]:
@@ -218,17 +284,18 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _move(averages: list[Tensor], live: list[Tensor], share: float, *, seed: tuple[int, int]) -> None:
+def _move(averages: Sequence[Tensor], live: Sequence[Tensor], share: float, *, seed: tuple[int, int]) -> None:
     """lerp(average, live, share) in place. ``seed`` is that of stochastic rounding to bfloat16."""
-    if all(average.dtype != torch.bfloat16 for average in averages):
-        torch._foreach_lerp_(averages, live, share)
-        return
-    for index, group in enumerate(_groups(averages)):
-        narrow = [averages[i] for i in group]
-        wide = torch.cat([average.flatten() for average in narrow]).float()
-        wide.lerp_(torch.cat([live[i].flatten() for i in group]), share)
-        parts = torch.split(_rounded(wide, seed=(*seed, index)), [average.numel() for average in narrow])
-        torch._foreach_copy_(narrow, [part.view_as(average) for part, average in zip(parts, narrow, strict=True)])
+    pairs = list(zip(averages, live, strict=True))
+    if wide := [pair for pair in pairs if pair[0].dtype != torch.bfloat16]:
+        torch._foreach_lerp_([average for average, _ in wide], [weight for _, weight in wide], share)
+    narrow = [pair for pair in pairs if pair[0].dtype == torch.bfloat16]
+    for index, group in enumerate(_groups([average for average, _ in narrow])):
+        moved = [narrow[i][0] for i in group]
+        together = torch.cat([average.flatten() for average in moved]).float()
+        together.lerp_(torch.cat([narrow[i][1].flatten() for i in group]), share)
+        parts = torch.split(_rounded(together, seed=(*seed, index)), [average.numel() for average in moved])
+        torch._foreach_copy_(moved, [part.view_as(average) for part, average in zip(parts, moved, strict=True)])
 
 
 def _groups(tensors: Sequence[Tensor]) -> Iterator[list[int]]:

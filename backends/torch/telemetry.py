@@ -17,7 +17,7 @@ from edm2_core import loss as objective
 from .denoiser import evaluating
 from .network import Layer, Network
 from .step import Batch, Learner, forced
-from .weights import canonical_name, unwrapped
+from .weights import canonical_names, unwrapped
 
 
 class Forward(NamedTuple):
@@ -59,7 +59,7 @@ def measured(learner: Learner, batch: Batch, *, lr: float) -> tuple[tuple[Tensor
 def layers_of(network: nn.Module) -> dict[str, Layer]:
     """By canonical name of the weight."""
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, Layer)}
-    return {f"{canonical_name(name)}.weight": layer for name, layer in layers.items()}
+    return {f"{name}.weight": layers[own] for own, name in canonical_names(layers).items()}
 
 
 def measured_forward(network: Network, batch: Batch, names: list[str], *, size: int | None) -> Forward:

@@ -1,26 +1,28 @@
 """Canonical arrays to and from a PyTorch network. Names and layouts are the same; only the container changes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from backends.pipeline.checkpoints.safetensors_io import BFLOAT16
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, check_parameters
 
 from .denoiser import Denoiser
 from .network import Network
 
-PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, recomputation
 
 
-def canonical_name(name: str, /) -> str:
-    """``name`` without the prefixes that wrapping a module in DDP or torch.compile adds, in any order."""
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            return canonical_name(name.removeprefix(prefix))
-    return name
+def canonical_names(names: Iterable[str], /) -> dict[str, str]:
+    """Each of the ``names`` of a module's parts without what wrapping the module, or parts of it, has added to it."""
+    plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
+    while plain and all(name.startswith("module.") for name in plain.values()):  # of DistributedDataParallel
+        plain = {name: short.removeprefix("module.") for name, short in plain.items()}
+    return plain
 
 
 def load(network: nn.Module, params: Mapping[str, np.ndarray], /) -> None:
@@ -41,13 +43,27 @@ def dump(values: Mapping[str, Tensor], /) -> dict[str, np.ndarray]:
 
 
 def _host(value: Tensor) -> np.ndarray:
-    dtype = torch.float32 if value.is_floating_point() else value.dtype
-    return value.to("cpu", dtype, copy=True).numpy()
+    return to_numpy(value.float() if value.is_floating_point() else value)
+
+
+def to_numpy(value: Tensor, /) -> np.ndarray:
+    """A NumPy copy in the dtype of ``value``. Of a DTensor the whole, which all its processes must ask for together."""
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    on_cpu = whole.detach().to("cpu", copy=True).contiguous()
+    return on_cpu.view(torch.int16).numpy().view(BFLOAT16) if on_cpu.dtype == torch.bfloat16 else on_cpu.numpy()
+
+
+def to_tensor(array: np.ndarray, /) -> Tensor:
+    """The inverse of :func:`to_numpy`."""
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def tensors(network: nn.Module, /) -> dict[str, Tensor]:
     """Parameters and buffers of ``network`` by canonical name, sharing its memory."""
-    return {canonical_name(name): value for name, value in network.state_dict(keep_vars=True).items()}
+    state = network.state_dict(keep_vars=True)
+    return {name: state[own] for own, name in canonical_names(state).items() if isinstance(state[own], Tensor)}
 
 
 def build(

@@ -15,6 +15,7 @@ from .profiles import (
 )
 from .reconstruction import (
     ReconstructionError,
+    StorageDtype,
     coefficients,
     reconstructed_profile,
     reconstruction_error,
@@ -29,6 +30,7 @@ __all__ = [
     "OpenPlan",
     "ReconstructionError",
     "SnapshotPlan",
+    "StorageDtype",
     "TimedPlan",
     "advance",
     "beta",

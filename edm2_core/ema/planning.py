@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import InputError
 from .profiles import Profile, sigma_rel_to_gamma
-from .reconstruction import STORAGE
+from .reconstruction import STORAGE, StorageDtype
 from .snapshot_plans import KIMG, TARGETS, OpenPlan, SnapshotPlan, TimedPlan, worst_error
 
 _CANDIDATES = 96  # times that may be chosen
@@ -31,7 +31,7 @@ def plan_snapshots(
     duration: int | None = None,
     max_lengths: int = 3,
     batch: int = 1,
-    dtype: str = "float16",
+    dtype: StorageDtype = "float16",
 ) -> SnapshotPlan:
     """A snapshot plan with at most ``files`` files and a small worst error over the range of lengths.
 
@@ -66,7 +66,7 @@ def plan_snapshots(
 
 
 def _check_request(
-    files: int, low: float, high: float, duration: int | None, max_lengths: int, batch: int, dtype: str
+    files: int, low: float, high: float, duration: int | None, max_lengths: int, batch: int, dtype: StorageDtype
 ) -> None:
     for name, value in (("files", files), ("max_lengths", max_lengths), ("batch", batch)):
         if value < 1:
@@ -117,7 +117,13 @@ def _best_lengths(
 
 
 def _timed_plan(
-    lengths: tuple[float, ...], *, files: int, range_: tuple[float, float], dtype: str, duration: int, batch: int
+    lengths: tuple[float, ...],
+    *,
+    files: int,
+    range_: tuple[float, float],
+    dtype: StorageDtype,
+    duration: int,
+    batch: int,
 ) -> TimedPlan:
     """The greedy choice for these lengths, cut short where more files would not lower the error."""
     times = _candidate_times(duration, batch, range_[0])
@@ -174,7 +180,7 @@ def _greedy(
         yield divmod(pick, len(lengths))
 
 
-def _open_plan(lengths: tuple[float, ...], *, files: int, range_: tuple[float, float], dtype: str) -> OpenPlan:
+def _open_plan(lengths: tuple[float, ...], *, files: int, range_: tuple[float, float], dtype: StorageDtype) -> OpenPlan:
     """The plan of the best ratio for these lengths: small ones resolve the near past, large ones reach far back."""
     kept = max(files // len(lengths) - 1, 1)
     ratios = 1 + np.geomspace(0.02, 4, 16)

@@ -8,7 +8,7 @@ small eigenvalues of G are dropped.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, cast, overload
+from typing import Any, Generic, Literal, cast, overload
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from .profiles import Profile, check_range
 
 _EPS = np.finfo(np.float64).eps
 _INDEPENDENT = 1e-6  # relative distance to the span of earlier profiles, below which G's rounding hides a profile
+StorageDtype = Literal["float16", "bfloat16", "float32"]
 STORAGE = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 """Machine epsilon of the dtypes that snapshots are stored in."""
 Lengths = LengthLike | Sequence[LengthLike]

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import InputError
 from .profiles import sigma_rel_to_gamma
-from .reconstruction import STORAGE, ReconstructionError, reconstruction_error
+from .reconstruction import STORAGE, ReconstructionError, StorageDtype, reconstruction_error
 
 FORMAT, VERSION = "edm2-plan", 1
 KIMG = 1000  # files are named by thousands of images
@@ -37,7 +37,7 @@ class TimedPlan:
     sigma_rels: tuple[float, ...]
     times: tuple[tuple[int, ...], ...]
     range: tuple[float, float]
-    dtype: str = "float16"
+    dtype: StorageDtype = "float16"
 
     def due(self, before: int, now: int, *, end: bool = False) -> tuple[float, ...]:
         """The lengths to store after a step from ``before`` to ``now`` images; ``end``: it is the last of the run."""
@@ -81,7 +81,7 @@ class OpenPlan:
     ratio: float
     kept: int
     range: tuple[float, float]
-    dtype: str = "float16"
+    dtype: StorageDtype = "float16"
 
     def due(self, before: int, now: int, *, end: bool = False) -> tuple[float, ...]:
         """As :meth:`TimedPlan.due`."""
@@ -213,5 +213,5 @@ def _check(snapshot_plan: SnapshotPlan) -> None:
         raise ValueError("no file at the end of the run")
 
 
-def _error(times: np.ndarray, lengths: np.ndarray, end: float, wanted: np.ndarray, dtype: str) -> Errors:
+def _error(times: np.ndarray, lengths: np.ndarray, end: float, wanted: np.ndarray, dtype: StorageDtype) -> Errors:
     return reconstruction_error(in_time=times, in_sigma_rel=lengths, out_time=end, out_sigma_rel=wanted, dtype=dtype)

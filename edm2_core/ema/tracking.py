@@ -26,8 +26,8 @@ def start(weights: Mapping[str, Array], /, *, sigma_rels: Sequence[LengthLike] =
         sigma_rels: the lengths to track, each a sigma_rel or a :class:`Length`; they are the keys of the averages.
 
     Returns:
-        By length, then by name: float32 copies of narrower floating arrays, and copies in their own dtype of all
-        others. The first update (t_delta == t_next) replaces them.
+        By length, then by name: float32 copies of narrower floating arrays (complex64 of complex ones), and copies in
+        their own dtype of all others. The first update (t_delta == t_next) replaces them.
 
     Source: Eq. 127 at t = dt.
 
@@ -98,7 +98,7 @@ def _copy(x: Array) -> Array:
 
 
 def _averaged(x: Array) -> bool:
-    return bool(namespace(x).isdtype(x.dtype, "real floating"))
+    return bool(namespace(x).isdtype(x.dtype, ("real floating", "complex floating")))
 
 
 def _values(x: Array) -> Array:

@@ -12,6 +12,7 @@ import numkong
 import numpy as np
 
 from edm2_core.ema import Length, ReconstructionError, coefficients, reconstruction_error
+from edm2_core.ema.reconstruction import STORAGE
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
 
@@ -97,9 +98,25 @@ class Combination:
         return self.sources[0].config
 
     @property
+    def latest(self) -> Source:
+        """The latest source in use: arrays that are not averaged are taken from it."""
+        return self.usable[-1]
+
+    @property
     def entries(self) -> Mapping[str, Entry]:
-        """The arrays of the first source; those of the others have the same shapes."""
-        return self.sources[0].reader.entries
+        """The arrays of the latest source in use; those of the others have the same shapes."""
+        return self.latest.reader.entries
+
+    def averaged(self, name: str, /) -> bool:
+        """Whether the array called ``name`` is averaged; otherwise it is taken from the latest source as it is."""
+        return self.entries[name].floating and name not in self.latest.metadata.kept
+
+    @property
+    def stored_dtype(self) -> str:
+        """The coarsest dtype in which the sources store averages, by its name in :mod:`edm2_core.ema`."""
+        names = {"F16": "float16", "BF16": "bfloat16"}
+        stored = {e.dtype for s in self.usable for n, e in s.reader.entries.items() if e.shape and self.averaged(n)}
+        return max((names.get(dtype, "float32") for dtype in stored), key=STORAGE.__getitem__, default="float32")
 
     def arguments(self, sigma_rels: Sequence[float] | np.ndarray, /) -> dict[str, Any]:
         """The arguments of :func:`edm2_core.ema.coefficients` and of :func:`~edm2_core.ema.reconstruction_error` for
@@ -114,7 +131,7 @@ class Combination:
     @cached_property
     def error(self) -> ReconstructionError:
         """The predicted error of each of ``lengths``; 0 for a length that is stored at ``time``."""
-        fitted = reconstruction_error(**self.arguments(self.lengths))
+        fitted = reconstruction_error(**self.arguments(self.lengths), dtype=self.stored_dtype)
         stored = np.array([self._stored(length) is not None for length in self.lengths])
         fields = (fitted.profile, fitted.amplification, fitted.rounding)
         return ReconstructionError(*(np.where(stored, 0, field) for field in fields))
@@ -144,14 +161,14 @@ class Combination:
         return np.stack([self.weights[sigma_rel] for sigma_rel in sigma_rels])
 
     def blocks(self, size: int, /) -> Iterator[Block]:
-        """All arrays in blocks of ``size`` elements; arrays that are not floating point in one block each."""
+        """All arrays in blocks of ``size`` elements; arrays that are not averaged in one block each."""
         for name, entry in self.entries.items():
-            step = size if entry.floating else max(entry.size, 1)
+            step = size if self.averaged(name) else max(entry.size, 1)
             for start in range(0, entry.size, step):
                 yield Block(name, start, min(start + step, entry.size))
 
     def compute(self, block: Block, workspace: "Workspace", /) -> np.ndarray:
-        """[n_out, elements]: float32, or the latest source's values where the array is not floating point.
+        """[n_out, elements]: float32, or the latest source's values where the array is not averaged.
 
         Valid until ``workspace`` is used again.
 
@@ -160,8 +177,8 @@ class Combination:
             InputError: a sum is beyond float32.
         """
         size, outputs = block.stop - block.start, len(self.sigma_rels)
-        if not self.entries[block.name].floating:
-            (latest,) = _read([self.usable[-1]], block, workspace)
+        if not self.averaged(block.name):
+            (latest,) = _read([self.latest], block, workspace)
             return np.broadcast_to(latest, (outputs, size))
         weights = self.weights_of(block.name)
         result = workspace.array("result", np.float32, outputs, size)

@@ -16,7 +16,6 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import numkong
 import numpy as np
 
 from edm2_core.ema import Length
@@ -25,11 +24,14 @@ from edm2_core.errors import InputError
 from .atomic import write_bytes, write_error
 from .combination import Block, Combination
 from .reconstruct import block_size, compute_blocks
-from .safetensors_io import DTYPES, Entry, layout, read_header
-from .snapshots import Metadata, metadata_text, snapshot_name, tracked_name
+from .safetensors_io import DTYPES, Entry, layout, read_array, read_header
+from .snapshots import metadata_text, snapshot_name, tracked_name
+from .storage import LARGEST, StorageDtype, fitting_dtype, narrowed
 
 MADE_FROM = "made_from"
 _JOURNAL = ".reconstruct.json"
+_NAMES: dict[str, StorageDtype] = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_CODES = {"float64": "F32", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _JOURNAL_EVERY = 10.0  # seconds
 _FLUSH_EVERY = 0.1  # seconds
 
@@ -47,7 +49,9 @@ class Output:
         return self.path.with_name(f".{self.path.name}.partial")
 
 
-def plan_outputs(folder: Path, combination: Combination, /, *, dtype: str) -> tuple[list[Output], list[Output]]:
+def plan_outputs(
+    folder: Path, combination: Combination, /, *, dtype: StorageDtype
+) -> tuple[list[Output], list[Output]]:
     """(outputs to be made, outputs that exist) for the lengths of ``combination``.
 
     Raises:
@@ -92,7 +96,9 @@ class Writer:
     :meth:`finish` renames them. ``done`` counts blocks, of ``total``.
     """
 
-    def __init__(self, outputs: Sequence[Output], combination: Combination, /, *, dtype: str, memory: int) -> None:
+    def __init__(
+        self, outputs: Sequence[Output], combination: Combination, /, *, dtype: StorageDtype, memory: int
+    ) -> None:
         self._outputs, self._folder = list(outputs), outputs[0].path.parent
         self._combination = combination.only([output.sigma_rel for output in outputs])
         self._memory, size = memory, block_size(self._combination, memory=memory)
@@ -158,19 +164,18 @@ class Writer:
     def _write(self, block: Block, values: np.ndarray) -> None:
         """Write values [n_out, elements] of a block; called from any thread."""
         entry = self._entries[block.name]
-        dtype = DTYPES[entry.dtype]
-        if entry.floating and (largest := max(values.max(), -values.min())) > np.finfo(dtype).max:
-            raise InputError(
-                f"values of {block.name} must be within {np.finfo(dtype).max:g}, got {largest:g}: use --dtype float32"
-            )
-        if dtype == np.float16:
-            stored = np.asarray(numkong.astype(values, "float16"))  # 40 times as fast as NumPy, rounds alike
-        else:
-            stored = values.astype(dtype, order="C")
-        at = entry.offset + block.start * dtype.itemsize
+        stored = values
+        if self._combination.averaged(block.name):
+            dtype = _NAMES[entry.dtype]
+            if (largest := max(values.max(), -values.min())) > LARGEST[dtype]:
+                raise InputError(
+                    f"values of {block.name} must be within {LARGEST[dtype]:g}, got {largest:g}: use --dtype float32"
+                )
+            stored = narrowed(values, dtype)
+        at = entry.offset + block.start * DTYPES[entry.dtype].itemsize
         try:
             for descriptor, header, row in zip(self._descriptors, self._headers, stored, strict=True):
-                _write_all(descriptor, memoryview(row).cast("B"), len(header) + at)
+                _write_all(descriptor, np.ascontiguousarray(row).view(np.uint8).data, len(header) + at)
         except OSError as error:
             raise write_error(self._outputs[0].path, error) from error
 
@@ -228,14 +233,15 @@ class Writer:
 
 
 def _headers(
-    outputs: Sequence[Output], combination: Combination, dtype: str
+    outputs: Sequence[Output], combination: Combination, dtype: StorageDtype
 ) -> tuple[list[bytes], Mapping[str, Entry]]:
     """The header of each output, and the entries of all, with offsets from the end of the header."""
-    arrays = {name: _stored(entry, dtype) for name, entry in combination.entries.items()}
+    arrays = {name: (_stored(combination, name, dtype), entry.shape) for name, entry in combination.entries.items()}
     headers: list[bytes] = []
     entries: dict[str, Entry] = {}
     for output in outputs:
-        own = Metadata(config=combination.config, nimg=combination.time, length=Length.of(output.sigma_rel))
+        of_latest = combination.latest.metadata
+        own = replace(of_latest, nimg=combination.time, length=Length.of(output.sigma_rel))
         text = metadata_text(own) | {MADE_FROM: output.made_from}
         if combination.overrides:
             text["overrides"] = json.dumps(combination.overrides)
@@ -244,11 +250,12 @@ def _headers(
     return headers, {name: replace(entry, offset=entry.offset - len(headers[-1])) for name, entry in entries.items()}
 
 
-def _stored(entry: Entry, dtype: str) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape as in all snapshots: 0-d arrays, which are gains, in float32 whatever ``dtype`` is."""
-    if not entry.floating:
-        return entry.dtype, entry.shape
-    return ("F32" if not entry.shape or dtype == "float32" else "F16"), entry.shape
+def _stored(combination: Combination, name: str, dtype: StorageDtype) -> str:
+    """The file dtype of an output's array, which is chosen by the latest source: its values are of similar size."""
+    if not combination.averaged(name):
+        return combination.entries[name].dtype
+    latest = read_array(combination.latest.reader, name).astype(np.float32, copy=False)
+    return _CODES[fitting_dtype(latest, dtype)]
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -18,8 +19,8 @@ from edm2_core.ema import Length
 from edm2_core.errors import InputError
 
 from .combination import Block, Combination, Override, Workspace
-from .safetensors_io import DTYPES
-from .snapshots import Snapshot
+from .safetensors_io import BFLOAT16, DTYPES
+from .snapshots import Snapshot, with_params
 from .sources import Source
 
 GiB = 1 << 30
@@ -54,7 +55,7 @@ def reconstruct(
 def averages(combination: Combination, /, *, memory: int = GiB) -> list[Snapshot]:
     """The averages of a combination, in the order of its ``sigma_rels``; see :func:`reconstruct`."""
     entries = combination.entries.items()
-    dtypes = {name: np.float32 if entry.floating else DTYPES[entry.dtype] for name, entry in entries}
+    dtypes = {name: np.float32 if combination.averaged(name) else DTYPES[entry.dtype] for name, entry in entries}
     results = [{name: np.empty(entry.shape, dtypes[name]) for name, entry in entries} for _ in combination.sigma_rels]
 
     def store(block: Block, values: np.ndarray) -> None:
@@ -63,8 +64,12 @@ def averages(combination: Combination, /, *, memory: int = GiB) -> list[Snapshot
 
     for _ in compute_blocks(combination, store, memory=memory):
         pass
+    for params in results:
+        exact = {name: params[name].view(BFLOAT16) for name, entry in entries if entry.dtype == "BF16"}
+        params |= {name: array for name, array in exact.items() if not combination.averaged(name)}
+    of_latest = replace(combination.latest.metadata, nimg=combination.time)
     return [
-        Snapshot(params=params, config=combination.config, nimg=combination.time, length=Length.of(sigma_rel))
+        with_params(replace(of_latest, length=Length.of(sigma_rel)), params)
         for params, sigma_rel in zip(results, combination.sigma_rels, strict=True)
     ]
 

@@ -24,7 +24,9 @@ from .atomic import write_atomically
 _CODES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "BOOL": "?"}
 _CODES |= {f"{kind.upper()}{8 * size}": f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}
 DTYPES = {name: np.dtype(code).newbyteorder("<") for name, code in _CODES.items()}
-_NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"}
+BFLOAT16 = np.dtype("V2")
+"""bfloat16, which NumPy lacks: two bytes an element, of no type."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items() if name != "BF16"} | {BFLOAT16: "BF16"}
 FLOATING = ("F64", "F32", "F16", "BF16")
 _LONGEST_HEADER = 100_000_000  # the format's limit
 
@@ -52,7 +54,10 @@ class Entry:
 
 def dtype_name(array: np.ndarray, /) -> str:
     """The file format's name for the dtype of ``array``, whose byte order does not matter."""
-    return _NAMES[array.dtype.newbyteorder("<")]
+    try:
+        return _NAMES[array.dtype.newbyteorder("<")]
+    except KeyError:
+        raise InputError(f"arrays must be {', '.join(DTYPES)} to be stored, got {array.dtype}: convert it") from None
 
 
 def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -62,7 +67,8 @@ def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mappin
     def write(file: BinaryIO) -> None:
         file.write(text)
         for name, entry in entries.items():
-            file.write(arrays[name].astype(DTYPES[entry.dtype], order="C", copy=False).data)
+            dtype = BFLOAT16 if entry.dtype == "BF16" else DTYPES[entry.dtype]
+            file.write(arrays[name].astype(dtype, order="C", copy=False).data)
 
     write_atomically(path, write)
 
@@ -97,12 +103,14 @@ class Reader(Protocol):
         """See :meth:`TensorFile.fill`."""
 
 
-def read_array(reader: Reader, name: str, /) -> np.ndarray:
-    """One array in its stored dtype, except bfloat16, which becomes float32."""
+def read_array(reader: Reader, name: str, /, *, exactly: bool = False) -> np.ndarray:
+    """One array in its stored dtype; bfloat16 becomes float32, or :data:`BFLOAT16` where ``exactly``."""
     entry = reader.entries[name]
     array = np.empty(entry.size, DTYPES[entry.dtype])
     reader.fill(array, name, 0)
-    if entry.dtype == "BF16":
+    if entry.dtype == "BF16" and exactly:
+        array = array.view(BFLOAT16)
+    elif entry.dtype == "BF16":
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array.reshape(entry.shape)
 

@@ -1,37 +1,41 @@
 """Snapshots: one network in a safetensors file, in one format for all ports.
 
-Floating-point arrays are stored in float16, gains (0-d) in float32, all others unchanged. The metadata, all text:
-``format`` "edm2-snapshot", ``version``, ``nimg``, ``sigma_rel`` or ``half_life`` (the length of the average; both are
-empty for raw weights), and ``config``, the NetworkConfig in JSON ("null" for a network that is not edm2's, whose arrays
-may have any names and shapes).
+Averages are stored in float16, or as asked, gains (0-d) in float32; what is not averaged is stored as it is
+(:mod:`.storage`). The metadata, all text: ``format`` "edm2-snapshot", ``version``, ``nimg``, ``sigma_rel`` or
+``half_life`` (the length of the average; both are empty for raw weights), ``config``, the NetworkConfig in JSON ("null"
+for a network that is not edm2's, whose arrays may have any names and shapes), ``kept`` and ``complex``, the names, in
+JSON, of arrays that are not averaged and of complex ones. Without ``kept`` (older files) all floating-point arrays are
+averages.
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
-from edm2_core.network import NetworkConfig, check_parameters
+from edm2_core.network import NetworkConfig, check_parameters, plan
 from edm2_core.state import Arrays
 
 from .safetensors_io import Reader, TensorFile, check_format, read_array, write_tensors
+from .storage import StorageDtype, as_complex, stored_arrays
 
 KIND, VERSION = "edm2-snapshot", 1
-_LARGEST = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What a snapshot says about its arrays: the network (None: not edm2's), the images seen, and the length of the
-    average (None: raw weights)."""
+    """What a snapshot says about its arrays: the network (None: not edm2's), the images seen, the length of the average
+    (None: raw weights), and the names of arrays that are not averaged (``kept``) and of complex arrays (``pairs``)."""
 
     config: NetworkConfig | None
     nimg: int
     length: Length | None
+    kept: Collection[str] = ()
+    pairs: Collection[str] = ()
 
     def required_config(self) -> NetworkConfig:
         """The config. Raises InputError where the network is not edm2's."""
@@ -44,7 +48,8 @@ class Metadata:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot(Metadata):
-    """A network: ``params`` are its arrays by canonical name, float32 where they are floating point."""
+    """A network: ``params`` are its arrays by canonical name; averages are float32 where they are real, arrays in
+    ``kept`` have their own dtype."""
 
     params: Arrays
 
@@ -63,16 +68,24 @@ def _length_text(length: Length, unit: int) -> str:
     return f"{length.value:.3f}" if length.relative else f"h{length.value / unit:.10g}"
 
 
-def save_snapshot(path: str | Path, snapshot: Snapshot, /) -> None:
-    """Write ``snapshot``, all or nothing.
+def save_snapshot(path: str | Path, snapshot: Snapshot, /, *, dtype: StorageDtype = "float16") -> None:
+    """Write ``snapshot``, all or nothing; averages in ``dtype``, or wider where it cannot hold them.
 
     Raises:
-        InputError: parameters that do not fit the config, a value beyond float16, or a failed write.
+        InputError: parameters that do not fit the config, weights that are not finite, or a failed write.
     """
-    if snapshot.config is not None:
-        check_parameters(snapshot.config, snapshot.params)
-    arrays = {name: _stored(name, np.asarray(array)) for name, array in snapshot.params.items()}
-    write_tensors(Path(path), arrays, metadata_text(snapshot))
+    config, params = snapshot.config, {name: np.asarray(array) for name, array in snapshot.params.items()}
+    if config is not None:
+        check_parameters(config, params)
+        constants = [name for name, parameter in plan(config).parameters.items() if not parameter.trained]
+        snapshot = replace(snapshot, kept=constants)
+    write_arrays(Path(path), snapshot, params.items(), dtype)
+
+
+def write_arrays(path: Path, metadata: Metadata, params: Iterable[tuple[str, np.ndarray]], dtype: StorageDtype) -> None:
+    """Write named arrays as a snapshot with ``metadata``. Raises InputError as :func:`save_snapshot`."""
+    arrays, pairs = stored_arrays(params, kept=metadata.kept, dtype=dtype)
+    write_tensors(path, arrays, metadata_text(replace(metadata, pairs=pairs)))
 
 
 def metadata_text(snapshot: Metadata, /) -> dict[str, str]:
@@ -86,45 +99,9 @@ def metadata_text(snapshot: Metadata, /) -> dict[str, str]:
         "half_life": "",
         **length,
         "config": json.dumps(snapshot.config and snapshot.config.to_json()),
+        "kept": json.dumps(sorted(snapshot.kept)),
+        "complex": json.dumps(sorted(snapshot.pairs)),
     }
-
-
-def save_averages(folder: str | Path, averages: Iterable[tuple[Length, Arrays]], /, *, time: int) -> list[Path]:
-    """Write one snapshot per (length, arrays) of ``averages`` into ``folder`` and return their paths.
-
-    For trackers of networks that are not edm2's; ``time`` is in the tracker's unit. ``averages`` may be a generator: it
-    is consumed one by one.
-
-    Raises:
-        InputError: ``time`` is 0, two lengths share a file name, or as :func:`save_snapshot`.
-    """
-    if time <= 0:
-        raise InputError(f"averages must be of a time above 0, got {time}: save them after an update")
-    paths: list[Path] = []
-    for length, params in averages:
-        path = Path(folder) / tracked_name(time, length)
-        if path in paths:
-            raise InputError(
-                f"lengths must differ in their third digit to be stored, got {length} besides {path.name}: "
-                "track lengths farther apart, such as 0.05 and 0.10"
-            )
-        save_snapshot(path, Snapshot(params=params, config=None, nimg=time, length=length))
-        paths.append(path)
-    return paths
-
-
-def _stored(name: str, array: np.ndarray) -> np.ndarray:
-    if not np.issubdtype(array.dtype, np.floating):
-        return array
-    if array.ndim == 0:
-        return array.astype(np.float32)
-    largest = np.abs(array).max(initial=0)
-    if not largest <= _LARGEST:  # in this form it also catches NaN
-        raise InputError(
-            f"values of a snapshot must be within +-{_LARGEST:.0f}, got {largest:g} in {name}: "
-            "training has diverged, go back to an earlier state with a smaller --lr"
-        )
-    return array.astype(np.float16)
 
 
 def metadata_of(file: TensorFile, /) -> Metadata:
@@ -139,7 +116,9 @@ def metadata_of(file: TensorFile, /) -> Metadata:
         lengths = [Length(kind, float(text[kind])) for kind in ("half_life", "sigma_rel") if text.get(kind)]
         fields = json.loads(text["config"])
         config = None if fields is None else NetworkConfig(**fields)
-        metadata = Metadata(config=config, nimg=int(text["nimg"]), length=lengths[0] if lengths else None)
+        kept, pairs = (_names(text, field) for field in ("kept", "complex"))
+        length = lengths[0] if lengths else None
+        metadata = Metadata(config=config, nimg=int(text["nimg"]), length=length, kept=kept, pairs=pairs)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file.path} must have a snapshot's metadata, got a fault: {error}: copy it again") from error
     if config is not None:
@@ -158,10 +137,24 @@ def load_snapshot(path: str | Path, /) -> Snapshot:
     """
     file = TensorFile(Path(path))
     metadata = metadata_of(file)
-    return Snapshot(config=metadata.config, nimg=metadata.nimg, length=metadata.length, params=read_params(file))
+    return with_params(metadata, read_params(file, metadata.kept))
 
 
-def read_params(reader: Reader, /) -> dict[str, np.ndarray]:
-    """All arrays of a file, floating-point ones as float32."""
-    arrays = {name: read_array(reader, name) for name in reader.entries}
-    return {n: a.astype(np.float32) if np.issubdtype(a.dtype, np.floating) else a for n, a in arrays.items()}
+def with_params(metadata: Metadata, stored: Arrays, /) -> Snapshot:
+    """A snapshot of arrays as a file has them, in which complex arrays are pairs."""
+    params = {name: as_complex(array) if name in metadata.pairs else array for name, array in stored.items()}
+    return Snapshot(**vars(metadata) | {"params": params})
+
+
+def read_params(reader: Reader, kept: Collection[str], /) -> dict[str, np.ndarray]:
+    """All arrays of a file, floating-point ones as float32 unless they are in ``kept``."""
+    arrays = {name: read_array(reader, name, exactly=name in kept) for name in reader.entries}
+    averaged = {n for n, array in arrays.items() if n not in kept and np.issubdtype(array.dtype, np.floating)}
+    return {n: a.astype(np.float32) if n in averaged else a for n, a in arrays.items()}
+
+
+def _names(text: Mapping[str, str], field: str) -> frozenset[str]:
+    names = json.loads(text.get(field, "[]"))
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{field} that is no list of names")
+    return frozenset(names)

@@ -12,7 +12,7 @@ Time is in any unit, the same in all files.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edm2_core.ema import Length
@@ -21,7 +21,7 @@ from edm2_core.network import NetworkConfig
 
 from .described import Described
 from .safetensors_io import Reader, TensorFile
-from .snapshots import KIND, Metadata, Snapshot, metadata_of, read_params
+from .snapshots import KIND, Metadata, Snapshot, metadata_of, read_params, with_params
 
 SUFFIXES = (".safetensors", ".pt", ".pkl")
 
@@ -33,14 +33,22 @@ class Source:
     """A stored average in an open file. ``time`` and a half-life are in the same unit."""
 
     path: Path
-    time: int
+    metadata: Metadata
     length: Length
-    config: NetworkConfig | None = None
     reader: Reader
+
+    @property
+    def time(self) -> int:
+        return self.metadata.nimg
+
+    @property
+    def config(self) -> NetworkConfig | None:
+        return self.metadata.config
 
     def load(self) -> Snapshot:
         """The whole average. Raises InputError where the file has been damaged since it was opened."""
-        return Snapshot(config=self.config, nimg=self.time, length=self.length, params=read_params(self.reader))
+        metadata = replace(self.metadata, length=self.length)
+        return with_params(metadata, read_params(self.reader, metadata.kept))
 
 
 class Broken(InputError):
@@ -100,7 +108,7 @@ def _open(path: Path, described: Described) -> Source:
     except InputError as error:
         raise Broken(path, str(error)) from error
     length = metadata.length or described.length(path, index)
-    return Source(path=path, time=metadata.nimg, length=length, config=metadata.config, reader=reader)
+    return Source(path=path, metadata=metadata, length=length, reader=reader)
 
 
 def _read(path: Path) -> tuple[int, Metadata, Reader]:

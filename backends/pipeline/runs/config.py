@@ -12,7 +12,7 @@ import tyro
 
 from backends.pipeline.data.datasets import Dataset
 from edm2_core import __version__
-from edm2_core.ema import SnapshotPlan, TimedPlan, plan_from_json
+from edm2_core.ema import SnapshotPlan, StorageDtype, TimedPlan, plan_from_json
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
 from edm2_core.presets import Hyperparameters, Ki, Mi
@@ -60,6 +60,8 @@ class TrainConfig:
     """Images between lines of the log. Without it: a 48th of the duration, at most 128Ki."""
     telemetry: int = 0
     """Steps between measurements of magnitudes, losses by noise level and updates; 0 disables them."""
+    snapshot_dtype: StorageDtype = "float16"
+    """Dtype of the averages in snapshots; tensors that it cannot hold are stored in float32."""
     precision: Precision = "float32"
     """Dtype of the network's activations."""
     seed: int = 0
@@ -102,7 +104,8 @@ class TrainConfig:
             if values.get("data_summary") is not None:
                 values["data_summary"] = DataSummary(**values["data_summary"])
             if values.get("snapshot_plan") is not None:
-                values["snapshot_plan"] = plan_from_json(json.dumps(values["snapshot_plan"]), name=f"{name}: plan")
+                plan = plan_from_json(json.dumps(values["snapshot_plan"]), name=f"{name}: plan")
+                values |= {"snapshot_plan": plan, "snapshot_dtype": plan.dtype}
             hyper = {f.name: _tuple(values.pop(f.name)) for f in fields(Hyperparameters) if f.name in values}
             if not hyper.get("sigma_rels", True):
                 del hyper["sigma_rels"]  # the file has [] beside a half-life
@@ -131,6 +134,11 @@ def _check(config: TrainConfig) -> None:
         kept = hyper.sigma_rels if hyper.half_life is None else f"a half-life of {hyper.half_life}"
         raise InputError(
             f"averages must be those of the snapshot plan, {plan.sigma_rels}, got {kept}: leave out one of the two"
+        )
+    if plan.dtype != config.snapshot_dtype:
+        raise InputError(
+            f"--snapshot-dtype must be that of the --snapshot-plan, {plan.dtype}, got {config.snapshot_dtype}: "
+            "leave it out"
         )
     if isinstance(plan, TimedPlan) and plan.duration != hyper.duration:
         raise InputError(

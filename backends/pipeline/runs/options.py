@@ -28,6 +28,7 @@ _EXCLUSIVE = (
     ("half_life", "snapshot_plan"),
     ("snapshot_plan", "sigma_rels"),
     ("snapshot_plan", "snapshot"),
+    ("snapshot_plan", "snapshot_dtype"),
 )
 
 

@@ -134,7 +134,7 @@ def _fresh(options: TrainOptions, dataset: Dataset) -> TrainConfig:
     if options.snapshot_plan is not None:
         plan = _read_plan(options.snapshot_plan)
         hyper = replace(config.hyper, sigma_rels=plan.sigma_rels, half_life=None)
-        config = replace(config, hyper=hyper, snapshot_plan=plan)
+        config = replace(config, hyper=hyper, snapshot_plan=plan, snapshot_dtype=plan.dtype)
     return fit(config, dataset, unconditional=options.unconditional)
 
 

@@ -16,10 +16,10 @@ from backends.pipeline.checkpoints.reconstruct import reconstruct
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, snapshot_name
 from backends.pipeline.checkpoints.sources import Source
 from backends.pipeline.data.datasets import to_uint8
-from backends.pipeline.data.labels import one_hot
+from backends.pipeline.data.labels import check_labels, one_hot
 from backends.pipeline.data.seeds import churn_noise, noise
 from backends.pipeline.data.seeds import labels as seeded_labels
-from backends.ports import Network, OpenSampler, check_labels
+from backends.ports import Network, OpenSampler
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, parameter_count

@@ -199,7 +199,7 @@ class _Snapshots:
             if self._run is not None:
                 snapshot = Snapshot(params=average, config=self._config.network, nimg=now, length=length)
                 path = self._run.snapshots_path / snapshot_name(now, length)
-                save_snapshot(path, snapshot)
+                save_snapshot(path, snapshot, dtype=self._config.snapshot_dtype)
                 self._stored[path] = (now, length.value)  # names count thousands of images: one may come again
         if self._run is not None and self._plan is not None:
             stale = set(self._plan.stale(self._stored.values()))
