@@ -1,5 +1,9 @@
 """Averages of pytrees in JAX: as an optax transformation and as plain functions, under jit and not."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -168,3 +172,37 @@ def test_mistakes_are_one_line(tmp_path):
         ema.init({"name": "net"})
     with pytest.raises(InputError, match="must be of a time above 0"):
         ema.save(tmp_path, ema.init(tree()))
+
+
+SHARDED = """
+import sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from backends.jax import device, ema
+
+mesh = device.mesh_of(jax.devices())
+assert mesh.size == 2
+def save(name, place):
+    params = jax.device_put({"w": jax.numpy.arange(12.0).reshape(6, 2), "b": jax.numpy.ones(3)}, place)
+    state = ema.init(params)
+    for step in (1, 2, 3):
+        params = jax.tree.map(lambda x: 1.25 * x + step, params)
+        state = jax.jit(ema.update)(state, params, time=step, delta=1)
+    assert len(state.averages["0.05"]["w"].sharding.device_set) == len(place["w"].device_set)
+    ema.save(f"{sys.argv[1]}/{name}", state)
+    return params
+
+alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+save("whole", {"w": alone, "b": alone})
+params = save("sharded", {"w": NamedSharding(mesh, PartitionSpec("data")), "b": device.whole(mesh)})
+back = ema.reconstruct(f"{sys.argv[1]}/sharded", sigma_rel=0.05, like=params)
+assert back["w"].shape == (6, 2)
+"""
+
+
+def test_arrays_that_are_sharded_over_devices_are_saved_as_whole_ones(tmp_path):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    command = [sys.executable, "-c", SHARDED, str(tmp_path)]
+    subprocess.run(command, check=True, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+    one, other = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "sharded"))
+    assert one == other

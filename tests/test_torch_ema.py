@@ -1,5 +1,7 @@
 """PowerEMA follows any module, and its snapshots give back any length."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,86 @@ def test_evaluation_with_an_average_changes_what_is_computed_and_nothing_after()
         evaluate_and_fail()
     assert torch.equal(module(x), live)
     assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
+
+
+def test_a_replaced_parameter_is_refused_by_name() -> None:
+    module = make_module()
+    ema = PowerEMA(module)
+    module[2].weight = nn.Parameter(torch.zeros(2, 8))
+    with pytest.raises(InputError, match=r"parameters must stay the tensors .* got another for 2\.weight"):
+        ema.update(time=1, delta=1)
+
+
+def test_what_is_reconstructed_loads_into_a_module_wrapped_in_any_way(tmp_path: Path) -> None:
+    module = make_module()
+    ema = PowerEMA(module)
+    ema.update(time=1, delta=1)
+    ema.save(tmp_path)
+    module[0] = torch.compile(module[0], backend="eager")  # a part of it, and then the whole
+    for model in (module, torch.compile(module, backend="eager")):
+        model.load_state_dict(reconstruct(tmp_path, sigma_rel=0.05, like=model))
+        assert set(PowerEMA(model).arrays(0.05)) == set(ema.arrays(0.05))
+    with pytest.raises(InputError, match=r"like must have .* of shape .*, got none: give the module"):
+        reconstruct(tmp_path, sigma_rel=0.05, like=nn.Linear(4, 8))
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from backends.torch.ema import PowerEMA, reconstruct
+from edm2_core.errors import InputError
+
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+
+def made():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))  # rows that two processes share unevenly
+
+whole, sharded = made(), made()
+for layer in (*sharded, sharded):
+    fully_shard(layer, mesh=mesh)
+trackers = [(whole, PowerEMA(whole), folder / f"whole{rank}"), (sharded, PowerEMA(sharded), folder / "sharded")]
+for step in range(1, 7):
+    for module, ema, outdir in trackers:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.25).add_(0.1 * step)
+        ema.update(time=10 * step, delta=10)
+        assert [path.parent for path in ema.save(outdir)] == [outdir] * 2
+        if step == 3:
+            again = PowerEMA(module)
+            again.load_state_dict(ema.state_dict())
+            ema.load_state_dict(again.state_dict())
+distributed.barrier()
+for length in (0.05, 0.07):
+    got, wanted = reconstruct(folder / "sharded", sigma_rel=length), reconstruct(trackers[0][2], sigma_rel=length)
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+    sharded.load_state_dict(reconstruct(folder / "sharded", sigma_rel=length, like=sharded))
+    for name, parameter in sharded.named_parameters():
+        assert torch.equal(parameter.full_tensor(), wanted[name])
+with trackers[1][1].applied(0.05, sharded):
+    assert torch.equal(sharded[0].weight.full_tensor(), trackers[1][1].arrays(0.05)["0.weight"].full_tensor())
+try:
+    trackers[1][1].save(folder / "meet")  # a file, not a folder
+except InputError as error:
+    print("refused", rank)
+"""
+
+
+def test_averages_of_a_sharded_module_are_those_of_the_whole_bit_for_bit(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SHARDED, str(tmp_path)]
+    workers = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
+    said = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert said == ["refused 0\n", "refused 1\n"]
+    one, other = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole0", "sharded"))
+    assert one == other
 
 
 def test_wrappers_change_no_name() -> None:

@@ -145,7 +145,7 @@ def _advanced(state: PowerEMAState, params: Tree, time: Any, delta: Any) -> Powe
     for key, average in state.averages.items():
         keep, share = _shares(Length.of(key), clocks.as_float(time), clocks.as_float(delta))
         if wrong is not None:
-            share = jnp.where(wrong, jnp.nan, share)
+            keep, share = (jnp.where(wrong, jnp.nan, x) for x in (keep, share))
         averages[key] = jax.tree.map(lambda a, w, keep=keep, share=share: _lerp(a, w, keep, share), average, params)
     return PowerEMAState(clock, averages)
 
