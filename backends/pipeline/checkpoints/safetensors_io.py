@@ -115,16 +115,11 @@ def read_array(reader: Reader, name: str, /, *, exactly: bool = False) -> np.nda
     return array.reshape(entry.shape)
 
 
-class TensorFile:
-    """The arrays of a safetensors file, of which the header is read now and once.
+class FileReader:
+    """Arrays that lie in the file at ``path`` where ``entries`` say."""
 
-    Raises:
-        InputError: no such file, not a safetensors file, cut short, too long, or an array of an unknown dtype.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries, self.metadata = read_header(path)
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        self.path, self.entries = path, entries
 
     def fill(self, out: np.ndarray, name: str, start: int, /) -> None:
         """Fill ``out`` with the elements of the flattened array from ``start`` on, in their stored dtype.
@@ -151,6 +146,18 @@ class TensorFile:
         descriptor = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, descriptor)
         return descriptor
+
+
+class TensorFile(FileReader):
+    """The arrays of a safetensors file, of which the header is read now and once.
+
+    Raises:
+        InputError: no such file, not a safetensors file, cut short, too long, or an array of an unknown dtype.
+    """
+
+    def __init__(self, path: Path) -> None:
+        entries, self.metadata = read_header(path)
+        super().__init__(path, entries)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

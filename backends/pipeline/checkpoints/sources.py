@@ -121,9 +121,8 @@ def _read(path: Path) -> tuple[int, Metadata, Reader]:
     if path.suffix == ".pkl":
         from .official import open_official
 
-        file = open_official(path)
-    else:
-        file = TensorFile(path)
+        return 0, *open_official(path)
+    file = TensorFile(path)
     if file.metadata.get("format") == KIND:
         return 0, metadata_of(file), file
     return 0, Metadata(config=None, nimg=_step(path), length=None), file

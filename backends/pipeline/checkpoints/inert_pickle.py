@@ -1,0 +1,199 @@
+"""Reading pickles of official EDM2 networks: nothing in them is executed, and no array is copied.
+
+The names in a pickle decide which code runs while it is read: here each allowed name stands for an inert function or
+class of this module (:data:`_ALLOWED`), and any other name ends the reading.
+
+A storage is a file of PyTorch's own inside the pickle, as bytes. The unpickler asks for large bytes one by one; it is
+given memory that holds only their place in the file, so that arrays can be read from there when they are needed.
+"""
+
+import io
+import math
+import os
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from edm2_core.errors import InputError
+
+from .safetensors_io import DTYPES, Entry
+
+_LEFT_IN_PLACE = 1 << 16  # bytes objects of this size or more, which pickles hold outside of frames
+_MARK = b"edm2: left in its place in the file, at byte "
+_HEADER = 1 << 12  # bytes of a storage's archive that surely hold all before its numbers
+_CODES = {"Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32"}
+_CODES |= {"Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL"}
+
+
+@dataclass
+class Module:
+    """A module of the network: the name of its class, and its attributes, which include its modules and arrays."""
+
+    class_name: str = ""
+    state: Mapping[str, Any] = None  # type: ignore[assignment]
+
+    def __setstate__(self, state: Any) -> None:
+        self.class_name, self.state = "ModuleDict", dict(state)
+
+    def part(self, name: str) -> Mapping[str, Any]:
+        value = (self.state or {}).get(name)
+        return value if isinstance(value, Mapping) else {}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The numbers of a storage or of an array: where they are in the file, or, if they are small, themselves, [n]."""
+
+    entry: Entry
+    values: np.ndarray | None = None
+
+
+class _EasyDict(dict[str, Any]):
+    """A dict; attributes that a pickle sets on it have no effect."""
+
+
+def _module(meta: Mapping[str, Any]) -> Module:
+    return Module(str(meta["class_name"]), dict(meta["state"]))
+
+
+def _parameter(array: Stored, *_: Any) -> Stored:
+    return array
+
+
+class _StorageHeader(pickle.Unpickler):
+    """The five pickles before the numbers of a storage: of these only the dtype and the number of elements matter."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise _Refused(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, name, _, _, count, view = pid
+        if view is not None:
+            raise ValueError("a storage that is part of another")
+        return _CODES[str(name).removesuffix("Storage")], int(count)
+
+
+class _Refused(Exception):
+    """A name that is not in the table."""
+
+
+class _InPlace:
+    """A file whose large reads return only the place of what would have been read. It has no ``peek``, with which the
+    unpickler would read ahead, and copy."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, os.fstat(file.fileno()).st_size
+        self.read, self.readline = file.read, file.readline
+
+    def readinto(self, buffer: Any, /) -> int:
+        view, at = memoryview(buffer).cast("B"), self._file.tell()
+        if len(view) < _LEFT_IN_PLACE:
+            return self._file.readinto(view)  # type: ignore[attr-defined]
+        end = self._file.seek(min(at + len(view), self._size))
+        mark = _MARK + at.to_bytes(8, "little")
+        view[: len(mark)] = mark
+        return end - at
+
+    def at(self, start: int, length: int) -> bytes:
+        """Bytes from another place."""
+        here = self._file.tell()
+        self._file.seek(start)
+        data = self._file.read(length)
+        self._file.seek(here)
+        return data
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: _InPlace) -> None:
+        super().__init__(file)
+        self._file = file
+        self._methods = {
+            ("torch.storage", "_load_from_bytes"): self._storage,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+        }
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        allowed = _ALLOWED | self._methods
+        if (module, name) not in allowed:
+            raise _Refused(f"{module}.{name}")
+        return allowed[module, name]
+
+    def _storage(self, archive: bytes) -> Stored:
+        if not archive.startswith(_MARK):
+            header = io.BytesIO(archive)
+            entry = _entry(header, 0, len(archive))
+            return Stored(entry, np.frombuffer(archive, DTYPES[entry.dtype], entry.size, entry.offset))
+        at = int.from_bytes(archive[len(_MARK) : len(_MARK) + 8], "little")
+        return Stored(_entry(io.BytesIO(self._file.at(at, _HEADER)), at, len(archive)))
+
+    def _tensor(self, storage: Stored, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Stored:
+        """Part of a storage; a copy unless it is contiguous. Raises ValueError where it reaches beyond the storage."""
+        numbers = (offset, *size, *stride)
+        if not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
+            raise ValueError("a tensor of impossible shape")
+        entry, count = storage.entry, math.prod(size)
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if count and (last >= entry.size or count > entry.size):
+            raise ValueError("a tensor that reaches beyond its storage, or is larger")
+        dtype = DTYPES[entry.dtype]
+        whole = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
+        if all(n <= 1 or step == wanted for n, step, wanted in zip(size, stride, whole, strict=True)):
+            part = None if storage.values is None else storage.values[offset : offset + count]
+            return Stored(Entry(entry.dtype, tuple(size), entry.offset + offset * dtype.itemsize), part)
+        values = storage.values
+        if values is None:
+            values = np.frombuffer(self._file.at(entry.offset, entry.nbytes), dtype)
+        strides = [step * dtype.itemsize for step in stride]
+        copy = np.lib.stride_tricks.as_strided(values[offset:], size, strides).copy()
+        return Stored(Entry(entry.dtype, tuple(size), 0), copy.reshape(-1))
+
+
+def _entry(header: io.BytesIO, at: int, length: int) -> Entry:
+    """Where the numbers of a storage are, whose archive of ``length`` bytes begins at byte ``at``."""
+    unpickler = _StorageHeader(header)
+    _, _, system, (dtype, count), _ = (unpickler.load() for _ in range(5))
+    if not system["little_endian"]:
+        raise ValueError("numbers of another byte order")
+    begin = header.tell() + 8  # after the number of elements
+    entry = Entry(dtype, (count,), at + begin)
+    if int.from_bytes(header.read(8), "little") != count or begin + entry.nbytes != length:
+        raise ValueError("a storage of another length than it says")
+    return entry
+
+
+_ALLOWED = {
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _module,
+    ("dnnlib.util", "EasyDict"): _EasyDict,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
+    ("torch.nn.modules.container", "ModuleDict"): Module,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+}
+
+
+def load(path: Path, /) -> Any:
+    """What the pickle at ``path`` holds: plain values, :class:`Module` and :class:`Stored`.
+
+    Raises:
+        InputError: no such file, a name in it that is not allowed, or a damaged file.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _Unpickler(_InPlace(file)).load()
+    except OSError as error:
+        raise InputError(f"{path} must be a file that can be read, got '{error.strerror}': check the path") from error
+    except _Refused as error:
+        raise InputError(
+            f"{path} must name only what official EDM2 pickles do, got {error}: it may run code, do not trust it"
+        ) from error
+    except (Exception, RecursionError) as error:  # many types, depending on the bytes
+        why = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        raise InputError(f"{path} must be an official EDM2 pickle, got a fault, '{why:.160}': copy it again") from error
