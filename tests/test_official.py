@@ -185,7 +185,10 @@ def evils(marker):
         "getattr": (lambda: Evil(getattr, "x", "upper"), "builtins.getattr"),
         "copyreg": (lambda: Evil(copyreg._reconstructor, dict, object, None), "copyreg._reconstructor"),
         "torch.load": (lambda: Evil(torch.load, str(marker)), "torch.serialization.load"),
-        "a storage": (lambda: Evil(torch.storage._load_from_bytes, blob.getvalue()), "must name only what official EDM2 pickles do, got posix.system"),
+        "a storage": (
+            lambda: Evil(torch.storage._load_from_bytes, blob.getvalue()),
+            "a storage that PyTorch did not write",
+        ),
     }
 
 

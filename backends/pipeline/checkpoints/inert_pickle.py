@@ -7,13 +7,15 @@ A storage is a file of PyTorch's own inside the pickle, as bytes. The unpickler 
 given memory that holds only their place in the file, so that arrays can be read from there when they are needed.
 """
 
-import io
+import gc
 import math
 import os
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +27,9 @@ from .safetensors_io import DTYPES, Entry
 
 _LEFT_IN_PLACE = 1 << 16  # bytes objects of this size or more, which pickles hold outside of frames
 _MARK = b"edm2: left in its place in the file, at byte "
-_HEADER = 1 << 12  # bytes of a storage's archive that surely hold all before its numbers
+_HEADER = 1 << 10  # bytes of a storage's archive that surely hold all before its numbers
+# of the pickles that come first: byte order, dtype, and the list of the one storage's key, after which its length comes
+_ARCHIVE = re.compile(rb"little_endianq.\x88.*?ctorch\n(\w+)Storage\n.*?\]q\x00X.{4}\d+q\x01a\.", re.DOTALL)
 _CODES = {"Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32"}
 _CODES |= {"Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL"}
 
@@ -63,21 +67,6 @@ def _module(meta: Mapping[str, Any]) -> Module:
 
 def _parameter(array: Stored, *_: Any) -> Stored:
     return array
-
-
-class _StorageHeader(pickle.Unpickler):
-    """The five pickles before the numbers of a storage: of these only the dtype and the number of elements matter."""
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        if module == "torch" and name.endswith("Storage"):
-            return name
-        raise _Refused(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        _, name, _, _, count, view = pid
-        if view is not None:
-            raise ValueError("a storage that is part of another")
-        return _CODES[str(name).removesuffix("Storage")], int(count)
 
 
 class _Refused(Exception):
@@ -127,43 +116,47 @@ class _Unpickler(pickle.Unpickler):
 
     def _storage(self, archive: bytes) -> Stored:
         if not archive.startswith(_MARK):
-            header = io.BytesIO(archive)
-            entry = _entry(header, 0, len(archive))
+            entry = _entry(archive[:_HEADER], 0, len(archive))
             return Stored(entry, np.frombuffer(archive, DTYPES[entry.dtype], entry.size, entry.offset))
         at = int.from_bytes(archive[len(_MARK) : len(_MARK) + 8], "little")
-        return Stored(_entry(io.BytesIO(self._file.at(at, _HEADER)), at, len(archive)))
+        return Stored(_entry(self._file.at(at, _HEADER), at, len(archive)))
 
     def _tensor(self, storage: Stored, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Stored:
         """Part of a storage; a copy unless it is contiguous. Raises ValueError where it reaches beyond the storage."""
-        numbers = (offset, *size, *stride)
-        if not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
-            raise ValueError("a tensor of impossible shape")
-        entry, count = storage.entry, math.prod(size)
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if count and (last >= entry.size or count > entry.size):
+        entry, dtype = storage.entry, DTYPES[storage.entry.dtype]
+        count, whole = _contiguous(size)
+        if not (type(offset) is int and offset >= 0 and offset + count <= entry.size):
             raise ValueError("a tensor that reaches beyond its storage, or is larger")
-        dtype = DTYPES[entry.dtype]
-        whole = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
-        if all(n <= 1 or step == wanted for n, step, wanted in zip(size, stride, whole, strict=True)):
+        if stride == whole:
             part = None if storage.values is None else storage.values[offset : offset + count]
-            return Stored(Entry(entry.dtype, tuple(size), entry.offset + offset * dtype.itemsize), part)
+            return Stored(Entry(entry.dtype, size, entry.offset + offset * dtype.itemsize), part)
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if not all(type(step) is int and step >= 0 for step in stride) or (count and last >= entry.size):
+            raise ValueError("a tensor that reaches beyond its storage")
         values = storage.values
         if values is None:
             values = np.frombuffer(self._file.at(entry.offset, entry.nbytes), dtype)
         strides = [step * dtype.itemsize for step in stride]
         copy = np.lib.stride_tricks.as_strided(values[offset:], size, strides).copy()
-        return Stored(Entry(entry.dtype, tuple(size), 0), copy.reshape(-1))
+        return Stored(Entry(entry.dtype, size, 0), copy.reshape(-1))
 
 
-def _entry(header: io.BytesIO, at: int, length: int) -> Entry:
-    """Where the numbers of a storage are, whose archive of ``length`` bytes begins at byte ``at``."""
-    unpickler = _StorageHeader(header)
-    _, _, system, (dtype, count), _ = (unpickler.load() for _ in range(5))
-    if not system["little_endian"]:
-        raise ValueError("numbers of another byte order")
-    begin = header.tell() + 8  # after the number of elements
-    entry = Entry(dtype, (count,), at + begin)
-    if int.from_bytes(header.read(8), "little") != count or begin + entry.nbytes != length:
+@lru_cache
+def _contiguous(size: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """The number of elements of an array, and its strides if it is contiguous."""
+    if not all(type(n) is int and n >= 0 for n in size):
+        raise ValueError("a tensor of impossible shape")
+    return math.prod(size), tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
+
+
+def _entry(header: bytes, at: int, length: int) -> Entry:
+    """Where the numbers of a storage are, whose archive of ``length`` bytes begins at byte ``at`` with ``header``."""
+    found = _ARCHIVE.search(header)
+    if not found or (kind := found[1].decode()) not in _CODES:
+        raise ValueError("a storage that PyTorch did not write")
+    begin, code = found.end() + 8, _CODES[kind]  # after the number of elements
+    entry = Entry(code, (int.from_bytes(header[begin - 8 : begin], "little"),), at + begin)
+    if begin + entry.nbytes != length:
         raise ValueError("a storage of another length than it says")
     return entry
 
@@ -187,6 +180,7 @@ def load(path: Path, /) -> Any:
     """
     try:
         with open(path, "rb") as file:
+            gc.disable()  # objects are many and all stay: looking for garbage among them takes a quarter of the time
             return _Unpickler(_InPlace(file)).load()
     except OSError as error:
         raise InputError(f"{path} must be a file that can be read, got '{error.strerror}': check the path") from error
@@ -197,3 +191,5 @@ def load(path: Path, /) -> Any:
     except (Exception, RecursionError) as error:  # many types, depending on the bytes
         why = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
         raise InputError(f"{path} must be an official EDM2 pickle, got a fault, '{why:.160}': copy it again") from error
+    finally:
+        gc.enable()
