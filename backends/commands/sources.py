@@ -16,7 +16,12 @@ class SourceOptions:
     """Options of every command that reads stored averages."""
 
     source: tyro.conf.Positional[Path]
-    """A run, or a folder of snapshots, of ema-pytorch's files, of safetensors named by step, of official pickles."""
+    """A run, or a folder of snapshots, of ema-pytorch's files, of checkpoints named by step, of official pickles."""
+    pattern: str | None = None
+    """Where the time is in names of files that do not record it, such as 'step{time}_cat_*' or
+    'checkpoint-{time}/unet_ema'. Without it: the number that differs."""
+    last_time: int | None = None
+    """Time of the one file whose name has none."""
     skip_broken: bool = False
     """Skip broken files instead of stopping at them."""
     source_sigma_rels: tuple[float, ...] = ()
@@ -40,8 +45,14 @@ class SourceOptions:
             raise InputError(
                 "--source-sigma-rels, --source-half-life and --source-raw exclude each other, got several: give one"
             )
-        described = Described(lengths=sum(lengths, ()), update_every=self.source_update_every)
-        return open_sources(self.source, described=described, skip=print_skipped if self.skip_broken else None)
+        described = Described(
+            lengths=sum(lengths, ()),
+            update_every=self.source_update_every,
+            pattern=self.pattern,
+            last_time=self.last_time,
+        )
+        skip = print_skipped if self.skip_broken else None
+        return open_sources(self.source, described=described, skip=skip, show=print)
 
 
 def print_skipped(error: Broken) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 
-from .ema_pytorch import tracked_length
+from .torch_files import tracked_length
 
 
 class Undescribed(InputError):
@@ -24,11 +24,14 @@ class Described:
     """The lengths of averages: one for all files, or one per index in their names (ema-pytorch).
 
     ``Length.raw(step)`` stands for weights that are not averaged. ``update_every``: the tracker updated its averages
-    only every so many steps, each time as if it were every step, as ema-pytorch does.
+    only every so many steps, each time as if it were every step, as ema-pytorch does. ``pattern`` and ``last_time`` are
+    those of :func:`~.file_times.named_times`.
     """
 
     lengths: tuple[Length, ...] = ()
     update_every: int = 1
+    pattern: str | None = None
+    last_time: int | None = None
 
     def __post_init__(self) -> None:
         if self.update_every < 1:

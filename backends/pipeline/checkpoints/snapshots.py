@@ -10,7 +10,7 @@ averages.
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +29,15 @@ KIND, VERSION = "edm2-snapshot", 1
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
     """What a snapshot says about its arrays: the network (None: not edm2's), the images seen, the length of the average
-    (None: raw weights), and the names of arrays that are not averaged (``kept``) and of complex arrays (``pairs``)."""
+    (None: raw weights), the names of arrays that are not averaged (``kept``) and of complex arrays (``pairs``), and
+    what other tools have recorded (``others``)."""
 
     config: NetworkConfig | None
     nimg: int
     length: Length | None
     kept: Collection[str] = ()
     pairs: Collection[str] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def required_config(self) -> NetworkConfig:
         """The config. Raises InputError where the network is not edm2's."""
@@ -92,6 +94,7 @@ def metadata_text(snapshot: Metadata, /) -> dict[str, str]:
     """The metadata of the file of a snapshot."""
     length: dict[str, str] = {} if snapshot.length is None else {snapshot.length.kind: repr(snapshot.length.value)}
     return {
+        **snapshot.others,
         "format": KIND,
         "version": str(VERSION),
         "nimg": str(snapshot.nimg),

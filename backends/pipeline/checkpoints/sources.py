@@ -1,17 +1,20 @@
 """Stored averages to reconstruct from: finding them in a folder, opening each file once, checking that they agree.
 
-Snapshots of edm2 say what they hold. For files of others the name gives the time, and the caller the length:
+Snapshots of edm2 say what they hold. For files of others their metadata or their names give the time, and the caller
+the length:
 
-    {step}.safetensors and the like   the last number in the name is the time
-    {index}.{step}.pt                 PostHocEMA of ema-pytorch (:mod:`.ema_pytorch`); index counts its sigma_rels
-    ...-{kimg:07d}-{std:.3f}.pkl      official EDM2 (:mod:`.official`), which also gives the length
+    {index}.{step}.pt                   PostHocEMA of ema-pytorch (:mod:`.torch_files`); index counts its sigma_rels
+    ...-{kimg:07d}-{std:.3f}.pkl        official EDM2 (:mod:`.official`), which also gives the length
+    *.safetensors, *.ckpt, *.pt         LoRA tools (``ss_steps`` in the metadata), Lightning (``global_step``), others;
+                                        without a time inside, by one pattern in their names (:mod:`.file_times`)
+    checkpoint-{step}/...               folders of Hugging Face trainers, also with several files each
 
 Time is in any unit, the same in all files.
 """
 
-import re
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,10 +23,11 @@ from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
 
 from .described import Described
+from .file_times import named_times
+from .folders import FoundFile, ShardedFile, find_files
 from .safetensors_io import Reader, TensorFile
 from .snapshots import KIND, Metadata, Snapshot, metadata_of, read_params, with_params
-
-SUFFIXES = (".safetensors", ".pt", ".pkl")
+from .torch_files import Unreachable
 
 Arrays = tuple[tuple[str, tuple[int, ...], bool], ...]  # name, shape and whether it is floating point, of each array
 
@@ -60,79 +64,106 @@ class Broken(InputError):
 
 
 Skip = Callable[[Broken], None]
+_LOGGER = logging.getLogger("edm2")
 
 
 def open_sources(
-    source: str | Path | Iterable[str | Path], /, *, described: Described | None = None, skip: Skip | None = None
+    source: str | Path | Iterable[str | Path],
+    /,
+    *,
+    described: Described | None = None,
+    skip: Skip | None = None,
+    show: Callable[[str], None] = _LOGGER.info,
 ) -> list[Source]:
     """Open the averages in a run folder, in any folder of files, or at these paths; in order of time, then of length.
 
-    All must hold the same arrays of one network: files that differ from the majority are broken. ``described`` gives
-    the lengths of files without metadata. ``skip`` is called with each broken file, which is left out; without it they
-    raise.
+    All must hold the same arrays of one network: files that differ from the majority are broken. ``described`` tells
+    what files without metadata hold. ``skip`` is called with each broken file, which is left out; without it they
+    raise. ``show`` gets a line for the pattern that times are read by, and for each file that is left out because
+    nothing can be made of it.
 
     Raises:
-        InputError: nothing there, or a broken file: damaged, foreign, of other arrays or of another network.
+        InputError: nothing there; names that do not tell the time; or a broken file: damaged, foreign, of other arrays
+            or of another network.
     """
-    paths = _paths(source)
-    sources = []
-    for path in paths:
+    described = described or Described()
+    if isinstance(source, str | Path):
+        files = find_files(Path(source), described.pattern)
+    else:
+        files = [FoundFile(Path(path).stem, Path(path)) for path in source]
+    opened: list[_Opened] = []
+    for file in files:
         try:
-            sources.append(_open(path, described or Described()))
-        except Broken as error:
+            opened.append(_open(file))
+        except InputError as error:
+            broken = Broken(file.path, str(error))
             if skip is None:
-                raise
-            skip(error)
+                raise broken from error
+            skip(broken)
+    times: dict[str, int] = {}
+    if unnamed := [file.name for file in opened if not file.metadata.nimg]:
+        named = named_times(unnamed, pattern=described.pattern, last_time=described.last_time)
+        show(str(named))
+        times = named.times
+    sources, left_out = [], dict[str, list[str]]()
+    for one in opened:
+        try:
+            length = one.metadata.length or described.length(one.path, one.index)
+        except Unreachable as error:
+            left_out.setdefault(str(error), []).append(one.path.name)
+            continue
+        metadata = replace(one.metadata, nimg=one.metadata.nimg or times[one.name])
+        sources.append(Source(path=one.path, metadata=metadata, length=length, reader=one.reader))
     sources = _agreeing(sources, skip)
     if not sources:
+        why = next(iter(left_out), "copy them again")
         raise InputError(
-            f"averages to reconstruct from must be one or more sound files, got none of {len(paths)}: copy them again"
+            f"averages to reconstruct from must be one or more usable files, got none of {len(files)}: {why}"
         )
+    for why, names in left_out.items():
+        show(f"left out  {', '.join(names)}: {why}")
     return sorted(sources, key=lambda source: (source.time, source.length, str(source.path)))
 
 
-def _paths(source: str | Path | Iterable[str | Path]) -> list[Path]:
-    if not isinstance(source, str | Path):
-        return [Path(path) for path in source]
-    folder = Path(source)
-    folder = folder / "snapshots" if (folder / "snapshots").is_dir() else folder
-    for suffix in SUFFIXES:
-        if paths := sorted(path for path in folder.glob(f"*{suffix}") if not path.name.startswith(".")):
-            return paths
-    raise InputError(f"a folder must hold snapshots, got none in {folder}: choose a run that has some, or train longer")
+@dataclass(frozen=True)
+class _Opened:
+    """An open file: its name, the index of its average (0 where there is one), what it records (nimg 0: no time)."""
+
+    path: Path
+    name: str
+    index: int
+    metadata: Metadata
+    reader: Reader
 
 
-def _open(path: Path, described: Described) -> Source:
-    try:
-        index, metadata, reader = _read(path)
-    except InputError as error:
-        raise Broken(path, str(error)) from error
-    length = metadata.length or described.length(path, index)
-    return Source(path=path, metadata=metadata, length=length, reader=reader)
+def _open(file: FoundFile) -> _Opened:
+    index, metadata, reader = _read(file.path)
+    return _Opened(file.path, file.name, index, metadata, reader)
 
 
 def _read(path: Path) -> tuple[int, Metadata, Reader]:
-    """The index in the name of a file (0 where there is none), its metadata, and the open file."""
-    if path.suffix == ".pt":
-        from .ema_pytorch import PostHocFile, index_and_step
-
-        index, step = index_and_step(path)
-        return index, Metadata(config=None, nimg=step, length=None), PostHocFile(path)
+    if path.is_dir():
+        return 0, _foreign(), ShardedFile(path)
     if path.suffix == ".pkl":
         from .official import open_official
 
         return 0, *open_official(path)
+    if path.suffix != ".safetensors":
+        from .torch_files import TorchFile, index_and_step
+
+        weights = TorchFile(path)
+        index, time = index_and_step(path) if weights.posthoc else (0, weights.time)
+        return index, _foreign(time), weights
     file = TensorFile(path)
     if file.metadata.get("format") == KIND:
         return 0, metadata_of(file), file
-    return 0, Metadata(config=None, nimg=_step(path), length=None), file
+    others = {key: text for key, text in file.metadata.items() if key.startswith("ss_")}  # of LoRA tools
+    steps = others.get("ss_steps", "")
+    return 0, _foreign(int(steps) if steps.isdecimal() else None, others), file
 
 
-def _step(path: Path) -> int:
-    numbers = re.findall(r"\d+", path.stem)
-    if not numbers or not int(numbers[-1]):
-        raise InputError(f"{path} must have its time in its name, such as model-2000.safetensors, got none: rename it")
-    return int(numbers[-1])
+def _foreign(time: int | None = None, others: Mapping[str, str] | None = None) -> Metadata:
+    return Metadata(config=None, nimg=time or 0, length=None, others=others or {})
 
 
 def _agreeing(sources: Sequence[Source], skip: Skip | None) -> list[Source]:
