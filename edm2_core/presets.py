@@ -91,10 +91,14 @@ def _check(hyper: Hyperparameters) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A network and its training hyperparameters."""
+    """A network and its training hyperparameters.
+
+    ``any_data``: resolution and channels of the network are those of the data; otherwise the data must have its own.
+    """
 
     network: NetworkConfig
     hyper: Hyperparameters
+    any_data: bool = False
 
 
 # size: channels, lr, dropout, duration at 512 and at 64, in Mi images
@@ -148,6 +152,7 @@ _DIGITS = Preset(  # ours
         logvar_channels=32,
     ),
     hyper=Hyperparameters(lr=0.0500, decay=200, rampup=4 * Ki, P_std=1.2),
+    any_data=True,
 )
 
 PRESETS: dict[str, Preset] = {"digits": _DIGITS, **dict(_published())}
@@ -172,7 +177,8 @@ def on_rung(base: Preset, rung: Rung, /) -> Preset:
         clip_act=paper.clip_act,
     )
     hyper, other_noise = base.hyper, paper.P_mean != last.P_mean
-    return Preset(
+    return replace(
+        base,
         network=network,
         hyper=replace(
             hyper,

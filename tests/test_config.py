@@ -21,7 +21,10 @@ DIGITS = open_dataset("digits")
 class Pictures:
     """A dataset of 4 unlabelled RGB images of 16 x 16, by its description only."""
 
-    name, spec, resolution, channels, label_dim = "pictures", "pictures", 16, 3, 0
+    name = spec = "pictures"
+
+    def __init__(self, resolution=16, channels=3, label_dim=0):
+        self.resolution, self.channels, self.label_dim = resolution, channels, label_dim
 
     def __len__(self):
         return 4
@@ -53,9 +56,22 @@ def test_an_option_given_wins_over_the_preset():
 
 
 def test_an_option_that_is_another_preset_s_default_counts_as_given():
-    made = config_of(preset="img64-s", data="digits", batch=BASE.batch, lr=BASE.lr)
+    made = config_of(Pictures(64, label_dim=10), preset="img64-s", data="x", batch=BASE.batch, lr=BASE.lr)
     assert (made.hyper.batch, made.hyper.lr) == (BASE.batch, BASE.lr)
     assert made.hyper.duration == PRESETS["img64-s"].hyper.duration
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "channels"), [("img512-s", 64, 3), ("img64-s", 64, 4), ("img64-xs", 32, 3)]
+)
+def test_a_preset_does_not_turn_into_one_for_other_data(name, resolution, channels):
+    data = Pictures(resolution, channels, label_dim=10)
+    message = rf"preset {name} must have images of 64x64 .*, got {resolution}x{resolution} with {channels} in pictures"
+    with pytest.raises(InputError, match=message):
+        config_of(data, preset=name, data="x")
+    with pytest.raises(InputError, match=message):
+        configure(data, preset_name=name)
+    assert configure(data, preset_name="digits").network.img_channels == channels
 
 
 def test_a_value_of_zero_counts_as_given():

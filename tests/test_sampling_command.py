@@ -64,7 +64,11 @@ def test_by_default_it_samples_64_seeds_from_the_newest_run_s_last_average(run, 
     assert (calls[0]["n"], calls[0]["mean"], calls[0]["num_steps"]) == (64, used(5), 32)
     assert (calls[0]["guidance"], calls[0]["guide"]) == (1.0, None)
     folder = run.samples_path / "0000003-0.100"
-    assert sorted(p.name for p in folder.iterdir()) == [*(f"{seed:06d}.png" for seed in range(64)), "grid.png"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *(f"{seed:06d}.png" for seed in range(64)),
+        "grid.png",
+        "samples.json",
+    ]
     out = capsys.readouterr().out
     assert "network  runs/00000-digits (stored): 0.01 M parameters, sigma_rel 0.1, after 3072 images" in out
     assert "wrote    runs/00000-digits/samples/0000003-0.100/grid.png" in out
@@ -179,6 +183,28 @@ def test_a_guide_is_handed_to_the_sampler(run, capsys):
     assert np.array_equal(params["unet.out_gain"], initialize(UNCONDITIONAL, seed=8)["unet.out_gain"])
     assert call["guide_interval"] == (0.2, 5.0)
     assert "guide    guide, weight 2" in capsys.readouterr().out
+
+
+def test_images_of_other_settings_are_not_mixed_into_a_folder(run):
+    sample(seeds="0-7", outdir="out")
+    first = {path.name: path.read_bytes() for path in Run("out").path.glob("0*.png")}
+    with pytest.raises(InputError, match="images in out must all have the same settings, got class 1 for None"):
+        sample(seeds="0-3", outdir="out", label=1)
+    with pytest.raises(InputError, match="got steps 4 for 32"):
+        sample(seeds="0-3", outdir="out", steps=4)
+    with pytest.raises(InputError, match="got network"):
+        sample(seeds="0-3", outdir="out", sigma_rel=0.05)
+    assert {path.name: path.read_bytes() for path in Run("out").path.glob("0*.png")} == first
+    sample(seeds="8-9", outdir="out")  # the same settings: they belong together
+    assert len(list(Run("out").path.glob("0*.png"))) == 10
+    sample(seeds="0", label=1, steps=4)
+    sample(seeds="0", S_churn=3.0)
+    names = sorted(path.name for path in run.samples_path.iterdir())
+    assert names[1] == "0000003-0.100-class1-steps4"
+    assert len(names) == 2
+    Run("out/samples.json").path.unlink()
+    with pytest.raises(InputError, match=r"out must have no images of unknown settings, got 00000\d\.png"):
+        sample(seeds="0-7", outdir="out")
 
 
 def test_solver_options_are_passed_on(run):

@@ -84,7 +84,12 @@ def sample(
 
 
 def train(
-    config: TrainConfig, dataset: Dataset, *, outdir: str | Path | None = None, machine: Machine = Machine()
+    config: TrainConfig,
+    dataset: Dataset,
+    *,
+    outdir: str | Path | None = None,
+    machine: Machine = Machine(),
+    picture: bool = True,
 ) -> Run | None:
     """Train ``config`` on ``dataset``: see :func:`backends.pipeline.runs.training.train`.
 
@@ -93,5 +98,12 @@ def train(
     """
     open_sampler = Port(device=devices.choose_one(machine.device)).sampler
     return training.train(
-        config, dataset, JaxTrainer, open_sampler, outdir=outdir, machine=machine, prog="python -m backends.jax.train"
+        config,
+        dataset,
+        JaxTrainer,
+        open_sampler,
+        outdir=outdir,
+        machine=machine,
+        picture=picture,
+        prog="python -m backends.jax.train",
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from backends.pipeline.runs.command_line import parse
 from backends.pipeline.runs.exit_codes import command
 from backends.pipeline.runs.options import SampleOptions
+from backends.pipeline.runs.precision import say_if_slow
 from backends.pipeline.runs.sampling import run_sampling
 from backends.ports import OpenSampler
 
@@ -23,7 +24,9 @@ def open_sampler(options: SampleOptions) -> OpenSampler:
     from . import device  # JAX takes a second to import: help and wrong flags do without it
     from .port import Port
 
-    return Port(device=device.choose_one(options.device), precision=options.precision).sampler
+    port = Port(device=device.choose_one(options.device), precision=options.precision)
+    say_if_slow(port, options.precision)
+    return port.sampler
 
 
 if __name__ == "__main__":

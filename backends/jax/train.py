@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from backends.pipeline.runs.exit_codes import command
 from backends.pipeline.runs.options import parse_train
+from backends.pipeline.runs.precision import say_if_slow
 from backends.pipeline.runs.training import run_training
 
 PROG = "python -m backends.jax.train"
@@ -22,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .trainer import JaxTrainer
 
     device.join()
-    sampler = Port(device=device.choose_one(options.machine.device)).sampler
-    return run_training(options, JaxTrainer, sampler, prog=PROG)
+    port = Port(device=device.choose_one(options.machine.device))
+    say_if_slow(port, options.config.precision)
+    return run_training(options, JaxTrainer, port.sampler, prog=PROG)
 
 
 if __name__ == "__main__":

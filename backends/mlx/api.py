@@ -83,13 +83,21 @@ def sample(
 
 
 def train(
-    config: TrainConfig, dataset: Dataset, *, outdir: str | Path | None = None, machine: Machine = Machine()
+    config: TrainConfig,
+    dataset: Dataset,
+    *,
+    outdir: str | Path | None = None,
+    machine: Machine = Machine(),
+    picture: bool = True,
 ) -> Run | None:
     """Train a network. See :func:`backends.pipeline.runs.training.train`, also for errors.
 
     Args:
         outdir: the run folder; training continues from where a run in it stopped. Default: a new one under runs/.
         machine: the device, and how many images it takes at a time. Default: the fastest device, all at once.
+        picture: draw averages of several lengths at the end.
     """
     open_sampler = Port(device=machine.device).sampler
-    return training.train(config, dataset, MLXTrainer, open_sampler, outdir=outdir, machine=machine, prog=PROG)
+    return training.train(
+        config, dataset, MLXTrainer, open_sampler, outdir=outdir, machine=machine, picture=picture, prog=PROG
+    )

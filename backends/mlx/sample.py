@@ -7,6 +7,7 @@ from backends.pipeline.runs.command_line import parse
 from backends.pipeline.runs.exit_codes import command
 from backends.pipeline.runs.folder import newest
 from backends.pipeline.runs.options import SampleOptions
+from backends.pipeline.runs.precision import say_if_slow
 from backends.pipeline.runs.sampling import run_sampling
 from backends.ports import OpenSampler
 from edm2_core.errors import InputError
@@ -31,7 +32,9 @@ def open_sampler(options: SampleOptions) -> OpenSampler:
     """On the device and in the precision that ``options`` name."""
     from .port import Port  # MLX takes a moment to import: help and wrong flags do without it
 
-    return Port(device=options.device, precision=options.precision).sampler
+    port = Port(device=options.device, precision=options.precision)
+    say_if_slow(port, options.precision)
+    return port.sampler
 
 
 def _any_run() -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from backends.pipeline.runs.command_line import count_text, flags_given
 from backends.pipeline.runs.exit_codes import command
 from backends.pipeline.runs.options import TrainOptions, parse_train
+from backends.pipeline.runs.precision import say_if_slow
 from backends.pipeline.runs.training import run_training
 from edm2_core.presets import Ki
 
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = replace(options, config=replace(options.config, hyper=replace(options.config.hyper, **SMALLER)))
         said = ", ".join(f"--{name} {count_text(value)}" for name, value in SMALLER.items())
         print(f"smaller  for MLX on a CPU is slow here: {said}")
+    say_if_slow(port, options.config.precision)
     status = run_training(options, MLXTrainer, port.sampler, prog=PROG)
     device.report(where)
     return status

@@ -83,7 +83,12 @@ def sample(
 
 
 def train(
-    config: TrainConfig, dataset: Dataset, *, outdir: str | Path | None = None, machine: Machine = Machine()
+    config: TrainConfig,
+    dataset: Dataset,
+    *,
+    outdir: str | Path | None = None,
+    machine: Machine = Machine(),
+    picture: bool = True,
 ) -> Run | None:
     """Train as ``python -m backends.torch.train`` does. Returns the run; None in processes other than the first.
 
@@ -92,11 +97,19 @@ def train(
         dataset: see :func:`backends.pipeline.data.datasets.open_dataset`.
         outdir: the run folder; a run that stopped in it is resumed. None: a new one under ``runs/``.
         machine: device and images per device; by default the fastest device available.
+        picture: draw averages of several lengths at the end.
 
     Raises:
         InputError, KeyboardInterrupt: as :func:`backends.pipeline.runs.training.train`.
     """
     sampler = Port(device=str(devices.choose(machine.device))).sampler
     return run_train(
-        config, dataset, TorchTrainer, sampler, outdir=outdir, machine=machine, prog="python -m backends.torch.train"
+        config,
+        dataset,
+        TorchTrainer,
+        sampler,
+        outdir=outdir,
+        machine=machine,
+        picture=picture,
+        prog="python -m backends.torch.train",
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from backends.pipeline.runs.exit_codes import command
 from backends.pipeline.runs.options import parse_train
+from backends.pipeline.runs.precision import say_if_slow
 from backends.pipeline.runs.training import run_training
 
 PROG = "python -m backends.torch.train"
@@ -20,8 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .port import Port
     from .trainer import TorchTrainer
 
-    sampler = Port(device=str(device.choose(options.machine.device))).sampler
-    return run_training(options, TorchTrainer, sampler, prog=PROG)
+    port = Port(device=str(device.choose(options.machine.device)))
+    say_if_slow(port, options.config.precision)
+    return run_training(options, TorchTrainer, port.sampler, prog=PROG)
 
 
 if __name__ == "__main__":

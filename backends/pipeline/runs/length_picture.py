@@ -1,6 +1,8 @@
 """The picture drawn when a run ends: the same seeds from the raw weights and from averages of several lengths."""
 
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import exp
 from pathlib import Path
 
@@ -12,19 +14,32 @@ from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.checkpoints.sources import Source
 from backends.pipeline.data.datasets import Dataset, to_model
 from backends.pipeline.data.labels import one_hot
-from backends.pipeline.data.seeds import noise
+from backends.pipeline.data.seeds import bits, noise
 from backends.ports import OpenSampler
 from edm2_core.ema import Length
 
 from .config import TrainConfig
 from .folder import Run
 from .pictures import save_rows
+from .progress import Progress
 from .sampling import Job, sample_images
 
 RECONSTRUCTED = (0.02, 0.05, 0.10, 0.15, 0.20)
 _WORST_ERROR = 0.5  # lengths whose predicted reconstruction error exceeds this are skipped
-_COLUMNS = 10
-_MEASURED = 512  # images
+_COLUMNS, _MEASURED = 10, 512  # seeds drawn, and images that the error is measured on, if there is time
+_FEWEST, _LEAST = 2, 32
+_SECONDS, _SHARE = 60.0, 0.05  # a picture may take this long, or this part of the time of training
+_EVALUATIONS = 63
+_OF_TRAINING = 1 / 3  # time of an evaluation over that of training on an image
+
+
+@dataclass(frozen=True)
+class LengthsPicture:
+    """What :func:`draw_lengths` made: its file, the denoising error of each row, and what that was measured on."""
+
+    path: Path
+    errors: dict[str, float]
+    measured_on: str
 
 
 def draw_lengths(
@@ -35,12 +50,14 @@ def draw_lengths(
     open_sampler: OpenSampler,
     *,
     nimg: int,
-) -> tuple[Path, dict[str, float]] | None:
+) -> LengthsPicture | None:
     """Draw ``samples/lengths.png``: a row for the ``raw`` weights, then one for each average, in the order of lengths.
 
     Averages are the last ones up to ``nimg``, stored or reconstructed; lengths whose predicted reconstruction error
-    exceeds 0.5 are skipped. Column k is seed k, with label k if there are labels. Returns the path and each row's
-    denoising error; None if there are no averages, or images are neither grey nor RGB.
+    exceeds 0.5 are skipped. Column k is seed k, with label k if there are labels. The denoising error is measured on a
+    sample of the training images, drawn with the seed of the run. Both are smaller where they would take more than a
+    minute and a twentieth of the time of training. Shows its progress. Returns None if there are no averages, or images
+    are neither grey nor RGB.
     """
     sources = [source for source in run.snapshots(config.network) if source.time <= nimg]
     if not sources or config.network.img_channels not in (1, 3):
@@ -49,12 +66,40 @@ def draw_lengths(
     for length, (snapshot, origin) in sorted(_averages(sources).items()):
         name = f"{length.value:.2f}" if length.relative else str(length)
         networks[f"{name} {origin}"] = snapshot
-    sigma = exp(config.hyper.P_mean)
-    errors = {name: _error(network, dataset, open_sampler, sigma) for name, network in networks.items()}
-    rows = [(f"{name}: {errors[name]:.4f}", _row(network, open_sampler)) for name, network in networks.items()]
+    sigma, (columns, count) = exp(config.hyper.P_mean), _affordable(run, len(networks))
+    indices = _drawn(len(dataset), count, seed=config.seed)
+    errors: dict[str, float] = {}
+    rows = []
+    print("drawing  the averages of each length; Ctrl-C skips it", file=sys.stderr)
+    each = columns + len(indices)
+    with Progress(total=each * len(networks)) as progress:
+        for name, network in networks.items():
+            errors[name] = _error(network, dataset, indices, open_sampler, sigma)
+            rows.append((f"{name}: {errors[name]:.4f}", _row(network, open_sampler, columns)))
+            progress.advance(each)
+            progress.report()
     path = run.samples_path / "lengths.png"
     save_rows(path, rows)
-    return path, errors
+    measured_on = (
+        f"{len(indices)} of {len(dataset)} training images at sigma {sigma:.2g}, drawn with seed {config.seed}"
+    )
+    return LengthsPicture(path, errors, measured_on)
+
+
+def _affordable(run: Run, rows: int) -> tuple[int, int]:
+    """Seeds to draw, and images to measure on."""
+    last = max(run.log(), key=lambda record: record["nimg"], default=None)
+    if not last or not last["nimg"]:
+        return _COLUMNS, _MEASURED
+    evaluation = _OF_TRAINING * last["seconds"] / last["nimg"]
+    cost = rows * (_COLUMNS * _EVALUATIONS + _MEASURED) * evaluation
+    share = min(1.0, max(_SECONDS, _SHARE * last["seconds"]) / max(cost, 1e-9))
+    return max(_FEWEST, int(_COLUMNS * share)), max(_LEAST, int(_MEASURED * share))
+
+
+def _drawn(size: int, count: int, *, seed: int) -> np.ndarray:
+    """Indices of ``count`` images, all if there are fewer, drawn without replacement."""
+    return np.sort(np.argsort(bits(seed, "denoising error").random_raw(size), kind="stable")[:count])
 
 
 def _averages(sources: Sequence[Source]) -> dict[Length, tuple[Snapshot, str]]:
@@ -69,22 +114,22 @@ def _averages(sources: Sequence[Source]) -> dict[Length, tuple[Snapshot, str]]:
     return drawn | {Length.of(sigma_rel): (snapshot, "reconstructed") for sigma_rel, snapshot in reconstructed}
 
 
-def _row(network: Snapshot, open_sampler: OpenSampler) -> np.ndarray:
+def _row(network: Snapshot, open_sampler: OpenSampler, columns: int) -> np.ndarray:
     label_dim = network.required_config().label_dim
-    columns = min(label_dim, _COLUMNS) or _COLUMNS
+    columns = min(label_dim, columns) or columns
     seeds = range(columns)
     job = Job(snapshot=network, seeds=seeds, labels=np.array(seeds if label_dim else [-1] * columns, np.int64))
     return sample_images(job, open_sampler, batch=columns)
 
 
-def _error(network: Snapshot, dataset: Dataset, open_sampler: OpenSampler, sigma: float) -> float:
-    """Root mean square of D(y + n; sigma) - y over the first images, with the same noise for every network.
+def _error(network: Snapshot, dataset: Dataset, indices: np.ndarray, open_sampler: OpenSampler, sigma: float) -> float:
+    """Root mean square of D(y + n; sigma) - y over the images at ``indices``, with the same noise for every network.
 
     A single Euler step from sigma to 0 is the denoiser itself.
     """
-    config, seeds = network.required_config(), range(min(_MEASURED, len(dataset)))
-    images = to_model(dataset.images(np.array(seeds)))
-    labels = one_hot(dataset.labels(np.array(seeds)), config.label_dim) if config.label_dim else None
+    config, seeds = network.required_config(), range(len(indices))
+    images = to_model(dataset.images(indices))
+    labels = one_hot(dataset.labels(indices), config.label_dim) if config.label_dim else None
     sampler = open_sampler(config, network.params)
     squares = 0.0
     for start in range(0, len(seeds), 64):

@@ -75,6 +75,8 @@ class TrainOptions:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     previous: tyro.conf.Fixed[TrainConfig | None] = None
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
+    no_picture: bool = False
+    """Draw no averages of several lengths at the end."""
     dry_run: bool = False
     """Print the config and stop before training."""
 

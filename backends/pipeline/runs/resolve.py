@@ -52,8 +52,12 @@ def configure(
 
 
 def fit(config: TrainConfig, dataset: Dataset, *, unconditional: bool = False) -> TrainConfig:
-    """``config`` with resolution, channels and labels of ``dataset``, and with its intervals filled in. Raises
-    InputError for a conditional preset and data without labels."""
+    """``config`` with resolution, channels and labels of ``dataset``, and with its intervals filled in.
+
+    Raises:
+        InputError: a preset for data of another size or other channels, or a conditional one for data without labels.
+    """
+    _check_data(config, dataset)
     conditional = config.network.label_dim > 0 and not unconditional
     if conditional and not dataset.label_dim:
         raise InputError(
@@ -67,6 +71,18 @@ def fit(config: TrainConfig, dataset: Dataset, *, unconditional: bool = False) -
         label_dim=dataset.label_dim if conditional else 0,
     )
     return replace(config, network=network, data_summary=DataSummary.of(dataset)).intervals_filled()
+
+
+def _check_data(config: TrainConfig, dataset: Dataset) -> None:
+    need = (config.network.img_resolution, config.network.img_channels)
+    got = (dataset.resolution, dataset.channels)
+    if got != need and not preset(config.preset).any_data:
+        kind = ", which are latents" if need[1] == 4 else ""
+        raise InputError(
+            f"preset {config.preset} must have images of {need[0]}x{need[0]} with {need[1]} channels{kind}, got "
+            f"{got[0]}x{got[0]} with {got[1]} in {dataset.name}: resize or encode them, or use another preset (img64-* "
+            "takes 64x64 with 3 channels, digits any size)"
+        )
 
 
 def data_spec(options: TrainOptions, previous: TrainConfig | None = None) -> str:

@@ -3,15 +3,17 @@
 Noise and labels are drawn on the host, so a seed gives the same image in every port and in any batch.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
+from zlib import crc32
 
 import numpy as np
 
-from backends.pipeline.checkpoints.atomic import write_atomically
+from backends.pipeline.checkpoints.atomic import write_atomically, write_bytes
 from backends.pipeline.checkpoints.reconstruct import reconstruct
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, snapshot_name
 from backends.pipeline.checkpoints.sources import Source
@@ -25,13 +27,14 @@ from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, parameter_count
 from edm2_core.sampler import noise_levels
 
-from .command_line import parse_seeds
+from .command_line import flag, parse_seeds
 from .folder import Run, newest
 from .options import SampleOptions
 from .pictures import save_grid, save_images
 from .progress import Progress
 
 _IN_GRID = 100  # images
+_RECORD = "samples.json"
 _SOLVER = ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", "guide_interval")
 
 
@@ -67,8 +70,11 @@ def run_sampling(options: SampleOptions, open_sampler: OpenSampler, *, prog: str
     print(f"network  {origin}: {_describe(snapshot)}")
     if job.guidance != 1:
         print(f"guide    {options.guide or 'the same network without its label'}, weight {job.guidance:g}")
+    outdir = options.outdir or _default_folder(options, folder)
+    if options.format == "png":
+        _claim(outdir, _settings(options, snapshot))
     images = sample_images(job, open_sampler, batch=options.batch, shown=True)
-    for path in _write(options.format, _outdir(options, job, folder), job, images):
+    for path in _write(options.format, outdir, job, images):
         print(f"wrote    {path}")
 
 
@@ -208,10 +214,49 @@ def _solver(options: SampleOptions) -> dict[str, Any]:
 # ---- the images
 
 
-def _outdir(options: SampleOptions, job: Job, folder: Path) -> Path:
-    if options.outdir is not None:
-        return options.outdir
-    return folder if job.guidance == 1 else folder.with_name(f"{folder.name}-guidance{job.guidance:g}")
+def _default_folder(options: SampleOptions, folder: Path) -> Path:
+    """``folder``, with the settings that are not the defaults in its name."""
+    usual = SampleOptions()
+    name = folder.name
+    for field_name, word in (("label", "class"), ("guidance", "guidance"), ("steps", "steps")):
+        if (value := getattr(options, field_name)) != getattr(usual, field_name):
+            name += f"-{word}{value:g}"
+    rest = {n: str(getattr(options, n)) for n in (*_SOLVER, "guide", "precision")}
+    if rest != {n: str(getattr(usual, n)) for n in rest}:
+        name += f"-{crc32(json.dumps(rest).encode()):08x}"
+    return folder.with_name(name)
+
+
+def _settings(options: SampleOptions, snapshot: Snapshot) -> dict[str, Any]:
+    """All that an image depends on, besides its seed."""
+    network = 0
+    for _, array in sorted(snapshot.params.items()):
+        network = crc32(np.ascontiguousarray(array).tobytes(), network)
+    names = ("label", "steps", *_SOLVER, "guidance", "guide", "precision")
+    return {"network": f"{network:08x}", **{flag(n)[2:]: str(getattr(options, n)) for n in names}}
+
+
+def _claim(outdir: Path, settings: dict[str, Any]) -> None:
+    """Record ``settings`` in the folder, so that images of other settings are never mixed with these. Raises InputError
+    where it has such images."""
+    path = outdir / _RECORD
+    if not path.exists():
+        if old := next(outdir.glob("[0-9]*.png"), None):
+            raise InputError(
+                f"{outdir} must have no images of unknown settings, got {old.name}: choose another --outdir"
+            )
+        write_bytes(path, json.dumps(settings, indent=1).encode() + b"\n")
+        return
+    try:
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        stored = {}
+    for name, value in settings.items():
+        if stored.get(name) != value:
+            raise InputError(
+                f"images in {outdir} must all have the same settings, got {name} {value} for {stored.get(name)}: "
+                "choose another --outdir"
+            )
 
 
 def _describe(snapshot: Snapshot) -> str:

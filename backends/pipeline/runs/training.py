@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGINT, SIGTERM
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
 from backends.pipeline.checkpoints.states import load_state, save_state
@@ -21,6 +21,7 @@ from edm2_core.errors import InputError
 from edm2_core.ladder import LADDER
 from edm2_core.network import NetworkConfig, multiply_adds, parameter_count
 from edm2_core.schedule import learning_rate
+from edm2_core.state import Arrays
 
 from . import telemetry
 from .command_line import count_text
@@ -31,6 +32,8 @@ from .length_picture import draw_lengths
 from .options import TrainOptions
 from .progress import Progress
 from .resolve import data_spec, microbatches, resolve, with_free_options
+
+_MANY_EPOCHS = 10_000  # the paper's longest run on ImageNet has 1757
 
 
 def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler: OpenSampler, *, prog: str) -> int:
@@ -47,13 +50,17 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
     if options.dry_run:
         place = run.path if run is not None else "a new folder under runs/"
         print(f"{config.to_json()}{_ladder_text(config.network)}")
+        _say_epochs(config)
         print(f"would train from {start} to {config.hyper.duration} images in {place}")
         return 0
     if run is not None and start >= config.hyper.duration:
-        _complete(run, config, dataset, start, open_sampler, prog=prog)
-        return 0
-    trainer = open_trainer(config, options.machine)
-    return _train(config, dataset, trainer, open_sampler, outdir=options.outdir, start=start, prog=prog)[1]
+        print(f"complete {run.path} at {start} images; give a longer --duration to continue it")
+        if options.no_picture or (run.samples_path / "lengths.png").exists():
+            return 0
+        state = load_state(run.state_path, config.network, config.hyper.lengths)
+        return _draw(run, config, dataset, state.params, open_sampler, nimg=start, prog=prog)
+    trainer, picture = open_trainer(config, options.machine), not options.no_picture
+    return _train(config, dataset, trainer, open_sampler, options.outdir, start=start, picture=picture, prog=prog)[1]
 
 
 def train(
@@ -64,12 +71,14 @@ def train(
     *,
     outdir: str | Path | None = None,
     machine: Machine = Machine(),
+    picture: bool = True,
     prog: str,
 ) -> Run | None:
     """Train ``config`` on ``dataset``. Returns the run; None in processes other than the first.
 
     Args:
         outdir: the run folder; a run that stopped in it is resumed. None: a new numbered folder under runs/.
+        picture: draw averages of several lengths at the end.
         prog: the train command, for messages that suggest the next one.
 
     Raises:
@@ -86,7 +95,7 @@ def train(
         return run
     trainer = open_trainer(config, machine)
     folder = None if run is None else run.path
-    finished, status = _train(config, dataset, trainer, open_sampler, outdir=folder, start=start, prog=prog)
+    finished, status = _train(config, dataset, trainer, open_sampler, folder, start=start, picture=picture, prog=prog)
     if status:
         raise KeyboardInterrupt
     return finished
@@ -108,9 +117,10 @@ def _train(
     dataset: Dataset,
     trainer: Trainer,
     open_sampler: OpenSampler,
-    *,
     outdir: Path | None,
+    *,
     start: int,
+    picture: bool,
     prog: str,
 ) -> tuple[Run | None, int]:
     """The run, None in processes that do not write, and the exit status."""
@@ -118,7 +128,7 @@ def _train(
     if outdir is not None and start:
         trainer.load_state(load_state(Run(outdir).state_path, config.network, config.hyper.lengths))
     if trainer.rank != 0:
-        if not (status := _loop(config, dataset, trainer, None)):
+        if not (status := _loop(config, dataset, trainer, None)) and picture:
             trainer.parameters()  # gathered in every process, for the picture
         return None, status
     resumed = outdir is not None and Run(outdir).exists()
@@ -128,9 +138,27 @@ def _train(
     if status := _loop(config, dataset, trainer, run):
         print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.path}")
         return run, status
-    drawn = draw_lengths(run, config, dataset, trainer.parameters(), open_sampler, nimg=trainer.nimg)
-    _say_end(run, config, drawn, prog=prog)
-    return run, 0
+    if not picture:
+        _say_next(run, config, prog=prog)
+        return run, 0
+    return run, _draw(run, config, dataset, trainer.parameters(), open_sampler, nimg=trainer.nimg, prog=prog)
+
+
+def _draw(
+    run: Run, config: TrainConfig, dataset: Dataset, raw: Arrays, open_sampler: OpenSampler, *, nimg: int, prog: str
+) -> int:
+    """Draw the picture at the end of a run. Returns the exit status: 130 if it was interrupted, which loses nothing."""
+    try:
+        drawn = draw_lengths(run, config, dataset, raw, open_sampler, nimg=nimg)
+    except KeyboardInterrupt:
+        print(f"stopped; the run is complete and stored; to draw the picture: {prog} --outdir {run.path}")
+        return 128 + SIGINT
+    if drawn is not None:
+        print(f"picture  {drawn.path}: the raw weights, then averages from short to long")
+        print("error    of denoising: " + ", ".join(f"{name} {error:.4f}" for name, error in drawn.errors.items()))
+        print(f"         on {drawn.measured_on}: not a verdict on samples")
+    _say_next(run, config, prog=prog)
+    return 0
 
 
 def _loop(config: TrainConfig, dataset: Dataset, trainer: Trainer, run: Run | None) -> int:
@@ -252,11 +280,21 @@ def _say_begin(run: Run, config: TrainConfig, trainer: Trainer, *, resumed: bool
     print(f"network  {config.preset}, {_ladder_text(network)}: {cost}, {config.precision}")
     print(f"data     {config.data}: {count} of {size}, {labels}")
     print(f"run      {run.path}: {count_text(hyper.duration)} images in batches of {hyper.batch}")
+    _say_epochs(config)
     if trainer.nimg:
         print(f"resumed  {run.state_path} at {trainer.nimg} images")
     elif resumed:
         print("resumed  at 0 images, because no state was stored yet")
     sys.stdout.flush()  # before the progress on stderr
+
+
+def _say_epochs(config: TrainConfig) -> None:
+    if config.data_summary is None:
+        return
+    epochs = config.hyper.duration / config.data_summary.count
+    print(f"epochs   {epochs:,.1f}" if epochs < 100 else f"epochs   {epochs:,.0f}")
+    if epochs > _MANY_EPOCHS:
+        print(f"note     {epochs:,.0f} epochs are far more than any data needs: choose a shorter --duration")
 
 
 def _ladder_text(network: NetworkConfig) -> str:
@@ -266,12 +304,8 @@ def _ladder_text(network: NetworkConfig) -> str:
     return f"CONFIG {network.ladder}" + (f" with {', '.join(differ)}" if differ else "")
 
 
-def _say_end(run: Run, config: TrainConfig, drawn: tuple[Path, dict[str, float]] | None, *, prog: str) -> None:
+def _say_next(run: Run, config: TrainConfig, *, prog: str) -> None:
     sample = f"{prog.removesuffix('train')}sample --run {run.path}"
-    if drawn is not None:
-        picture, errors = drawn
-        print(f"picture  {picture}: the raw weights, then averages from short to long")
-        print("error    of denoising: " + ", ".join(f"{name} {error:.4f}" for name, error in errors.items()))
     print("next, for example:")
     other = any(length.relative for length in config.hyper.lengths)  # a half-life alone reconstructs few lengths
     print(f"  {sample} --sigma-rel 0.15" if other else f"  {sample}")
@@ -279,12 +313,3 @@ def _say_end(run: Run, config: TrainConfig, drawn: tuple[Path, dict[str, float]]
         print(f"  {sample} --class 3" + " --guidance 2" * (config.network.label_dropout > 0))
     if not isinstance(config.snapshot_plan, TimedPlan):  # a timed plan ends with its run
         print(f"  {prog} --outdir {run.path} --duration {count_text(2 * config.hyper.duration)}")
-
-
-def _complete(
-    run: Run, config: TrainConfig, dataset: Dataset, nimg: int, open_sampler: OpenSampler, *, prog: str
-) -> None:
-    print(f"complete {run.path} at {nimg} images; give a longer --duration to continue it")
-    if not (run.samples_path / "lengths.png").exists():  # stopped between the last state and the picture
-        state = load_state(run.state_path, config.network, config.hyper.lengths)
-        _say_end(run, config, draw_lengths(run, config, dataset, state.params, open_sampler, nimg=nimg), prog=prog)
