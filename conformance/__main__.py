@@ -6,12 +6,16 @@ Options that ``--help`` does not list go to pytest.
 import argparse
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 SUITE = ("--pyargs", "conformance", "-p", "conformance.plugin")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if (message := _of_another_package()) is not None:
+        print("error:", message, file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(
         prog="python -m conformance", description=__doc__, allow_abbrev=False, epilog="More: pytest's own options."
     )
@@ -38,6 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
         return _ask(parser, given)
     # in a process of its own: pytest rewrites the assertions only of modules that it imports first
     return subprocess.call([sys.executable, "-m", "pytest", *SUITE, *_translated(given), *rest])
+
+
+def _of_another_package() -> str | None:
+    """What to do if Python finds another package called backends than edm2's."""
+    import backends
+
+    if find_spec("backends.pipeline") is not None:
+        return None
+    where = ", ".join(backends.__path__)
+    return f"the package backends must be edm2's, got the one in {where}: use python -P -m conformance"
 
 
 def _translated(given: argparse.Namespace) -> list[str]:

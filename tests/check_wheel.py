@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def main() -> None:
     check(len(open_dataset("digits")) == 1797, "the digits are missing")
     shown = subprocess.run([Path(sys.executable).parent / "edm2"], capture_output=True, text=True).stdout
     check("edm2 reconstruct" in shown, "the command edm2 is missing")
+    with tempfile.TemporaryDirectory() as folder:  # a project with a package of the same name
+        (Path(folder) / "backends").mkdir()
+        (Path(folder) / "backends" / "__init__.py").touch()
+        asked = [sys.executable, "-m", "conformance", "--help"]
+        told = subprocess.run(asked, cwd=folder, capture_output=True, text=True)
+        check("python -P -m conformance" in told.stderr and told.stderr.count("\n") == 1, told.stderr)
+        asked = [sys.executable, "-P", "-m", "backends.torch.train", "--nonsense"]
+        told = subprocess.run(asked, cwd=folder, capture_output=True, text=True)
+        check(told.returncode == 2 and "nonsense" in told.stderr + told.stdout, told.stderr)
     missing = subprocess.run([sys.executable, "-m", "backends.torch.train"], capture_output=True, text=True)
     if missing.returncode:  # without the extra: one line that says how to get it
         check(missing.returncode == 2, f"exit status {missing.returncode} without PyTorch")

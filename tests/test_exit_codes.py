@@ -33,6 +33,16 @@ def test_a_full_disk_is_one_line_and_status_2(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_package_of_an_extra_that_is_missing_is_one_line(capsys):
+    for name in ("tyro", "numkong", "matplotlib"):
+        assert ends_with(ModuleNotFoundError(f"No module named '{name}'", name=name))() == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: this command needs {name}, which is not installed: pip install 'edm2[torch]'")
+        assert told.count("\n") == 1
+    with pytest.raises(ModuleNotFoundError):
+        ends_with(ModuleNotFoundError("No module named 'ours'", name="ours"))()
+
+
 def test_other_faults_keep_their_traceback():
     with pytest.raises(PermissionError):
         ends_with(PermissionError(errno.EACCES, "no"))()

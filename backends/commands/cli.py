@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from backends.pipeline.runs.command_line import parse
 from backends.pipeline.runs.exit_codes import command
 from edm2_core import __version__
 from edm2_core.errors import InputError
@@ -32,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         raise InputError(f"edm2 must be followed by one of {', '.join(COMMANDS)}, got {name!r}: see edm2 --help")
+    from backends.pipeline.runs.command_line import parse  # needs tyro, which a plain install lacks
+
     module_name, text = COMMANDS[name]
     module = import_module(f"backends.commands.{module_name}")
     options = parse(module.Options, words, prog=f"edm2 {name}", description=f"{text[0].upper()}{text[1:]}.")

@@ -2,15 +2,14 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from backends.pipeline.runs.command_line import parse
 from backends.pipeline.runs.exit_codes import command
-from backends.pipeline.runs.folder import newest
-from backends.pipeline.runs.options import SampleOptions
-from backends.pipeline.runs.precision import say_if_slow
-from backends.pipeline.runs.sampling import run_sampling
-from backends.ports import OpenSampler
 from edm2_core.errors import InputError
+
+if TYPE_CHECKING:
+    from backends.pipeline.runs.options import SampleOptions
+    from backends.ports import OpenSampler
 
 PROG = "python -m backends.mlx.sample"
 TRAIN = "python -m backends.mlx.train"
@@ -18,6 +17,10 @@ TRAIN = "python -m backends.mlx.train"
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    from backends.pipeline.runs.command_line import parse  # needs packages that a plain install lacks
+    from backends.pipeline.runs.options import SampleOptions
+    from backends.pipeline.runs.sampling import run_sampling
+
     options = parse(SampleOptions, argv, prog=PROG, description="Sample with MLX; by default, the newest run.")
     if options.run is None and options.net is None and not _any_run():
         return 2
@@ -28,8 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def open_sampler(options: SampleOptions) -> OpenSampler:
+def open_sampler(options: "SampleOptions") -> "OpenSampler":
     """On the device and in the precision that ``options`` name."""
+    from backends.pipeline.runs.precision import say_if_slow
+
     from .port import Port  # MLX takes a moment to import: help and wrong flags do without it
 
     port = Port(device=options.device, precision=options.precision)
@@ -39,6 +44,8 @@ def open_sampler(options: SampleOptions) -> OpenSampler:
 
 def _any_run() -> bool:
     """Whether there is a run to sample; if not, prints two lines on how to get one."""
+    from backends.pipeline.runs.folder import newest
+
     try:
         newest(train=TRAIN)
     except InputError as error:

@@ -7,14 +7,13 @@ them.
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backends.pipeline.runs.command_line import count_text, flags_given
 from backends.pipeline.runs.exit_codes import command
-from backends.pipeline.runs.options import TrainOptions, parse_train
-from backends.pipeline.runs.precision import say_if_slow
-from backends.pipeline.runs.training import run_training
 from edm2_core.presets import Ki
+
+if TYPE_CHECKING:
+    from backends.pipeline.runs.options import TrainOptions
 
 PROG = "python -m backends.mlx.train"
 # Enough for minutes on MLX's slow CPU build: more steps of fewer images than the preset's
@@ -23,7 +22,13 @@ SMALLER: dict[str, Any] = {"duration": 6 * Ki, "batch": 32, "rampup": Ki, "snaps
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    from backends.pipeline.runs.command_line import count_text  # needs packages that a plain install lacks
+    from backends.pipeline.runs.options import parse_train
+
     options = parse_train(argv, prog=PROG, description="Train EDM2 with MLX; with no argument, on digits.")
+    from backends.pipeline.runs.precision import say_if_slow
+    from backends.pipeline.runs.training import run_training
+
     from . import device  # MLX takes a moment to import: help and wrong flags do without it
     from .port import Port
     from .trainer import MLXTrainer
@@ -40,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _asks_for_defaults(options: TrainOptions, words: Sequence[str]) -> bool:
+def _asks_for_defaults(options: "TrainOptions", words: Sequence[str]) -> bool:
     """Whether this starts a run on digits whose size was left to us."""
+    from backends.pipeline.runs.command_line import flags_given
+
     digits = options.data in (None, "digits") and options.preset == "digits"
     return digits and options.previous is None and not flags_given(words) & SMALLER.keys()
 

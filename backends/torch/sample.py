@@ -2,25 +2,31 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from backends.pipeline.runs.command_line import parse
 from backends.pipeline.runs.exit_codes import command
-from backends.pipeline.runs.options import SampleOptions
-from backends.pipeline.runs.precision import say_if_slow
-from backends.pipeline.runs.sampling import run_sampling
-from backends.ports import OpenSampler
+
+if TYPE_CHECKING:
+    from backends.pipeline.runs.options import SampleOptions
+    from backends.ports import OpenSampler
 
 PROG = "python -m backends.torch.sample"
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    from backends.pipeline.runs.command_line import parse  # needs packages that a plain install lacks
+    from backends.pipeline.runs.options import SampleOptions
+    from backends.pipeline.runs.sampling import run_sampling
+
     options = parse(SampleOptions, argv, prog=PROG, description="Sample with PyTorch; by default, the newest run.")
     run_sampling(options, open_sampler(options), prog=PROG)
 
 
-def open_sampler(options: SampleOptions) -> OpenSampler:
+def open_sampler(options: "SampleOptions") -> "OpenSampler":
     """On the device and in the precision that ``options`` name."""
+    from backends.pipeline.runs.precision import say_if_slow
+
     from . import device  # PyTorch takes seconds to import: help and wrong flags do without it
     from .port import Port
 

@@ -7,16 +7,18 @@ import sys
 from collections.abc import Sequence
 
 from backends.pipeline.runs.exit_codes import command
-from backends.pipeline.runs.options import parse_train
-from backends.pipeline.runs.precision import say_if_slow
-from backends.pipeline.runs.training import run_training
 
 PROG = "python -m backends.torch.train"
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    from backends.pipeline.runs.options import parse_train  # needs packages that a plain install lacks
+
     options = parse_train(argv, prog=PROG, description="Train EDM2 with PyTorch; with no argument, on digits.")
+    from backends.pipeline.runs.precision import say_if_slow
+    from backends.pipeline.runs.training import run_training
+
     from . import device  # PyTorch takes seconds to import: help and wrong flags do without it
     from .port import Port
     from .trainer import TorchTrainer

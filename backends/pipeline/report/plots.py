@@ -40,7 +40,7 @@ def figure(columns: int, *, size: tuple[float, float] = (6.4, 4.4)) -> "tuple[Fi
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise InputError("pictures need matplotlib, which is not installed: pip install 'edm2[plot]'") from error
+        raise InputError("pictures need matplotlib, which is not installed: pip install 'edm2[run]'") from error
     drawn = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
     return drawn, np.atleast_1d(drawn.subplots(1, columns)).tolist()
 

@@ -15,6 +15,7 @@ from edm2_core.errors import InputError
 
 P = ParamSpec("P")
 _FRAMEWORKS = ("torch", "jax", "mlx")
+_OF_COMMANDS = ("tyro", "tqdm", "PIL", "threadpoolctl", "numkong", "matplotlib")
 
 
 def command(main: Callable[P, int | None], /) -> Callable[P, int]:
@@ -27,9 +28,12 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
         except InputError as error:
             return _fail(str(error))
         except ImportError as error:
-            if (framework := missing_framework(error)) is None:
+            if (framework := missing_framework(error)) is not None:
+                return _fail(f"this command needs {framework}, which is not installed: {_to_install(framework)}")
+            if error.name not in _OF_COMMANDS:
                 raise
-            return _fail(f"this command needs {framework}, which is not installed: {_to_install(framework)}")
+            extras = "pip install 'edm2[torch]', 'edm2[jax]' or 'edm2[mlx]', or 'edm2[run]' without a framework"
+            return _fail(f"this command needs {error.name}, which is not installed: {extras}")
         except BrokenPipeError:  # the reader closed our output: discard what is still buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
