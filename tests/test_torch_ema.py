@@ -191,6 +191,18 @@ def test_a_replaced_parameter_is_refused_by_name() -> None:
         ema.update(time=1, delta=1)
 
 
+def test_parameters_that_the_state_dict_leaves_out_are_averaged_too() -> None:
+    class Shortened(nn.Linear):
+        def state_dict(self, *args: object, **options: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
+            return {"weight": self.weight}
+
+    module = Shortened(2, 2)
+    ema = PowerEMA(module)
+    walk(module, torch.Generator().manual_seed(0))
+    ema.update(time=1, delta=1)
+    assert torch.equal(ema.averages[Length.of(0.05)]["bias"], module.bias)
+
+
 def test_what_is_reconstructed_loads_into_a_module_wrapped_in_any_way(tmp_path: Path) -> None:
     module = make_module()
     ema = PowerEMA(module)

@@ -62,7 +62,7 @@ def to_tensor(array: np.ndarray, /) -> Tensor:
 
 def tensors(network: nn.Module, /) -> dict[str, Tensor]:
     """Parameters and buffers of ``network`` by canonical name, sharing its memory."""
-    state = network.state_dict(keep_vars=True)
+    state = dict(network.named_parameters()) | network.state_dict(keep_vars=True)  # which some modules shorten
     return {name: state[own] for own, name in canonical_names(state).items() if isinstance(state[own], Tensor)}
 
 

@@ -43,22 +43,22 @@ def save_gathered(
     Raises:
         InputError: as :func:`save_averages`, in every process.
     """
-    error: InputError | None = None
+    error: Exception | None = None
     paths: list[Path] = []
     if processes.rank == 0:
         groups = groupby(gathered, key=itemgetter(0))
         averages = ((length, ((name, array) for _, name, array in group)) for length, group in groups)
         try:
             paths = save_averages(folder, averages, time=time, kept=kept, dtype=dtype)
-        except InputError as failed:
+        except Exception as failed:
             error = failed
-    seen = {length for length, _, _ in gathered}  # after an error the others still wait for this process to take part
+    seen = dict.fromkeys(length for length, _, _ in gathered)  # also after an error: others wait for this process
     failed_there = processes.tell(error is not None)
     if error is not None:
         raise error
     if failed_there:
         raise InputError("averages must be written by the first process, got an error there: see its message")
-    return paths or [Path(folder, tracked_name(time, length)) for length in sorted(seen)]
+    return paths or [Path(folder, tracked_name(time, length)) for length in seen]
 
 
 def save_averages(
