@@ -61,7 +61,7 @@ class Study:
         command = import_module(f"backends.{self.port}.train").main
         first = () if run.exists() else ("--preset", "digits", "--data", self.data)
         print(f"\n{name}: python -m backends.{self.port}.train {' '.join(map(str, options))}", flush=True)
-        if command([*map(str, (*first, *options)), "--outdir", str(run.path)]):
+        if command([*map(str, (*first, *options)), "--outdir", str(run.path), "--no-picture"]):
             raise InputError(f"a run must be complete, got {run.path}, which stopped: see the message above")
         return run
 
