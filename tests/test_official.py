@@ -151,10 +151,14 @@ def test_the_command_writes_a_snapshot_and_names_the_licence(tmp_path, capsys):
 
 
 def test_a_folder_of_pickles_is_reconstructed_from(tmp_path, capsys):
-    for kimg in (8000, 16000):
+    for kimg in (0, 8000, 16000):
         for s in (0.05, 0.1):
             write(tmp_path / f"network-snapshot-{kimg:07d}-{s:.3f}.pkl", network)
+    (tmp_path / "training-state-0016000.pt").write_bytes(b"x")
     assert main(["reconstruct", str(tmp_path), "--sigma-rels", "0.07", "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert "left out  network-snapshot-0000000-0.050.pkl, network-snapshot-0000000-0.100.pkl: time 0" in out
+    assert "files     4, from time 8000000 to 16000000" in out
     made = load_snapshot(tmp_path / "reconstructed" / "0016000-0.070.safetensors")
     assert np.allclose(made.params["unet.out_conv.weight"], PARAMS["unet.out_conv.weight"], rtol=2e-3, atol=2e-3)
 

@@ -41,7 +41,8 @@ def times(folder, **described):
         ),
         (["checkpoint-500/unet", "checkpoint-1000/unet"], {}, "checkpoint-{time}/unet", [500, 1000]),
         (["0-last"], {"pattern": "0-last", "last_time": 7}, "0-last", [7]),
-        (["model-300"], {}, "model-{time}", [300]),
+        (["model_v2"], {"last_time": 300}, "model_v2", [300]),
+        (["step1100_v", "step2100_v"], {"pattern": "*{time}_v"}, "*{time}_v", [1100, 2100]),
     ],
 )
 def test_the_time_is_the_number_that_differs_between_all_names(names, given, pattern, wanted):
@@ -54,12 +55,13 @@ def test_the_time_is_the_number_that_differs_between_all_names(names, given, pat
 @pytest.mark.parametrize(
     ("names", "given", "message"),
     [
-        (["cat_v2-000001", "cat_v2-000009", "cat_v2"], {}, "got cat_v2 besides: add --last-time if it is the last"),
+        (["cat_v2-000001", "cat_v2-000009", "cat_v2"], {}, "got cat_v2 besides: give --last-time if it is the last"),
         (["epoch=0-step=400", "epoch=1-step=800"], {}, r"'epoch={time}-step=\*' or 'epoch=\*-step={time}'.*--pattern"),
         (["model_512_v2"], {}, "'model_{time}_v2' or 'model_512_v{time}'"),
         (["a-1", "a-2", "b-1", "c-3"], {}, "got b-1, c-3 besides: give --pattern"),
-        (["a-1", "a-01"], {}, "times must differ and be above 0, got 1 in a-01, a-1"),
-        (["a-0", "a-1"], {}, "above 0, got 0 in a-0"),
+        (["m_1_10", "m_2_10", "m_3_20"], {}, r"'m_{time}_\*' or 'm_\*_{time}'"),
+        (["cat_v2"], {}, "where it may be 'cat_v{time}': give it with --pattern or --last-time"),
+        (["m-1", "m-2"], {"last_time": 3}, "--last-time is for a name without time"),
         (["weights"], {}, "must show which number is the time, got weights: give it with --pattern"),
         (["a-1"], {"pattern": "{time}-{time}"}, "must have one {time}"),
     ],
@@ -75,7 +77,7 @@ def test_the_pattern_is_shown_and_the_last_file_is_asked_about(tmp_path, capsys)
     save(tmp_path / "cat_v2.safetensors", 10)
     arguments = ["reconstruct", str(tmp_path), "--source-raw", "1", "--sigma-rels", "0.1"]
     assert main(arguments) == 2
-    assert "got cat_v2 besides: add --last-time" in capsys.readouterr().err
+    assert "got cat_v2 besides: give --last-time" in capsys.readouterr().err
     assert main([*arguments, "--last-time", "10"]) == 0
     out = capsys.readouterr().out
     assert out.index("times     in names like cat_v2-{time}: 1 to 10") < out.index("files     10, from time 1 to 10")
@@ -91,19 +93,68 @@ def test_metadata_comes_before_names_and_is_kept(tmp_path, capsys):
     assert (metadata["ss_network_dim"], metadata["ss_steps"], "other" in metadata) == ("4", "450", False)
 
 
+def test_times_are_never_partly_recorded_and_partly_named(tmp_path):
+    for epoch in (1, 2):
+        save(tmp_path / f"cat-00000{epoch}.safetensors", epoch, {"ss_steps": str(150 * epoch)})
+    with pytest.raises(InputError, match="--last-time is for a file without a time, got 2 that record theirs"):
+        times(tmp_path, last_time=3)
+    save(tmp_path / "cat-000003.safetensors", 3)
+    with pytest.raises(InputError, match=r"got cat-000003 beside 2, from 150 to 300: give --last-time.*or --pattern"):
+        times(tmp_path)
+    assert times(tmp_path, last_time=450) == [150, 300, 450]
+    assert times(tmp_path, pattern="cat-{time}") == [1, 2, 3]
+
+
+def test_equal_times_are_refused_and_a_pattern_comes_before_metadata(tmp_path):
+    for epoch in (1, 2):  # steps that were counted anew
+        save(tmp_path / f"cat-00000{epoch}.safetensors", epoch, {"ss_steps": "150"})
+    with pytest.raises(InputError, match=r"times must differ, got 150 in \S+cat-000001\.safetensors, \S+cat-000002"):
+        times(tmp_path)
+    assert times(tmp_path, pattern="cat-{time}") == [1, 2]
+    save(tmp_path / "cat-02.safetensors")
+    with pytest.raises(InputError, match=r"times must differ, got 2 in"):
+        times(tmp_path, pattern="cat-{time}")
+
+
+def test_files_before_training_are_left_out(tmp_path):
+    said = []
+    for step in (0, 10):
+        save(tmp_path / f"m-{step}.safetensors")
+    (source,) = open_sources(tmp_path, described=Described(lengths=RAW), show=said.append)
+    assert source.time == 10
+    assert said[1] == "left out  m-0.safetensors: time 0 is before training, when nothing has been averaged"
+
+
 def test_folders_of_checkpoints_are_found(tmp_path):
     for step in (500, 1000):
         save(tmp_path / f"checkpoint-{step}" / "model.safetensors", step)
         (tmp_path / f"checkpoint-{step}" / "optimizer.bin").write_bytes(b"x")
         (tmp_path / f"checkpoint-{step}" / "random_states_0.pkl").write_bytes(b"x")
+    save(tmp_path / "reconstructed" / "000000001000-0.100.safetensors")  # an earlier output
     assert times(tmp_path) == [500, 1000]
+    save(tmp_path / "model.safetensors", 1500)
+    with pytest.raises(InputError, match=r"as in checkpoint-{time}, got model besides: give --last-time"):
+        times(tmp_path)
+    assert times(tmp_path, last_time=1500) == [500, 1000, 1500]
+
+
+def test_one_of_several_files_in_a_checkpoint_is_chosen_by_the_pattern(tmp_path):
+    for step in (500, 1000):
+        for name in ("model", "model_1"):
+            save(tmp_path / f"step_{step}" / f"{name}.safetensors", step)
+    with pytest.raises(InputError, match=r"with --pattern 'step_{time}/model' or 'step_{time}/model_1'"):
+        times(tmp_path)
+    sources = open_sources(tmp_path, described=Described(lengths=RAW, pattern="step_{time}/model_1"))
+    assert [(source.time, source.path.stem) for source in sources] == [(500, "model_1"), (1000, "model_1")]
 
 
 def test_one_of_several_networks_in_a_checkpoint_is_chosen_by_the_pattern(tmp_path):
     for step in (500, 1000):
         for name in ("unet", "unet_ema"):
             save(tmp_path / f"checkpoint-{step}" / name / "diffusion_pytorch_model.safetensors", step)
-    with pytest.raises(InputError, match=r"got 2: choose one with --pattern 'checkpoint-{time}/unet' or .*/unet_ema'"):
+    with pytest.raises(
+        InputError, match=r"got 2, .*: choose one with --pattern 'checkpoint-{time}/unet' or .*/unet_ema'"
+    ):
         times(tmp_path)
     sources = open_sources(tmp_path, described=Described(lengths=RAW, pattern="checkpoint-{time}/unet_ema"))
     assert [(source.time, source.path.parent.name) for source in sources] == [(500, "unet_ema"), (1000, "unet_ema")]
@@ -120,17 +171,18 @@ def test_weights_in_several_files_are_one(tmp_path):
     first, last = open_sources(tmp_path, described=Described(lengths=RAW))
     assert (first.time, last.time) == (5, 10)
     assert {name: array.tolist() for name, array in last.load().params.items()} == {"a": [10] * 3, "b": [20] * 3}
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone"}}')
-    with pytest.raises(InputError, match="gone must be a file that can be read"):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    with pytest.raises(InputError, match=r"gone\.safetensors must be a file that can be read"):
         times(tmp_path)
 
 
 def test_files_of_several_kinds_are_refused_and_states_of_training_left_aside(tmp_path):
-    save(tmp_path / "model-1.safetensors")
+    for step in (1, 2):
+        save(tmp_path / f"model-{step}.safetensors")
     (tmp_path / "training-state-0000001.pt").write_bytes(b"x")
-    assert times(tmp_path) == [1]
-    (tmp_path / "model-2.ckpt").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"of one kind, got 1 \.ckpt and 1 \.safetensors"):
+    assert times(tmp_path) == [1, 2]
+    (tmp_path / "model-3.ckpt").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"of one kind, got 1 \.ckpt and 2 \.safetensors"):
         times(tmp_path)
 
 
@@ -146,8 +198,41 @@ def test_checkpoints_of_lightning_and_plain_weights_are_read(tmp_path):
     assert times(tmp_path / "pl") == [400, 800]
     assert times(tmp_path / "plain") == [1, 2]
     torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.ones(2)}}, tmp_path / "plain" / "w_3.pt")
-    with pytest.raises(InputError, match="must hold one dict of tensors, got model, ema"):
+    with pytest.raises(InputError, match="must hold one dict of tensors, got ema, model"):
         times(tmp_path / "plain")
+
+
+def test_weights_are_never_taken_for_others(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    states = {
+        "got loss, model": {"model": {"w": torch.ones(2)}, "loss": torch.tensor(0.1)},
+        "got epoch, path": {"epoch": 1, "path": "x"},
+        "got torch.complex64 in w: convert it": {"w": torch.ones(2, dtype=torch.complex64)},
+    }
+    for message, state in states.items():
+        torch.save(state, tmp_path / "m-1.pt")
+        with pytest.raises(InputError, match=message):
+            times(tmp_path, pattern="m-{time}")
+    whole = {"w": torch.nn.Parameter(torch.ones(2, 3).T), "n": torch.ones(2, dtype=torch.int16)}
+    torch.save(whole, tmp_path / "m-1.pt")
+    (source,) = open_sources(tmp_path, described=Described(lengths=RAW, pattern="m-{time}"))
+    assert {name: array.shape for name, array in source.load().params.items()} == {"w": (3, 2), "n": (2,)}
+
+
+def test_weights_of_pytorch_in_several_files_are_one(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    for step in (5, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        places = {name: f"pytorch_model-0000{i}-of-00002.bin" for i, name in enumerate(("a", "b"), start=1)}
+        for name, place in places.items():
+            torch.save({name: torch.full((2,), float(step))}, folder / place)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    first, last = open_sources(tmp_path, described=Described(lengths=RAW))
+    assert (first.time, {name: array.tolist() for name, array in last.load().params.items()}) == (
+        5,
+        {"a": [10, 10], "b": [10, 10]},
+    )
 
 
 def test_averages_that_nothing_can_be_made_of_are_left_out_by_name(tmp_path, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from backends.pipeline.checkpoints.combination import Combination
+from backends.pipeline.checkpoints.folders import OUTPUTS
 from backends.pipeline.checkpoints.outputs import Writer, plan_outputs
 from backends.pipeline.checkpoints.reconstruct import GiB
 from backends.pipeline.checkpoints.sources import Broken, Source
@@ -78,7 +79,7 @@ def _reconstruct(options: Options, sources: list[Source]) -> int:
     _print_errors(combination, options.max_error)
     if options.dry_run:
         return 0
-    folder = options.outdir or options.source / "reconstructed"
+    folder = options.outdir or options.source / OUTPUTS
     todo, existing = plan_outputs(folder, combination, dtype=options.dtype)
     for output in existing:
         print(f"exists    {output.path}")

@@ -19,7 +19,7 @@ class SourceOptions:
     """A run, or a folder of snapshots, of ema-pytorch's files, of checkpoints named by step, of official pickles."""
     pattern: str | None = None
     """Where the time is in names of files that do not record it, such as 'step{time}_cat_*' or
-    'checkpoint-{time}/unet_ema'. Without it: the number that differs."""
+    'checkpoint-{time}/unet_ema'. Without it: the one number that differs between all names."""
     last_time: int | None = None
     """Time of the one file whose name has none."""
     skip_broken: bool = False

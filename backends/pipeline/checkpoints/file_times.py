@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from edm2_core.errors import InputError
 
-_TIME = "{time}"
+TIME = "{time}"
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,12 @@ class NamedTimes:
 
 
 def pattern_regex(pattern: str, /) -> re.Pattern[str]:
-    """What a pattern matches, with the time as its group. Raises InputError if ``{time}`` is in it twice."""
-    parts = [re.escape(part).replace(r"\*", ".*") for part in pattern.split(_TIME)]
+    """What a pattern matches, with the time, a whole number, as its group. Raises InputError if ``{time}`` is in it
+    twice."""
+    parts = [re.escape(part).replace(r"\*", ".*?") for part in pattern.split(TIME)]
     if len(parts) > 2:
-        raise InputError(f"--pattern must have one {_TIME}, got {pattern!r}: write * for other numbers")
-    return re.compile(r"(\d+)".join(parts))
+        raise InputError(f"--pattern must have one {TIME}, got {pattern!r}: write * for other numbers")
+    return re.compile(r"(\d+)(?!\d)".join(parts))
 
 
 def named_times(names: Sequence[str], /, *, pattern: str | None, last_time: int | None) -> NamedTimes:
@@ -39,27 +40,27 @@ def named_times(names: Sequence[str], /, *, pattern: str | None, last_time: int 
     ``last_time`` is that of a single name without a number: the last file of some trainers.
 
     Raises:
-        InputError: names that share no pattern, or more than one; a name without number and no ``last_time``; equal
-            times.
+        InputError: names that share no pattern, or more than one; a name without number and no ``last_time``, or a
+            ``last_time`` and no such name.
     """
     if pattern is None:
         skeletons = {name: re.sub(r"\d+", "#", name) for name in names}
         usual, _ = max(Counter(skeletons.values()).items(), key=lambda item: (item[1], item[0].count("#")))
         numbered = [name for name in names if skeletons[name] == usual]
-        pattern = _common_pattern(numbered)
+        pattern = names[0] if len(names) == 1 and last_time is not None else _common_pattern(numbered)
     found = {name: match for name in names if (match := pattern_regex(pattern).fullmatch(name))}
-    times = {name: int(match[1]) for name, match in found.items()} if _TIME in pattern else {}
-    if others := [name for name in names if name not in times]:
-        if len(others) > 1 or last_time is None:
-            raise InputError(
-                f"names must all have their time, as in {pattern}, got {_some(others)} besides: "
-                + ("add --last-time if it is the last" if len(others) == 1 else "give --pattern, or move them away")
-            )
+    times = {name: int(match[1]) for name, match in found.items()} if TIME in pattern else {}
+    others = [name for name in names if name not in times]
+    if len(others) > 1 or (others and last_time is None):
+        last = "--last-time if it is the last, or " if len(others) == 1 else ""
+        raise InputError(
+            f"names must all have their time, as in {pattern}, got {some(others)} besides: "
+            f"give {last}--pattern, or move what is no checkpoint away"
+        )
+    if last_time is not None:
+        if not others:
+            raise InputError(f"--last-time is for a name without time, got times in all names, by {pattern}: omit it")
         times[others[0]] = last_time
-    for time, count in Counter(times.values()).items():
-        if count > 1 or not time:
-            same = [name for name in names if times[name] == time]
-            raise InputError(f"times must differ and be above 0, got {time} in {_some(same)}: give --pattern")
     return NamedTimes(pattern, times)
 
 
@@ -67,24 +68,24 @@ def _common_pattern(names: Sequence[str]) -> str:
     """The pattern of names that differ only in numbers: the number that varies is the time."""
     pieces = [re.split(r"(\d+)", name) for name in names]
     numbers = range(1, len(pieces[0]), 2)
-    varying = [i for i in numbers if len({piece[i] for piece in pieces}) == len(names) > 1] or list(numbers)
-    if any(len({piece[i] for piece in pieces}) > 1 for i in set(numbers) - set(varying)):
-        varying = list(numbers)  # another number varies too, though not in every name
+    varying = [i for i in numbers if len({piece[i] for piece in pieces}) > 1] or list(numbers)
     candidates = [_with_time(pieces, at) for at in varying]
-    if len(candidates) != 1:
-        got = f"{_some(names)}, where it may be {' or '.join(map(repr, candidates))}" if candidates else _some(names)
-        raise InputError(f"names must show which number is the time, got {got}: give it with --pattern")
+    if len(candidates) != 1 or len(names) == 1:  # a single name may have the number of a version
+        got = f"{some(names)}, where it may be {' or '.join(map(repr, candidates))}" if candidates else some(names)
+        ways = "--pattern" + " or --last-time" * (len(names) == 1)
+        raise InputError(f"names must show which number is the time, got {got}: give it with {ways}")
     return candidates[0]
 
 
 def _with_time(pieces: Sequence[Sequence[str]], at: int) -> str:
     """The pattern in which the number ``at`` is the time, and others that vary are ``*``."""
     parts = [
-        _TIME if i == at else part if len({piece[i] for piece in pieces}) == 1 else "*"
+        TIME if i == at else part if len({piece[i] for piece in pieces}) == 1 else "*"
         for i, part in enumerate(pieces[0])
     ]
     return "".join(parts)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str], /) -> str:
+    """The first of ``names``, and how many more there are, for a message."""
     return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -23,8 +23,8 @@ from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
 
 from .described import Described
-from .file_times import named_times
-from .folders import FoundFile, ShardedFile, find_files
+from .file_times import TIME, named_times, some
+from .folders import INDEX, FoundFile, ShardedFile, find_files
 from .safetensors_io import Reader, TensorFile
 from .snapshots import KIND, Metadata, Snapshot, metadata_of, read_params, with_params
 from .torch_files import Unreachable
@@ -83,8 +83,8 @@ def open_sources(
     nothing can be made of it.
 
     Raises:
-        InputError: nothing there; names that do not tell the time; or a broken file: damaged, foreign, of other arrays
-            or of another network.
+        InputError: nothing there; times that are unknown, or the same in averages of one length; or a broken file:
+            damaged, foreign, of other arrays or of another network.
     """
     described = described or Described()
     if isinstance(source, str | Path):
@@ -100,21 +100,21 @@ def open_sources(
             if skip is None:
                 raise broken from error
             skip(broken)
-    times: dict[str, int] = {}
-    if unnamed := [file.name for file in opened if not file.metadata.nimg]:
-        named = named_times(unnamed, pattern=described.pattern, last_time=described.last_time)
-        show(str(named))
-        times = named.times
+    times = _times(opened, described, show) if opened else {}
     sources, left_out = [], dict[str, list[str]]()
     for one in opened:
         try:
             length = one.metadata.length or described.length(one.path, one.index)
+            if not times[one.path]:
+                raise Unreachable("time 0 is before training, when nothing has been averaged")
         except Unreachable as error:
-            left_out.setdefault(str(error), []).append(one.path.name)
+            shown = one.path.name if one.path.stem == one.name else one.name
+            left_out.setdefault(str(error), []).append(shown)
             continue
-        metadata = replace(one.metadata, nimg=one.metadata.nimg or times[one.name])
+        metadata = replace(one.metadata, nimg=times[one.path])
         sources.append(Source(path=one.path, metadata=metadata, length=length, reader=one.reader))
     sources = _agreeing(sources, skip)
+    _check_different(sources)
     if not sources:
         why = next(iter(left_out), "copy them again")
         raise InputError(
@@ -127,43 +127,78 @@ def open_sources(
 
 @dataclass(frozen=True)
 class _Opened:
-    """An open file: its name, the index of its average (0 where there is one), what it records (nimg 0: no time)."""
+    """An open file: its name, the index of its average (0 where there is one), and what it records, perhaps no time."""
 
     path: Path
     name: str
     index: int
+    time: int | None
     metadata: Metadata
     reader: Reader
 
 
+def _times(opened: Sequence[_Opened], described: Described, show: Callable[[str], None]) -> dict[Path, int]:
+    """The time of each file: as the files record it, or by their names, but never in part by each, whose units may
+    differ. A pattern that says where the time is comes before what is recorded."""
+    recorded = {one.path: one.time for one in opened if one.time is not None}
+    unknown = {one.path: one.name for one in opened if one.time is None}
+    pattern, last = described.pattern, described.last_time
+    if not recorded or TIME in (pattern or ""):
+        named = named_times([one.name for one in opened], pattern=pattern, last_time=last)
+        show(str(named))
+        return {one.path: named.times[one.name] for one in opened}
+    if not unknown and last is not None:
+        raise InputError(f"--last-time is for a file without a time, got {len(recorded)} that record theirs: omit it")
+    if len(unknown) > 1 or (unknown and last is None):
+        span = f"{min(recorded.values())} to {max(recorded.values())}"
+        raise InputError(
+            f"files must all record their time, got {some([*unknown.values()])} beside {len(recorded)}, from {span}: "
+            f"give {'--last-time if it is the last, or ' * (len(unknown) == 1)}--pattern to take all times from names"
+        )
+    return recorded | {path: last for path in unknown if last is not None}
+
+
+def _check_different(sources: Sequence[Source]) -> None:
+    same: dict[tuple[int, Length], list[str]] = {}
+    for source in sources:
+        same.setdefault((source.time, source.length), []).append(str(source.path))
+    for (time, _), names in same.items():
+        if len(names) > 1:
+            raise InputError(
+                f"times must differ, got {time} in {some(names)}: move one away, or give --pattern for other times"
+            )
+
+
 def _open(file: FoundFile) -> _Opened:
-    index, metadata, reader = _read(file.path)
-    return _Opened(file.path, file.name, index, metadata, reader)
+    return _Opened(file.path, file.name, *_read(file.path))
 
 
-def _read(path: Path) -> tuple[int, Metadata, Reader]:
-    if path.is_dir():
-        return 0, _foreign(), ShardedFile(path)
+def _read(path: Path) -> tuple[int, int | None, Metadata, Reader]:
+    """Index, time, metadata and arrays."""
+    if path.name.endswith(INDEX):
+        return 0, None, _foreign(), ShardedFile(path)
     if path.suffix == ".pkl":
         from .official import open_official
 
-        return 0, *open_official(path)
+        metadata, pickled = open_official(path)
+        return 0, metadata.nimg, metadata, pickled
     if path.suffix != ".safetensors":
         from .torch_files import TorchFile, index_and_step
 
         weights = TorchFile(path)
         index, time = index_and_step(path) if weights.posthoc else (0, weights.time)
-        return index, _foreign(time), weights
+        return index, time, _foreign(), weights
     file = TensorFile(path)
     if file.metadata.get("format") == KIND:
-        return 0, metadata_of(file), file
+        metadata = metadata_of(file)
+        return 0, metadata.nimg, metadata, file
     others = {key: text for key, text in file.metadata.items() if key.startswith("ss_")}  # of LoRA tools
     steps = others.get("ss_steps", "")
-    return 0, _foreign(int(steps) if steps.isdecimal() else None, others), file
+    return 0, int(steps) if steps.isdecimal() else None, _foreign(others), file
 
 
-def _foreign(time: int | None = None, others: Mapping[str, str] | None = None) -> Metadata:
-    return Metadata(config=None, nimg=time or 0, length=None, others=others or {})
+def _foreign(others: Mapping[str, str] | None = None) -> Metadata:
+    return Metadata(config=None, nimg=0, length=None, others=others or {})
 
 
 def _agreeing(sources: Sequence[Source], skip: Skip | None) -> list[Source]:

@@ -12,7 +12,8 @@ import numpy as np
 from edm2_core.ema import Length, gamma_to_sigma_rel, sigma_rel_to_gamma
 from edm2_core.errors import InputError
 
-from .safetensors_io import Entry
+from .file_times import some
+from .safetensors_io import DTYPES, Entry
 
 _PREFIX = "ema_model."
 
@@ -31,14 +32,18 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         import torch
 
-        codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-        codes |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+        codes = {torch.from_numpy(np.empty(0, dtype)).dtype: code for code, dtype in DTYPES.items() if code != "BF16"}
+        codes[torch.bfloat16] = "BF16"
         self._bits = torch.uint16
         try:
             state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
             self.posthoc = any(str(name).startswith(_PREFIX) for name in state)
             self.time = step if isinstance(step := state.get("global_step"), int) and step > 0 else None
-            self._tensors = _posthoc(state) if self.posthoc else _weights(path, state, torch.Tensor)
+            tensors = _posthoc(state) if self.posthoc else _weights(path, state, torch.Tensor)
+            if others := [name for name, t in tensors.items() if t.dtype not in codes]:
+                got = f"{tensors[others[0]].dtype} in {others[0]}"
+                raise InputError(f"{path} must hold {', '.join(DTYPES)}, got {got}: convert it")
+            self._tensors = {name: t.detach() for name, t in tensors.items()}
             self.entries = {n: Entry(codes[t.dtype], tuple(t.shape), 0) for n, t in self._tensors.items()}
         except InputError:
             raise
@@ -60,17 +65,16 @@ def _posthoc(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _weights(path: Path, state: Mapping[str, Any], tensor: type) -> dict[str, Any]:
     """The one dict of tensors in ``state``: itself, or that under one of its keys."""
-    if own := {name: value for name, value in state.items() if isinstance(value, tensor)}:
-        return own
     inner = {
         key: value
         for key, value in state.items()
         if isinstance(value, Mapping) and value and all(isinstance(x, tensor) for x in value.values())
     }
-    if len(inner) != 1:
-        got = ", ".join(map(str, inner)) or ", ".join(map(str, list(state)[:8])) or "nothing"
+    own = {name: value for name, value in state.items() if isinstance(value, tensor)}
+    if len(inner) + bool(own) != 1:
+        got = some([*map(str, inner), *own] or list(map(str, state)) or ["nothing"])
         raise InputError(f"{path} must hold one dict of tensors, got {got}: save the one that is wanted")
-    return dict(next(iter(inner.values())))
+    return own or dict(next(iter(inner.values())))
 
 
 def index_and_step(path: Path) -> tuple[int, int]:
