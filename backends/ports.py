@@ -1,12 +1,12 @@
-"""Base classes and protocols of a port, and the code that all ports share: guidance, sampling, metrics, messages.
+"""Base classes and protocols of a port, and the code that all ports share: guidance and sampling.
 
-A port in ``backends/NAME`` subclasses :class:`Port` and :class:`Trainer` and adds the network, the training step and
-the devices of its framework. This module imports no framework.
+A port in ``backends/NAME`` subclasses :class:`Port` and :class:`~backends.trainer.Trainer` and adds the network, the
+training step and the devices of its framework. This module imports no framework.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import inf
 from typing import Any, ClassVar, Protocol
@@ -17,13 +17,14 @@ from edm2_core import sampler
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, plan
-from edm2_core.state import Arrays, State
+from edm2_core.state import State
 
 Params = Mapping[str, np.ndarray]  # canonical: float32 arrays by name
 Network = tuple[NetworkConfig, Params]
 Betas = tuple[float, float]
 Batch = Sequence[np.ndarray | None]
-"""images and unit_noise [N, C, H, W], sigma [N, 1, 1, 1], one-hot labels [N, label_dim] or None; float32."""
+"""images and unit_noise [N, C, H, W], sigma [N, 1, 1, 1], labels [N, label_dim] or None, and, for a network that takes
+one, a condition [N, cond_channels, H, W]; float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +35,25 @@ class Machine:
     """Device to compute on. Without it: the fastest available."""
     batch_per_device: int | None = None
     """Images per device at a time; gradients of a larger share of the batch are accumulated. Without it: all."""
+    workers: int = 0
+    """Processes that read and decode the data; 0: threads. Give 2 or more where images are decoded for a GPU."""
 
 
 # ---- sampling
 
 
 class LabelledDenoiser(Protocol):
-    """A network of one framework, as sampling calls it: ``(x, sigma, labels) -> denoised``, sigma a float.
+    """A network of one framework, as sampling calls it: ``(x, sigma, labels, condition) -> denoised``, sigma a float.
 
-    ``label_dim`` is 0 for a network without labels, which is then called with None.
+    ``label_dim`` and ``cond_channels`` are 0 for a network without labels or condition, which is then called with None.
     """
 
     @property
     def label_dim(self) -> int: ...
+    @property
+    def cond_channels(self) -> int: ...
 
-    def __call__(self, x: Any, sigma: float, labels: Any, /) -> Any: ...
+    def __call__(self, x: Any, sigma: float, labels: Any, condition: Any = None, /) -> Any: ...
 
 
 def sample(
@@ -57,6 +62,7 @@ def sample(
     labels: Any = None,
     /,
     *,
+    condition: Any = None,
     guide: LabelledDenoiser | None = None,
     guidance: float = 1.0,
     guide_interval: tuple[float, float] = (0.0, inf),
@@ -64,18 +70,25 @@ def sample(
 ) -> Any:
     """Sample on native arrays: :func:`edm2_core.sampler.sample` of a network with labels and a guide.
 
-    Shapes: noise [N, ...]; labels one-hot [N, label_dim], or None; returns an array like noise. A ``guide`` of None is
-    ``net`` without its label; guidance and interval are those of :func:`edm2_core.sampler.guided`.
+    Shapes: noise [N, ...]; labels one-hot [N, label_dim], or None; condition like noise but for its channels, or None;
+    returns an array like noise. A ``guide`` of None is ``net`` without its label; guidance and interval are those of
+    :func:`edm2_core.sampler.guided`. A guide that takes a condition gets the same.
 
     Raises:
-        InputError: labels that are not one-hot rows; guidance without a guide or labels; or as the sampler.
+        InputError: labels that are not one-hot rows; a condition that is missing, not taken, or for other images;
+            guidance without a guide or labels; or as the sampler.
     """
     if labels is not None and net.label_dim and (need := (len(noise), net.label_dim)) != tuple(labels.shape):
         raise InputError(f"labels must be one-hot rows of shape {need}, got {tuple(labels.shape)}: make them one-hot")
+    takes = any(network.cond_channels for network in (net, guide) if network is not None)
+    if takes != (condition is not None) or (condition is not None and len(condition) != len(noise)):
+        shown = "None" if condition is None else f"one of shape {tuple(condition.shape)}"
+        wanted = f"a condition for each of {len(noise)} images" if takes else "no condition"
+        raise InputError(f"this network must be sampled with {wanted}, got {shown}")
 
     def bound(network: LabelledDenoiser, labels: Any) -> sampler.Denoiser[Any]:
-        one_hot = labels if network.label_dim else None
-        return lambda x, sigma: network(x, sigma, one_hot)
+        given = labels if network.label_dim else None, condition if network.cond_channels else None
+        return lambda x, sigma: network(x, sigma, *given)
 
     denoise = bound(net, labels)
     if guidance != 1:
@@ -88,9 +101,9 @@ def sample(
 
 
 class Sampler(Protocol):
-    """Float32 noise [N, C, H, W] and one-hot labels [N, label_dim] or None to float32 images [N, C, H, W], all NumPy.
+    """Float32 noise [N, C, H, W] and labels [N, label_dim] or None to float32 images [N, C, H, W], all NumPy.
 
-    ``options`` are those of :func:`sample`.
+    ``options`` are those of :func:`sample`, with a ``condition`` [N, cond_channels, H, W].
     """
 
     def __call__(self, noise: np.ndarray, labels: np.ndarray | None = None, **options: Any) -> np.ndarray: ...
@@ -108,18 +121,25 @@ class OpenSampler(Protocol):
 class Port(ABC):
     """The NumPy interface of a port, used by the conformance suite and the commands.
 
-    Images are NCHW, labels one-hot [N, label_dim] or None, sigma [N, 1, 1, 1], parameters canonical; arguments and
-    results are float32 NumPy arrays. A concrete port defines the abstract methods; the others are built on them.
+    Images are NCHW, labels [N, label_dim] or None, sigma [N, 1, 1, 1], a condition [N, cond_channels, H, W] or None,
+    parameters canonical; arguments and results are float32 NumPy arrays. A concrete port defines the abstract methods;
+    the others are built on them.
     """
 
     name: ClassVar[str]
 
     def denoise(
-        self, config: NetworkConfig, params: Params, x: np.ndarray, sigma: np.ndarray, labels: np.ndarray | None = None
+        self,
+        config: NetworkConfig,
+        params: Params,
+        x: np.ndarray,
+        sigma: np.ndarray,
+        labels: np.ndarray | None = None,
+        condition: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns denoised [N, C, H, W] and logvar [N, 1, 1, 1]. See :func:`edm2_core.reference.denoise`."""
         with self.place():
-            denoised, logvar = self.native_denoise((config, params), *self.batch(x, sigma, labels))
+            denoised, logvar = self.native_denoise((config, params), *self.batch(x, sigma, labels, condition))
             return self.to_numpy(denoised), self.to_numpy(logvar)
 
     def loss_and_gradients(
@@ -130,11 +150,13 @@ class Port(ABC):
         unit_noise: np.ndarray,
         sigma: np.ndarray,
         labels: np.ndarray | None = None,
+        condition: np.ndarray | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The loss of each element [N, C, H, W]; and by name the gradients of loss.sum() / N with respect to the stored
         weights, without forcing them first."""
         with self.place():
-            loss, gradients = self.native_gradients((config, params), *self.batch(images, unit_noise, sigma, labels))
+            batch = self.batch(images, unit_noise, sigma, labels, condition)
+            loss, gradients = self.native_gradients((config, params), *batch)
             return self.to_numpy(loss), gradients
 
     def jvp(
@@ -145,10 +167,12 @@ class Port(ABC):
         sigma: np.ndarray,
         labels: np.ndarray | None,
         tangent: np.ndarray,
+        condition: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The denoised images, and their derivative along ``tangent``, both [N, C, H, W]."""
         with self.place():
-            denoised, derivative = self.native_jvp((config, params), *self.batch(x, sigma, labels, tangent))
+            inputs = self.batch(tangent, x, sigma, labels, condition)
+            denoised, derivative = self.native_jvp((config, params), *inputs)
             return self.to_numpy(denoised), self.to_numpy(derivative)
 
     def batch(self, *arrays: np.ndarray | None) -> list[Any]:
@@ -176,16 +200,16 @@ class Port(ABC):
         """A network with these parameters on this port's device, to be called on native arrays."""
 
     @abstractmethod
-    def native_denoise(self, network: Network, x: Any, sigma: Any, labels: Any, /) -> tuple[Any, Any]:
-        """:meth:`denoise` of native arrays."""
+    def native_denoise(self, network: Network, /, *inputs: Any) -> tuple[Any, Any]:
+        """:meth:`denoise` of native x, sigma, labels and condition."""
 
     @abstractmethod
     def native_gradients(self, network: Network, /, *batch: Any) -> tuple[Any, dict[str, np.ndarray]]:
         """:meth:`loss_and_gradients` of native arrays: the native loss, and canonical gradients."""
 
     @abstractmethod
-    def native_jvp(self, network: Network, x: Any, sigma: Any, labels: Any, tangent: Any, /) -> tuple[Any, Any]:
-        """:meth:`jvp` of native arrays."""
+    def native_jvp(self, network: Network, tangent: Any, x: Any, /, *rest: Any) -> tuple[Any, Any]:
+        """:meth:`jvp` of native arrays: the tangent, then the inputs of :meth:`native_denoise`."""
 
     @abstractmethod
     def native_training(
@@ -264,137 +288,13 @@ class NetworkSampler:
         noise: np.ndarray,
         labels: np.ndarray | None = None,
         *,
+        condition: np.ndarray | None = None,
         churn_noise: Iterable[np.ndarray] | None = None,
         **options: Any,
     ) -> np.ndarray:
         """See :class:`Sampler`; ``churn_noise`` is an iterator over NumPy arrays [N, C, H, W]."""
         with self.port.place():
-            start, one_hot = self.port.batch(noise, labels)
-            churn = None if churn_noise is None else map(self.port.to_native, churn_noise)
-            return self.port.to_numpy(sample(self.net, start, one_hot, guide=self.guide, churn_noise=churn, **options))
-
-
-# ---- training
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """Telemetry of one training step.
-
-    By name of the weight, each [2]: maximum and mean magnitude over features of ``activations``, ``weights`` and
-    ``gradients``; in ``updates``, the norm of the change of the weight and that of the weight. An activation is the
-    output of a layer, bias and gain included, before any nonlinearity; its magnitude is the root mean square over the
-    pixels of a feature in one image. The magnitude of a weight, as it is after forcing, or of a gradient, as Adam
-    receives it (summed over processes, without loss scaling, non-finite elements 0), is the root mean square of a row.
-
-    By image, each [N]: ``sigma``; ``loss``, lambda(sigma) times the mean square error; ``u``, the learned uncertainty,
-    or None. Each process measures its own images. Activations and losses are without dropout.
-    """
-
-    activations: Mapping[str, np.ndarray]
-    weights: Mapping[str, np.ndarray]
-    gradients: Mapping[str, np.ndarray]
-    updates: Mapping[str, np.ndarray]
-    sigma: np.ndarray
-    loss: np.ndarray
-    u: np.ndarray | None
-
-
-class Trainer(ABC):
-    """A network in training, in one of ``world`` processes. All processes must make the same calls in the same order.
-
-    A port defines the abstract methods and sets ``rank``, ``world`` and ``device`` (a description). Noise is drawn on
-    the device as a function of (seed, images seen), independent of the number of processes.
-    """
-
-    rank: int = 0
-    world: int = 1
-    device: str
-
-    def __init__(self) -> None:
-        self._metrics: list[tuple[Any, Any]] = []
-
-    @property
-    @abstractmethod
-    def nimg(self) -> int:
-        """Images seen since the start of the run: the clock of the training loop, which has no other."""
-
-    def step(self, images: np.ndarray, labels: np.ndarray | None, /, *, lr: float) -> None:
-        """Train on this process's share of a batch: images float32 [N, C, H, W], labels one-hot [N, label_dim] or None.
-        Raises InputError if the memory of the device is exhausted."""
-        with self._memory(len(images)):
-            self._metrics.append(self.take_step(images, labels, lr=lr))
-
-    def measured_step(self, images: np.ndarray, labels: np.ndarray | None, /, *, lr: float) -> Measurement:
-        """:meth:`step`, and its telemetry. Training continues exactly as if nothing were measured."""
-        with self._memory(len(images)):
-            metrics, measurement = self.take_measured_step(images, labels, lr=lr)
-            self._metrics.append(metrics)
-        return measurement
-
-    def metrics(self) -> dict[str, float]:
-        """Since the last call: ``loss``, the mean over steps and processes, and ``nonfinite``, the number of gradient
-        elements that were zeroed."""
-        losses, nonfinite = (self.fetch(values) for values in zip(*self._metrics, strict=True))
-        self._metrics = []
-        return {"loss": self.mean_over_processes(float(losses.mean())), "nonfinite": int(nonfinite.sum())}
-
-    def agree(self, stop: bool, /) -> bool:
-        """Whether ``stop`` is true in any process."""
-        return stop if self.world == 1 else self.mean_over_processes(float(stop)) > 0
-
-    @contextmanager
-    def _memory(self, count: int) -> Iterator[None]:
-        """Context manager that turns exhausted memory into an InputError which names a smaller batch."""
-        try:
-            yield
-        except Exception as error:
-            if not self.is_out_of_memory(error):
-                raise
-            half = max(self.images_at_a_time(count) // 2, 1)
-            raise InputError(
-                f"the step must fit into memory, got none left on {self.device}: try --batch-per-device {half}"
-            ) from error
-
-    @abstractmethod
-    def take_step(self, images: np.ndarray, labels: np.ndarray | None, *, lr: float) -> tuple[Any, Any]:
-        """Take a step; returns mean loss per element and number of zeroed gradient elements, 0-d on the device."""
-
-    @abstractmethod
-    def take_measured_step(
-        self, images: np.ndarray, labels: np.ndarray | None, *, lr: float
-    ) -> tuple[tuple[Any, Any], Measurement]:
-        """:meth:`take_step`, and its telemetry."""
-
-    @abstractmethod
-    def fetch(self, values: Sequence[Any], /) -> np.ndarray:
-        """Scalars of the device as one NumPy array."""
-
-    @abstractmethod
-    def mean_over_processes(self, value: float, /) -> float: ...
-
-    @abstractmethod
-    def is_out_of_memory(self, error: Exception, /) -> bool: ...
-
-    @abstractmethod
-    def images_at_a_time(self, count: int, /) -> int:
-        """How many images a device processes at once when this process has ``count``."""
-
-    @abstractmethod
-    def parameters(self) -> Arrays:
-        """The current weights and constants, canonical, in every process."""
-
-    @abstractmethod
-    def average(self, length: Length, /) -> Arrays:
-        """One average, canonical, in every process; nothing else is gathered."""
-
-    @abstractmethod
-    def state(self) -> State: ...
-
-    @abstractmethod
-    def load_state(self, state: State, /) -> None:
-        """Continue from ``state``, written by any port."""
-
-
-OpenTrainer = Callable[[Any, Machine], Trainer]
-"""(:class:`~backends.pipeline.runs.config.TrainConfig`, machine) -> trainer."""
+            start, rows, image = self.port.batch(noise, labels, condition)
+            options |= {} if churn_noise is None else {"churn_noise": map(self.port.to_native, churn_noise)}
+            samples = sample(self.net, start, rows, condition=image, guide=self.guide, **options)
+            return self.port.to_numpy(samples)

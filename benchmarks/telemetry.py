@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from backends.pipeline.data.batches import stored_batch
 from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs.resolve import configure
 from backends.ports import Machine
@@ -49,17 +50,16 @@ def seconds(name: str, steps: int) -> tuple[float, float]:
     config = configure(dataset, telemetry=EVERY)
     trainer = getattr(import_module(f"backends.{name}.trainer"), TRAINERS[name])(config, Machine())
     indices = np.arange(config.hyper.batch)
-    images, labels = dataset.images(indices).astype(np.float32) / 127.5 - 1, np.eye(10)[dataset.labels(indices)]
-    batch = (images, labels.astype(np.float32))
+    batch = trainer.place(stored_batch(dataset, indices))
     pairs = [(timed(trainer, trainer.step, batch), timed(trainer, trainer.measured_step, batch))
              for _ in range(steps + 1)]  # fmt: skip
     plain, measured = (statistics.median(column) for column in zip(*pairs[1:], strict=True))
     return plain, measured
 
 
-def timed(trainer: Any, step: Callable[..., Any], batch: tuple[np.ndarray, np.ndarray]) -> float:
+def timed(trainer: Any, step: Callable[..., Any], batch: Any) -> float:
     start = time.perf_counter()
-    step(*batch, lr=0.01)
+    step(batch, lr=0.01)
     trainer.metrics()  # waits for the step to complete
     return time.perf_counter() - start
 

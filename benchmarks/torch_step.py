@@ -131,7 +131,7 @@ def mp_cat(a: Tensor, b: Tensor) -> Tensor:
 
 def make_batch(config: NetworkConfig, size: int, device: torch.device) -> Batch:
     draw = torch.Generator().manual_seed(0)
-    shape = (size, config.img_channels, config.img_resolution, config.img_resolution)
+    shape = (size, config.img_channels, *config.image_size)
     images, noise = (torch.randn(shape, generator=draw) for _ in range(2))
     sigma = torch.randn((size, 1, 1, 1), generator=draw).exp()
     labels = torch.eye(config.label_dim)[torch.arange(size) % config.label_dim] if config.label_dim else None

@@ -65,6 +65,8 @@ CONTRACT = (
         "exact; " + _NETWORK,
         "denoise",
     ),
+    Clause("DATA-1", "values, means, scales", "the same on float64", "4 eps of the magnitude"),
+    Clause("DATA-2", "moments, noise", "the same on float64", "4 eps of the magnitude"),
     Clause("LR-1", "counts, rates", "Eq. 67 term by term", "4 eps"),
     Clause("SAMPLE-1", "numbers of steps, ranges, rho", "even spacing in the power 1 / rho", "8 rho eps", "sample"),
     Clause("SAMPLE-2", "networks, schedules", "Algorithm 2 written out again", _SAMPLED, "sample"),
@@ -84,6 +86,7 @@ CONTRACT = (
     Clause(
         "NET-10", "rungs, and any of their switches alone", "edm2_core.reference; Table 1's counts", _NETWORK, "denoise"
     ),
+    Clause("NET-11", "rectangles, odd sizes, conditions", "edm2_core.reference in float64", _NETWORK, "denoise"),
     Clause("STEP-1", "networks, batches", training_cases.AUTOGRAD, training_cases.GRADIENT, "loss_and_gradients"),
     Clause("STEP-2", "networks, four batches of any sizes", training_cases.TRAINING, training_cases.ADAM, "train"),
     Clause("STEP-3", "networks, batches", "equality", "exact", "train"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from conformance import strategies as draw
 from conformance import tolerance
-from edm2_core import ema, loss, mp, precond, sampler
+from edm2_core import codec, ema, loss, mp, precond, sampler
 
 Draw = st.SearchStrategy[tuple[np.ndarray, ...]]
 
@@ -217,6 +217,14 @@ def _other_cases() -> list[Case]:
     def dropped(rows: Any, uniform: Any) -> Any:
         return loss.drop_labels(rows, uniform, probability=0.5)
 
+    floats = codec.Codec(stored="float32", mean=(1.5, -20.0, 0.0), scale=(2.0, 0.5, 8.0))
+
+    def floats_magnitude(values: np.ndarray) -> np.ndarray:
+        return 8 * (np.abs(values) + 20) * 2
+
+    def latents_magnitude(moments: np.ndarray, normal: np.ndarray) -> np.ndarray:
+        return codec.draw_latents(np.abs(moments), np.abs(normal))
+
     normals = st.tuples(draw.numbers(7, low=-5, high=5))
     # four steps of two evaluations with about eight roundings each; nothing grows, because 0 <= D <= x
     noises = st.tuples(*[draw.numbers(*draw.IMAGES, low=-3, high=3)] * 5)
@@ -227,6 +235,10 @@ def _other_cases() -> list[Case]:
         Case("precondition", ("PRE-1",), precond.precondition, st.tuples(sigmas), preconditioned, 8, log),
         # four coefficients of 8 eps each, and their products
         Case("denoise", ("PRE-1",), precond.denoise, st.tuples(images, sigmas), denoised, 40, both_parts),
+        Case("join_condition", ("NET-11",), precond.join_condition, _images(0, 5), precond.join_condition, 2),
+        Case("encode", ("DATA-1",), codec.Codec.encode, _images(3), floats.encode, 4, floats_magnitude),
+        Case("decode", ("DATA-1",), codec.Codec.decode, _images(3), floats.decode, 4, floats_magnitude),
+        Case("draw_latents", ("DATA-2",), codec.draw_latents, _images(6, 3), codec.draw_latents, 4, latents_magnitude),
         Case("noise_level", ("LOSS-1",), loss.noise_level, normals, loss.noise_level, 4, level_magnitude),
         Case("weight", ("LOSS-2",), loss.weight, st.tuples(sigmas), loss.weight, 8),
         Case("loss", ("LOSS-3",), loss.loss, errors, loss.loss, 16, error_magnitude),

@@ -41,7 +41,7 @@ def denoiser(port: Subject, network: str) -> None:
 
 def gradients(port: Subject, network: str) -> None:
     data, config, params, batch = _case(network)
-    loss, got = port.loss_and_gradients(config, params, *batch)
+    loss, got = port.loss_and_gradients(config, params, *batch.arrays)
     measure.close(loss, data["loss"], DENOISER, what="the golden loss", why=WHY)
     measure.close_all(got, golden.named(data, "grad"), TRAINING, what="the golden gradient", why=WHY)
 
@@ -50,7 +50,7 @@ def training(port: Subject, network: str) -> None:
     """Four steps."""
     data, config, params, batch = _case(network)
     options: Any = {"learning_rates": [0.01] * 4, "betas": (0.9, 0.99), "sigma_rels": (0.05, 0.10)}
-    losses, trained, averages = port.train(config, params, [batch] * 4, **options)
+    losses, trained, averages = port.train(config, params, [batch.arrays] * 4, **options)
     losses = np.asarray(losses, np.float32)
     measure.close(losses, data["train_losses"], DENOISER, what="the golden losses of four steps", why=WHY)
     parts = {"trained": trained, "ema0.05": averages[0.05], "ema0.1": averages[0.10]}

@@ -34,8 +34,8 @@ def _same_answer(
 
 def denoise(port: Subject, config: NetworkConfig, seed: int) -> None:
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed, P_std=2.0)
-    got = port.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
-    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
+    got = port.denoise(config, params, batch.noisy, batch.sigma, *batch.rest)
+    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, *batch.rest)))
     _same_answer(got, wanted, tolerance.network(config))
 
 
@@ -44,8 +44,8 @@ def network_answer(port: Subject, config: NetworkConfig, seed: int) -> None:
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
     sigma = draw.frozen(np.full_like(batch.sigma, 80.0))
     x = draw.frozen(batch.unit_noise * sigma)
-    denoised, _ = port.denoise(config, params, x, sigma, batch.labels)
-    wanted, _ = reference.denoise(config, *wide((params, x, sigma, batch.labels)))
+    denoised, _ = port.denoise(config, params, x, sigma, *batch.rest)
+    wanted, _ = reference.denoise(config, *wide((params, x, sigma, *batch.rest)))
     skip = config.sigma_data**2 / (80.0**2 + config.sigma_data**2) * wide(x)
     got = (denoised - skip).astype(np.float32)
     measure.close(got, wanted - skip, 2 * tolerance.network(config), what="c_out F", why=f"2 {NETWORK}")
@@ -54,25 +54,26 @@ def network_answer(port: Subject, config: NetworkConfig, seed: int) -> None:
 def fresh_network(port: Subject, config: NetworkConfig, seed: int) -> None:
     """At initialization gains are 0 and D is c_skip x."""
     params, batch = draw.frozen(initialize(config, seed=seed)), draw.random_batch(config, seed)
-    got = port.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
-    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
+    got = port.denoise(config, params, batch.noisy, batch.sigma, *batch.rest)
+    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, *batch.rest)))
     _same_answer(got, wanted, tolerance.network(config), what="a fresh network's images")
 
 
 def batch_independence(port: Subject, config: NetworkConfig, seed: int) -> None:
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed, size=3)
-    together, u = port.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
+    together, u = port.denoise(config, params, batch.noisy, batch.sigma, *batch.rest)
     for i in range(3):
         one = slice(i, i + 1)
-        labels = None if batch.labels is None else batch.labels[one]
-        alone = port.denoise(config, params, batch.noisy[one], batch.sigma[one], labels)
+        image = batch.part(one)
+        alone = port.denoise(config, params, image.noisy, image.sigma, *image.rest)
         _same_answer(alone, (together[one], u[one]), tolerance.network(config), what=f"image {i} of 3 by itself")
 
 
 def no_label(port: Subject, config: NetworkConfig, seed: int) -> None:
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
-    without = port.denoise(config, params, batch.noisy, batch.sigma, None)
-    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, np.zeros_like(batch.labels))))
+    without = port.denoise(config, params, batch.noisy, batch.sigma, *batch._replace(labels=None).rest)
+    zero = batch._replace(labels=np.zeros_like(batch.labels))
+    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, *zero.rest)))
     _same_answer(without, wanted, tolerance.network(config), what="images without label")
 
 
@@ -80,11 +81,12 @@ def dropped_labels(port: Subject, config: NetworkConfig, seed: int) -> None:
     """Images with and without a label in one batch, as label dropout makes them in training."""
     params = draw.random_parameters(config, seed)
     batch = draw.random_batch(config, seed, size=3).with_a_dropped_label
-    got = port.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
-    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
+    got = port.denoise(config, params, batch.noisy, batch.sigma, *batch.rest)
+    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, *batch.rest)))
     _same_answer(got, wanted, tolerance.network(config), what="images of a batch, one without label")
     one = slice(1, 2)
-    alone = port.denoise(config, params, batch.noisy[one], batch.sigma[one], None)
+    image = batch.part(one)._replace(labels=None)
+    alone = port.denoise(config, params, image.noisy, image.sigma, *image.rest)
     _same_answer(alone, (got[0][one], got[1][one]), tolerance.network(config), what="that image by itself")
 
 
@@ -93,8 +95,8 @@ def jvp(port: Subject, config: NetworkConfig, seed: int) -> None:
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
     scale = np.sqrt(batch.sigma**2 + np.float32(config.sigma_data) ** 2)  # 1 / c_in makes the derivative as large as D
     tangent = draw.frozen(draw.normal(seed + 2, *batch.images.shape) * scale)
-    denoised, got = port.jvp(config, params, batch.noisy, batch.sigma, batch.labels, tangent)
-    exact, _ = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
+    denoised, got = port.jvp(config, params, batch.noisy, batch.sigma, batch.labels, tangent, **batch.options)
+    exact, _ = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, *batch.rest)))
     measure.close(denoised, exact, tolerance.network(config), what="the denoised images", why=NETWORK)
     wanted = oracle.along(config, params, batch, tangent)
     allowed = 4 * tolerance.network(config) + tolerance.difference(config)
@@ -110,11 +112,11 @@ def _ask_variants(port: Subject, config: NetworkConfig, seed: int, *, compile: b
         raise NotImplementedByPort(f"not implemented: a variant{' that compiles, of a port that does not' * compile}")
     params = draw.random_parameters(config, seed, max_gain=1.0)
     batch = draw.random_batch(config, seed)
-    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, batch.labels)))
+    wanted = reference.denoise(config, *wide((params, batch.noisy, batch.sigma, *batch.rest)))
     for name, other in asked.items():
         dtype = name if name in ("bfloat16", "float16", "float64") else "float32"
         allowed = tolerance.network(config, "float32" if dtype == "float64" else dtype)
-        got = other.denoise(config, params, batch.noisy, batch.sigma, batch.labels)
+        got = other.denoise(config, params, batch.noisy, batch.sigma, *batch.rest)
         why = f"eps of {dtype} (4 layers + 8)"
         measure.close(got[0], wanted[0], allowed, what=f"the denoised images of the variant {name}", why=why)
 
@@ -137,8 +139,8 @@ def sample(
 ) -> None:
     params, batch = draw.random_parameters(config, seed, max_gain=1.0), draw.random_batch(config, seed)
     options: Any = {"num_steps": n, "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
-    got = port.sample(config, params, batch.unit_noise, batch.labels, **options)
-    wanted = sampler.sample(oracle.denoiser(config, params, batch.labels), wide(batch.unit_noise), **options)
+    got = port.sample(config, params, batch.unit_noise, batch.labels, **batch.options, **options)
+    wanted = sampler.sample(oracle.denoiser(config, params, *batch.rest), wide(batch.unit_noise), **options)
     allowed = tolerance.sampled(config, evaluations=2 * n, gain=1.0)
     measure.close(got, wanted, allowed, what="the sampled images", why=SAMPLED)
 
@@ -151,6 +153,7 @@ def guide_of(config: NetworkConfig, other: NetworkConfig, same: bool) -> Network
         other,
         img_resolution=config.img_resolution,
         img_channels=config.img_channels,
+        cond_channels=config.cond_channels if other.cond_channels else 0,
         label_dim=0,
         channel_mult=(1,),
         attn_resolutions=(),
@@ -169,9 +172,9 @@ def guided_sample(
     noise = batch.unit_noise
     fresh = draw.frozen(np.stack([draw.normal(seed + i, *noise.shape) for i in range(n)]))
     options: Any = {"num_steps": n, "sigma_max": 20.0, "S_churn": churn, "S_min": 0.01, "S_max": 10.0, "S_noise": 1.01}
-    given = guide if same else (other, guide)
-    got = port.sample(config, params, noise, batch.labels, guide=given, guidance=w, churn_noise=fresh, **options)
-    net, away = oracle.denoiser(config, params, batch.labels), oracle.denoiser(other, guide, batch.labels)
+    given: Any = {"guide": guide if same else (other, guide), "guidance": w, "churn_noise": fresh}
+    got = port.sample(config, params, noise, batch.labels, **given, **batch.options, **options)
+    net, away = (oracle.denoiser(c, p, *batch.rest) for c, p in ((config, params), (other, guide)))
     wanted = sampler.sample(sampler.guided(net, away, guidance=w), wide(noise), churn_noise=wide(fresh), **options)
     allowed = max(tolerance.sampled(c, evaluations=4 * n, gain=0.5, guidance=w) for c in (config, other))
     measure.close(got, wanted, allowed, what="the guided images", why=f"{SAMPLED}, gain x (|w| + |w - 1|)")
@@ -179,9 +182,9 @@ def guided_sample(
 
 def sample_batch_independence(port: Subject, config: NetworkConfig, seed: int) -> None:
     params, batch = draw.random_parameters(config, seed, max_gain=1.0), draw.random_batch(config, seed, size=3)
-    together = port.sample(config, params, batch.unit_noise, batch.labels, num_steps=3)
-    labels = None if batch.labels is None else batch.labels[1:2]
-    alone = port.sample(config, params, batch.unit_noise[1:2], labels, num_steps=3)
+    together = port.sample(config, params, batch.unit_noise, batch.labels, num_steps=3, **batch.options)
+    image = batch.part(slice(1, 2))
+    alone = port.sample(config, params, image.unit_noise, image.labels, num_steps=3, **image.options)
     allowed = tolerance.sampled(config, evaluations=5, gain=1.0)
     measure.close(alone, together[1:2], allowed, what="image 1 of 3 by itself", why=SAMPLED)
 
@@ -190,13 +193,14 @@ def seeds(port: Subject, config: NetworkConfig, first: int) -> None:
     """8-bit pixels of seeded noise and labels are at most one level from the oracle's, so those of any two ports differ
     by at most two."""
     params = draw.random_parameters(config, 0, max_gain=1.0)
-    chosen, shape = range(first, first + 2), (config.img_channels, *[config.img_resolution] * 2)
+    chosen, shape = range(first, first + 2), (config.img_channels, *config.image_size)
     noise = draw.frozen(streams.noise(chosen, shape))
     labels = None
     if config.label_dim:
         labels = draw.frozen(one_hot(streams.labels(chosen, config.label_dim), config.label_dim))
-    got = port.sample(config, params, noise, labels, num_steps=4)
-    wanted = sampler.sample(oracle.denoiser(config, params, labels), wide(noise), num_steps=4)
+    batch = draw.random_batch(config, first)._replace(labels=labels)
+    got = port.sample(config, params, noise, labels, num_steps=4, **batch.options)
+    wanted = sampler.sample(oracle.denoiser(config, params, *batch.rest), wide(noise), num_steps=4)
     levels = [np.rint(np.clip(np.asarray(x, np.float64) * 127.5 + 128, 0, 255)) for x in (got, wanted)]
     off = float(np.abs(levels[0] - levels[1]).max())
     measure.within(off, 1.0, what="the pictures of two seeds", why="one of 256 levels, for rounding to the other side")
@@ -219,7 +223,9 @@ SCHEDULE = {
 GUIDE = {"other": draw.configs(), "w": st.floats(0, 2), "churn": st.floats(0, 40), "same": st.booleans()}
 
 CASES = (
-    PortCase("denoise", ("API-3", "NET-5", "NET-6", "NET-10"), RANDOM, denoise, REFERENCE, NETWORK, "denoise"),
+    PortCase(
+        "denoise", ("API-3", "NET-5", "NET-6", "NET-10", "NET-11"), RANDOM, denoise, REFERENCE, NETWORK, "denoise",
+    ),
     PortCase("network-answer", ("NET-5",), RANDOM, network_answer, REFERENCE, NETWORK, "denoise", cost=2),
     PortCase("fresh-network", ("NET-4", "NET-5"), RANDOM, fresh_network, REFERENCE, NETWORK, "denoise", cost=4),
     PortCase(
@@ -242,7 +248,7 @@ CASES = (
     ),
     PortCase("sample", ("SAMPLE-1", "SAMPLE-2"), RANDOM | SCHEDULE, sample, SAMPLER, SAMPLED, "sample", cost=4),
     PortCase(
-        "guided-sample", ("SAMPLE-4", "SAMPLE-5"), RANDOM | GUIDE, guided_sample, SAMPLER, SAMPLED, "sample",
+        "guided-sample", ("SAMPLE-4", "SAMPLE-5", "NET-11"), RANDOM | GUIDE, guided_sample, SAMPLER, SAMPLED, "sample",
         cost=4,
     ),
     PortCase(

@@ -41,12 +41,18 @@ def torch_gradients(config: NetworkConfig, params: Params, batch: Batch) -> tupl
 
 
 def torch_jvp(
-    config: NetworkConfig, params: Params, x: np.ndarray, sigma: np.ndarray, labels: Any, tangent: np.ndarray
+    config: NetworkConfig,
+    params: Params,
+    x: np.ndarray,
+    sigma: np.ndarray,
+    labels: Any,
+    tangent: np.ndarray,
+    condition: Any = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """D and its derivative along ``tangent``: the reference, differentiated by PyTorch, in the dtype of ``params``."""
     torch = _torch()
-    tensors, (x, sigma, labels, tangent) = _tensors(params, (x, sigma, labels, tangent))
-    answer = torch.func.jvp(lambda x: reference.denoise(config, tensors, x, sigma, labels)[0], (x,), (tangent,))
+    tensors, (x, tangent, *rest) = _tensors(params, (x, tangent, sigma, labels, condition))
+    answer = torch.func.jvp(lambda x: reference.denoise(config, tensors, x, *rest)[0], (x,), (tangent,))
     return tuple(tensor.numpy() for tensor in answer)
 
 
@@ -116,12 +122,13 @@ def train(
     return Trained(losses, weights, averages, loss_slack, slack)
 
 
-def denoiser(config: NetworkConfig, params: Params, labels: Any) -> sampler.Denoiser:
-    """The reference as a denoiser for the sampler; an unconditional network ignores the labels."""
-    exact, given = wide(params), wide(labels) if config.label_dim else None
+def denoiser(config: NetworkConfig, params: Params, labels: Any, condition: Any = None) -> sampler.Denoiser:
+    """The reference as a denoiser for the sampler; a network without labels or condition ignores them."""
+    exact = wide(params)
+    given = wide((labels if config.label_dim else None, condition if config.cond_channels else None))
 
     def denoise(x: Any, sigma: float) -> Any:
-        return reference.denoise(config, exact, x, np.full((len(x), 1, 1, 1), sigma), given)[0]
+        return reference.denoise(config, exact, x, np.full((len(x), 1, 1, 1), sigma), *given)[0]
 
     return denoise
 
@@ -129,8 +136,8 @@ def denoiser(config: NetworkConfig, params: Params, labels: Any) -> sampler.Deno
 def along(config: NetworkConfig, params: Params, batch: Batch, tangent: np.ndarray) -> np.ndarray:
     """The derivative of D along ``tangent``, by central differences of the reference."""
     h = tolerance.STEP
-    exact, sigma, labels = wide((params, batch.sigma, batch.labels))
+    exact, sigma, rest = wide((params, batch.sigma, batch.rest))
     up, down = (
-        reference.denoise(config, exact, wide(batch.noisy) + step * wide(tangent), sigma, labels)[0] for step in (h, -h)
+        reference.denoise(config, exact, wide(batch.noisy) + step * wide(tangent), sigma, *rest)[0] for step in (h, -h)
     )
     return (up - down) / (2 * h)

@@ -14,11 +14,13 @@ GROUP = "edm2.ports"
 CORE = "core"  # names the specification itself, beside the ports
 
 MEMBERS = {
-    "denoise": "(config, params, x, sigma, labels=None) -> (denoised, logvar)",
-    "loss_and_gradients": "(config, params, images, unit_noise, sigma, labels=None) -> (loss, gradients)",
+    "denoise": "(config, params, x, sigma, labels=None, condition=None) -> (denoised, logvar)",
+    "loss_and_gradients": (
+        "(config, params, images, unit_noise, sigma, labels=None, condition=None) -> (loss, gradients)"
+    ),
     "train": "(config, params, batches, *, learning_rates, betas, sigma_rels) -> (losses, params, averages)",
-    "sample": "(config, params, noise, labels=None, *, guide, guidance, num_steps, ...) -> images",
-    "jvp": "(config, params, x, sigma, labels, tangent) -> (denoised, its derivative along tangent)",
+    "sample": "(config, params, noise, labels=None, *, condition, guide, guidance, num_steps, ...) -> images",
+    "jvp": "(config, params, x, sigma, labels, tangent, condition=None) -> (denoised, its derivative along tangent)",
     "advance": "(config, state, batches, *, learning_rates) -> (losses, state)",
     "variants": "() -> {name: port}: the same port in another precision, compiled or not, on another device",
 }

@@ -55,8 +55,8 @@ def switches() -> st.SearchStrategy[dict[str, Any]]:
 
 @st.composite
 def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD, ladder: Any = None) -> NetworkConfig:
-    """Small networks: odd widths, up to three levels, attention on and off, labels or not, odd filters and balances,
-    any rung of the ladder and any of its switches (``ladder``: what draws them).
+    """Small networks: odd widths, up to three levels, rectangles, padding, conditions, attention on and off, labels or
+    not, odd filters and balances, any rung of the ladder and any of its switches (``ladder``: what draws them).
 
     Pixel norm over d computed channels amplifies their rounding by 1 / r, where r is their rms, and r < delta has a
     chance of about delta^d. The mean square of the error, the integral of r^-2 r^(d - 1), is finite from d = 3; that of
@@ -64,16 +64,22 @@ def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD, 
     group norm that subtracts a mean leaves one degree less, so groups are wider by one.
     """
     levels = draw(st.integers(1, 3))
-    resolution = draw(st.integers(1, 3)) << levels - 1
+    smallest = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    size = tuple(side << levels - 1 for side in smallest)
+    pad = draw(st.booleans())
+    if pad:  # of as many rows and columns as the last size that needs no padding has
+        size = tuple(side - draw(st.integers(0, (1 << levels - 1) - 1)) for side in size)
     channels = draw(st.integers(max(5, narrowest + 1), 10))
     mult = tuple(draw(st.permutations((1, 2, 1.5)))[:levels])
     widths = [int(channels * m) for m in mult]
     common = [d for d in range(narrowest, 11) if not any(width % d for width in widths)]
     deepest = [d for d in range(narrowest, 21) if widths[-1] % d == 0]
-    resolutions = {resolution >> level for level in range(levels)} if common else {resolution >> levels - 1}
+    resolutions = {max(smallest) << level for level in (range(levels) if common else (0,))}
     return NetworkConfig(
-        img_resolution=resolution,
+        img_resolution=size,
         img_channels=draw(st.integers(1, 3)),
+        cond_channels=draw(st.sampled_from((0, 0, 1, 2))),
+        pad=pad,
         label_dim=draw(st.sampled_from((2, 3, 4) if labels else (0, 2, 3, 4))),
         model_channels=channels,
         channel_mult=mult,
@@ -96,12 +102,13 @@ def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD, 
 
 
 # For ports that compile each network and shape for seconds. Between them: odd widths, one level and two, attention,
-# labels and none, a wide filter, the ladder's last rung, and its first with normalized weights and learned uncertainty.
+# labels and none, a padded rectangle with a condition, a square, a wide filter, the ladder's last rung, and its first with normalized weights and learned uncertainty.
 # Cases with central differences need networks that do not clip: the larger one does not, so that it is compiled once.
 FEW_CONFIGS = (
     NetworkConfig(
-        img_resolution=4, img_channels=2, label_dim=3, model_channels=5, channel_mult=(1, 2), num_blocks=1,
-        attn_resolutions=(2,), channels_per_head=5, resample_filter=(1, 3, 3, 1), label_balance=0.4, concat_balance=0.6,
+        img_resolution=(3, 6), img_channels=2, cond_channels=1, pad=True, label_dim=3, model_channels=5,
+        channel_mult=(1, 2), num_blocks=1, attn_resolutions=(3,), channels_per_head=5,
+        resample_filter=(1, 3, 3, 1), label_balance=0.4, concat_balance=0.6,
         res_balance=0.35, attn_balance=0.2, clip_act=None, sigma_data=1.0, logvar_channels=5,
     ),
     NetworkConfig(
@@ -155,6 +162,27 @@ class Batch(NamedTuple):
     unit_noise: np.ndarray
     sigma: np.ndarray
     labels: np.ndarray | None
+    condition: np.ndarray | None = None
+
+    @property
+    def rest(self) -> tuple[np.ndarray | None, ...]:
+        """Labels, and the condition if there is one: ports without conditions need not take any."""
+        return (self.labels,) if self.condition is None else (self.labels, self.condition)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray | None, ...]:
+        """What a port is trained on."""
+        return (self.images, self.unit_noise, self.sigma, *self.rest)
+
+    @property
+    def options(self) -> dict[str, np.ndarray]:
+        """Keywords of sampling."""
+        return {} if self.condition is None else {"condition": self.condition}
+
+    def part(self, rows: slice) -> "Batch":
+        """Some of the images."""
+        parts: list[Any] = [None if array is None else frozen(array[rows]) for array in self]
+        return Batch(*parts)
 
     @property
     def noisy(self) -> np.ndarray:
@@ -170,16 +198,21 @@ class Batch(NamedTuple):
 
 
 def random_batch(config: NetworkConfig, seed: int, *, size: int = 2, P_mean: float = -0.4, P_std: float = 1.0) -> Batch:
-    """Images of the config's standard deviation, noise levels from Eq. 16 within [0.02, 80], one-hot labels."""
-    rng, shape = np.random.default_rng(seed), (size, config.img_channels, *[config.img_resolution] * 2)
+    """Images and conditions of the config's standard deviation, noise levels from Eq. 16 within [0.02, 80]; labels are
+    one-hot, or for odd seeds vectors of that magnitude."""
+    rng, shape = np.random.default_rng(seed), (size, config.img_channels, *config.image_size)
     sigma = np.clip(np.exp(P_mean + P_std * rng.standard_normal((size, 1, 1, 1))), 0.02, 80.0)
-    labels = (
-        np.eye(config.label_dim, dtype=np.float32)[rng.integers(config.label_dim, size=size)]
-        if config.label_dim
-        else None
-    )
+    labels: Any = None
+    condition = None
+    if config.label_dim:
+        labels = np.eye(config.label_dim, dtype=np.float32)[rng.integers(config.label_dim, size=size)]
+        vectors = normal(seed + 3, *labels.shape) / np.float32(sqrt(config.label_dim))
+        labels = vectors if seed % 2 else labels
     images = config.sigma_data * rng.standard_normal(shape)
-    return Batch(*map(frozen, (images.astype(np.float32), normal(seed + 1, *shape), sigma.astype(np.float32), labels)))
+    if config.cond_channels:
+        condition = np.float32(config.sigma_data) * normal(seed + 2, size, config.cond_channels, *shape[2:])
+    arrays = (images.astype(np.float32), normal(seed + 1, *shape), sigma.astype(np.float32), labels, condition)
+    return Batch(*map(frozen, arrays))
 
 
 def wide(params: Any) -> Any:

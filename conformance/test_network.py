@@ -35,7 +35,11 @@ BASE = NetworkConfig(img_resolution=8, img_channels=1, model_channels=16, channe
     ("change", "message"),
     [
         ({"img_resolution": 6, "channel_mult": (1, 2, 2)}, r"divisible by 4 \(3 levels halve it 2 times\), got 6"),
-        ({"img_resolution": 0}, r"img_resolution must be a whole number of at least 1, got 0"),
+        ({"img_resolution": 0}, r"img_resolution must be a whole number of at least 1, or two of them, got 0"),
+        ({"img_resolution": (8, 4, 2)}, r"img_resolution must be a whole number .* got \(8, 4, 2\)"),
+        ({"img_resolution": (8, 7)}, r"img_resolution must be divisible by 2 .* got \(8, 7\): set pad"),
+        ({"cond_channels": -1}, r"cond_channels must be a whole number >= 0, got -1"),
+        ({"pad": 1}, r"pad must be True or False, got 1"),
         ({"img_channels": 1.5}, r"img_channels must be a whole number .* got 1.5"),
         ({"label_dim": -1}, r"label_dim must be a whole number >= 0, got -1"),
         ({"channel_mult": ()}, r"channel_mult must be one or more positive numbers, got \(\)"),
@@ -75,31 +79,31 @@ def test_plan_is_a_walk(config: NetworkConfig) -> None:
     """Widths and resolutions fit together from block to block, and every skip is used once, newest first."""
     walk = plan(config)
     first = walk.encoder[0]
-    inputs = config.img_channels + config.switches.ones_channel
-    assert (first.role, first.in_channels, first.resolution) == ("conv", inputs, config.img_resolution)
-    width, resolution, skips = first.out_channels, first.resolution, [first]
+    inputs = config.img_channels + config.cond_channels + config.switches.ones_channel
+    assert (first.role, first.in_channels, first.size) == ("conv", inputs, config.level_sizes[0])
+    width, size, skips = first.out_channels, first.size, [first]
     for block in walk.encoder[1:]:
-        check_step(block, "enc", width, resolution)
-        width, resolution = block.out_channels, block.resolution
+        check_step(block, "enc", width, size)
+        width, size = block.out_channels, block.size
         skips.append(block)
-    assert resolution == config.img_resolution >> len(config.channel_mult) - 1
+    assert size == config.level_sizes[-1]
     for block in walk.decoder:
         if block.takes_skip:
             skip = skips.pop()
-            assert skip.resolution == block.resolution
+            assert skip.size == block.size
             width += skip.out_channels
-        check_step(block, "dec", width, resolution)
-        width, resolution = block.out_channels, block.resolution
+        check_step(block, "dec", width, size)
+        width, size = block.out_channels, block.size
     assert not skips
-    assert (resolution, width) == (config.img_resolution, config.level_channels[0])
+    assert (size, width) == (config.level_sizes[0], config.level_channels[0])
     names = [block.name for block in (*walk.encoder, *walk.decoder)]
     assert len(set(names)) == len(names)
 
 
-def check_step(block: Block, role: str, width: int, resolution: int) -> None:
+def check_step(block: Block, role: str, width: int, size: tuple[int, int]) -> None:
     assert (block.role, block.in_channels) == (role, width)
-    after = {"keep": resolution, "down": resolution // 2, "up": resolution * 2}[block.resample]
-    assert block.resolution == after
+    factor = {"keep": 1, "down": 0.5, "up": 2}[block.resample]
+    assert block.size == tuple(side * factor for side in size)
 
 
 @proves("NET-2")
@@ -107,7 +111,7 @@ def check_step(block: Block, role: str, width: int, resolution: int) -> None:
 def test_attention_is_where_the_config_says(config: NetworkConfig) -> None:
     """In the blocks of the chosen resolutions and always in the decoder's first; never where the resolution changes."""
     for block in (*plan(config).encoder, *plan(config).decoder):
-        chosen = block.resolution in config.attn_resolutions and "_block" in block.name
+        chosen = max(block.size) in config.attn_resolutions and "_block" in block.name
         assert bool(block.heads) == (chosen or block.name.endswith("_in0"))
         assert not block.heads or block.heads * config.channels_per_head == block.out_channels
 
@@ -130,7 +134,7 @@ class Read(dict[str, Any]):
 def test_table_is_what_the_network_reads(config: NetworkConfig, seed: int) -> None:
     """The network reads every parameter of the table and no other."""
     params, batch = Read(draw.random_parameters(config, seed)), draw.random_batch(config, seed)
-    reference.denoise(config, params, batch.images, batch.sigma, batch.labels)
+    reference.denoise(config, params, batch.images, batch.sigma, *batch.rest)
     assert params.names == set(plan(config).parameters)
 
 

@@ -17,10 +17,13 @@ from edm2_core import reference
 from edm2_core.mp import mp_cat, normalize
 from edm2_core.network import NetworkConfig, initialize, plan
 
-# everything once: labels, attention, a wider filter, widths that change, clipping; small, for JAX compiles it
+# everything once: a padded rectangle, a condition, labels, attention, a wider filter, widths that change, clipping;
+# small, for JAX compiles it
 CONFIG = NetworkConfig(
-    img_resolution=4,
+    img_resolution=(3, 4),
     img_channels=2,
+    cond_channels=1,
+    pad=True,
     label_dim=3,
     model_channels=6,
     channel_mult=(1, 1.5),
@@ -38,9 +41,9 @@ CONFIG = NetworkConfig(
 def test_reference_in_library(library: Library) -> None:
     """float32 in each library against float64 NumPy."""
 
-    def both(params: Any, images: Any, unit_noise: Any, sigma: Any, labels: Any) -> tuple[Any, ...]:
-        answers = reference.denoise(CONFIG, params, images + unit_noise * sigma, sigma, labels)
-        return *answers, reference.loss(CONFIG, params, images, unit_noise, sigma, labels)
+    def both(params: Any, images: Any, unit_noise: Any, sigma: Any, *rest: Any) -> tuple[Any, ...]:
+        answers = reference.denoise(CONFIG, params, images + unit_noise * sigma, sigma, *rest)
+        return *answers, reference.loss(CONFIG, params, images, unit_noise, sigma, *rest)
 
     run = library.compiled(both)
 
@@ -59,9 +62,10 @@ def test_reference_in_library(library: Library) -> None:
     check()
 
 
-def float64_case(config: NetworkConfig, seed: int, size: int) -> tuple[Any, Any, Any, Any]:
+def float64_case(config: NetworkConfig, seed: int, size: int) -> Any:
+    """Parameters, x, sigma, labels, condition."""
     batch = draw.random_batch(config, seed, size=size)
-    return draw.wide((draw.random_parameters(config, seed), batch.noisy, batch.sigma, batch.labels))
+    return draw.wide((draw.random_parameters(config, seed), batch.noisy, batch.sigma, batch.labels, batch.condition))
 
 
 @proves("NET-5")
@@ -70,7 +74,7 @@ def float64_case(config: NetworkConfig, seed: int, size: int) -> tuple[Any, Any,
 def test_shapes(config: NetworkConfig, seed: int) -> None:
     """For any config."""
     denoised, logvar = reference.denoise(config, *float64_case(config, seed, 3))
-    assert denoised.shape == (3, config.img_channels, config.img_resolution, config.img_resolution)
+    assert denoised.shape == (3, config.img_channels, *config.image_size)
     assert logvar.shape == (3, 1, 1, 1)
     assert denoised.dtype == logvar.dtype == np.float64
 
@@ -80,10 +84,10 @@ def test_shapes(config: NetworkConfig, seed: int) -> None:
 @given(draw.configs(ladder=st.just({"gains": True})), draw.seeds)
 def test_without_output_gain_the_network_is_its_skip(config: NetworkConfig, seed: int) -> None:
     """D = c_skip x where the gain is 0, as at initialization; D - c_skip x is linear in the gain."""
-    params, x, sigma, labels = float64_case(config, seed, 2)
+    params, x, sigma, *rest = float64_case(config, seed, 2)
     skip = config.sigma_data**2 / (sigma**2 + config.sigma_data**2) * x
     by_gain = [
-        reference.denoise(config, params | {"unet.out_gain": np.asarray(g)}, x, sigma, labels)[0] - skip
+        reference.denoise(config, params | {"unet.out_gain": np.asarray(g)}, x, sigma, *rest)[0] - skip
         for g in (0.0, 1.0, -2.5)
     ]
     assert np.abs(by_gain[0]).max() <= 1e-15 * np.abs(x).max()
@@ -94,11 +98,13 @@ def test_without_output_gain_the_network_is_its_skip(config: NetworkConfig, seed
 @draw.fewer(2)
 @given(draw.configs(), draw.seeds)
 def test_batch_independence(config: NetworkConfig, seed: int) -> None:
-    params, x, sigma, labels = float64_case(config, seed, 3)
-    together, u = reference.denoise(config, params, x, sigma, labels)
+    params, x, sigma, *rest = float64_case(config, seed, 3)
+    together, u = reference.denoise(config, params, x, sigma, *rest)
     for i in range(3):
         one = slice(i, i + 1)
-        alone, u_alone = reference.denoise(config, params, x[one], sigma[one], None if labels is None else labels[one])
+        alone, u_alone = reference.denoise(
+            config, params, x[one], sigma[one], *(r if r is None else r[one] for r in rest)
+        )
         assert tolerance.relative(alone, together[one]) <= tolerance.network(config, "float64")
         assert tolerance.relative(u_alone, u[one], floor=1.0) <= tolerance.network(config, "float64")
 
@@ -108,11 +114,11 @@ def test_batch_independence(config: NetworkConfig, seed: int) -> None:
 @given(draw.configs(labels=True), draw.seeds)
 def test_no_label_is_the_zero_label(config: NetworkConfig, seed: int) -> None:
     """Another label changes the answer."""
-    params, x, sigma, labels = float64_case(config, seed, 2)
+    params, x, sigma, labels, condition = float64_case(config, seed, 2)
     params |= {name: np.abs(value) + 0.5 for name, value in params.items() if value.ndim == 0}
-    without, _ = reference.denoise(config, params, x, sigma, None)
-    zero, _ = reference.denoise(config, params, x, sigma, np.zeros_like(labels))
-    with_label, _ = reference.denoise(config, params, x, sigma, labels)
+    without, _ = reference.denoise(config, params, x, sigma, None, condition)
+    zero, _ = reference.denoise(config, params, x, sigma, np.zeros_like(labels), condition)
+    with_label, _ = reference.denoise(config, params, x, sigma, labels, condition)
     assert np.array_equal(without, zero)
     assert not np.allclose(without, with_label, rtol=1e-9)
 
@@ -204,7 +210,7 @@ def test_activations_have_near_unit_magnitude(
         channels_per_head=8,
     )
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((2, 3, config.img_resolution, config.img_resolution))
+    x = rng.standard_normal((2, 3, *config.image_size))
     for out in block_outputs(config, draw.wide(initialize(config, seed=seed)), x, rng.standard_normal(2) / 4):
         assert 0.5 <= sqrt(np.mean(out**2)) <= 1.5
 
@@ -213,8 +219,8 @@ def test_activations_have_near_unit_magnitude(
 @given(draw.seeds)
 def test_activations_are_clipped(seed: int) -> None:
     """Each block's output is clipped at clip_act."""
-    config = replace(CONFIG, clip_act=0.5, label_dim=0)
-    params, x, sigma, _ = float64_case(config, seed, 2)
+    config = replace(CONFIG, clip_act=0.5, label_dim=0, img_resolution=4, cond_channels=0)
+    params, x, sigma, *_ = float64_case(config, seed, 2)
     outputs = list(block_outputs(config, params, 4 * x, np.log(sigma[:, 0, 0, 0]) / 4))
     assert all(np.abs(out).max() <= 0.5 for out in outputs[1:])
     assert any(np.abs(out).max() == 0.5 for out in outputs[1:])

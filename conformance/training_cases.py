@@ -29,7 +29,7 @@ ADAM = "rounding + lr x the gradient's error over the root of its second moment,
 
 def loss(port: Subject, config: NetworkConfig, seed: int) -> None:
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
-    got, _ = port.loss_and_gradients(config, params, *batch)
+    got, _ = port.loss_and_gradients(config, params, *batch.arrays)
     wanted = reference.loss(config, wide(params), *wide(tuple(batch)))
     allowed = tolerance.gradient(config, batch.sigma, batch.images)
     measure.close(got, wanted, allowed, what="the loss of each element", why=GRADIENT)
@@ -40,7 +40,7 @@ def directions(port: Subject, config: NetworkConfig, seed: int) -> None:
     difference is accurate to tolerance.difference."""
     config = replace(config, clip_act=None)  # a difference across the kink of a clip is wrong
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed).with_a_dropped_label
-    _, gradients = port.loss_and_gradients(config, params, *batch)
+    _, gradients = port.loss_and_gradients(config, params, *batch.arrays)
     measure.same_names(gradients, trained_names(config), what="the gradients")
     exact, allowed = wide(params), tolerance.gradient(config, batch.sigma, batch.images)
 
@@ -63,7 +63,7 @@ def directions(port: Subject, config: NetworkConfig, seed: int) -> None:
 
 def gradients(port: Subject, config: NetworkConfig, seed: int) -> None:
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed).with_a_dropped_label
-    _, got = port.loss_and_gradients(config, params, *batch)
+    _, got = port.loss_and_gradients(config, params, *batch.arrays)
     _, wanted = oracle.torch_gradients(config, wide(params), batch)
     allowed = GRADIENT_SHARE * tolerance.gradient(config, batch.sigma, batch.images)
     why = f"{GRADIENT_SHARE} x ({GRADIENT}), of the tensors' root mean square at least"
@@ -81,7 +81,7 @@ def training(
     params = draw.random_parameters(config, seed)
     batches = [draw.random_batch(config, seed + i, size=size) for i, size in enumerate(sizes)]
     options: Any = {"learning_rates": (0.01, 0.02, 0.005, 0.01), "betas": betas, "sigma_rels": sigma_rels}
-    losses, trained, averages = port.train(config, params, batches, **options)
+    losses, trained, averages = port.train(config, params, [batch.arrays for batch in batches], **options)
     wanted = oracle.train(config, params, batches, **options)
     measure.holds(len(losses) == len(sizes), "a loss for each step", got=len(losses), wanted=len(sizes))
     for step, (got, want, allowed) in enumerate(zip(losses, wanted.losses, wanted.loss_slack, strict=True)):
@@ -103,7 +103,7 @@ def first_step(port: Subject, config: NetworkConfig, seed: int) -> None:
     """Each weight moves by at most lr; averages equal the weights and Fourier constants stay, bit for bit."""
     params, batch = draw.random_parameters(config, seed), draw.random_batch(config, seed)
     options: Any = {"betas": (0.9, 0.99), "sigma_rels": (0.05, 0.10)}
-    _, trained, averages = port.train(config, params, [batch], learning_rates=[0.01], **options)
+    _, trained, averages = port.train(config, params, [batch.arrays], learning_rates=[0.01], **options)
     for s, average in averages.items():
         for name in params:
             same = np.array_equal(average[name], trained[name])
@@ -157,7 +157,7 @@ def state_file(port: Subject, config: NetworkConfig, seed: int) -> None:
 def resuming(port: Subject, config: NetworkConfig, seed: int, stop: int) -> None:
     """Four steps equal ``stop`` steps, a state in NumPy arrays, and the remaining steps, bit for bit."""
     start = _state(config, seed)
-    batches = [draw.random_batch(config, seed + i) for i in range(4)]
+    batches = [draw.random_batch(config, seed + i).arrays for i in range(4)]
     rates = [0.01, 0.02, 0.005, 0.01]
     losses, whole = port.advance(config, start, batches, learning_rates=rates)
     before, between = port.advance(config, start, batches[:stop], learning_rates=rates[:stop])

@@ -114,9 +114,10 @@ class TrainingPort(NumpyPort):
             values, gradients = self.steps.gradients(config, self.cast(params), Batch(*batch))
         return values.astype(np.float32), _narrow(gradients)
 
-    def jvp(self, config: NetworkConfig, params: Any, *given: Any) -> Any:
+    def jvp(self, config: NetworkConfig, params: Any, *given: Any, **condition: Any) -> Any:
         with self._wrong():
-            return tuple(part.astype(np.float32) for part in oracle.torch_jvp(config, self.cast(params), *given))
+            answer = oracle.torch_jvp(config, self.cast(params), *given, **condition)
+        return tuple(part.astype(np.float32) for part in answer)
 
     def variants(self) -> dict[str, Any]:
         return {"float32": TrainingPort(self.fault, dtype=np.float32)}

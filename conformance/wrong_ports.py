@@ -43,7 +43,7 @@ def _sum_plain(a: Any, b: Any, *, t: float) -> Any:
 
 
 def _normalize_inside(x: Any, *, axis: Any = None, eps: float = 1e-4) -> Any:
-    axes = tuple(range(1, x.ndim)) if axis is None else (axis,)
+    axes = tuple(range(1, x.ndim)) if axis is None else (axis,) if isinstance(axis, int) else axis
     xp = namespace(x)
     return x / xp.sqrt(xp.sum(x * x, axis=axes, keepdims=True) / prod(x.shape[i] for i in axes) + eps)
 
@@ -117,6 +117,17 @@ def _precondition(**wrong: Callable[[Any], Any]) -> Callable[..., Any]:
     return changed
 
 
+def _condition_unscaled(scaled: Any, condition: Any, *, sigma_data: float) -> Any:
+    return _JOIN(scaled, condition, sigma_data=1.0)
+
+
+def _padded_after(x: Any, padding: Any) -> Any:
+    """Around images, all rows below and all columns to the right; around the input of a kernel as it must be."""
+    of_kernel = len({*padding[0], *padding[1]}) == 1
+    (above, below), (left, right) = padding
+    return _PADDED(x, padding if of_kernel else ((0, above + below), (0, left + right)))
+
+
 def _loss_without_u(denoised: Any, images: Any, sigma: Any, logvar: Any, *, sigma_data: float) -> Any:
     return _LOSS(denoised, images, sigma, logvar, sigma_data=sigma_data) - logvar
 
@@ -144,6 +155,7 @@ def _levels(n: int, **options: Any) -> Any:
 
 
 _CONV, _ATTENTION, _EMBEDDING, _BLOCK = reference.conv, reference.attention, reference.embedding, reference.run_block
+_PADDED, _JOIN = reference.padded, precond.join_condition
 _PRECONDITION, _LOSS, _SAMPLE, _GUIDED = precond.precondition, loss.loss, sampler.sample, sampler.guided
 
 
@@ -224,6 +236,9 @@ FAULTS = (
           {"reference.attention": _attention_unscaled}),
     Fault("label-scale", "labels are not multiplied by sqrt(label_dim)", "denoise",
           {"reference.embedding": _embedding_unscaled}),
+    Fault("condition-unscaled", "the condition is not divided by sigma_data", "denoise",
+          {"precond.join_condition": _condition_unscaled}),
+    Fault("padded-after", "padding is below and to the right only", "denoise", {"reference.padded": _padded_after}),
     Fault("no-clip", "activations are not clipped", "denoise", {"reference.run_block": _block_unclipped}),
     Fault("residual-reversed", "the residual's balance is reversed", "denoise",
           {"reference.run_block": _block_balance}),

@@ -16,7 +16,7 @@ arXiv 2312.02696 Appendices B.4 to B.7.
 import operator
 from functools import reduce
 from math import prod, sqrt
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from .arrays import A, Array, in_dtype_of, namespace, scalars_too, widened
 from .errors import InputError
@@ -37,6 +37,8 @@ def normalize(x: A, /, *, axis: int | tuple[int, ...] | None = None, eps: float 
     Returns:
         Like ``x``.
 
+    Where all elements are 0, so is the result; its derivative is that of x / eps, as for all small x.
+
     Source: Eqs. 30, 47, Algorithm 1. Departs from the paper: eps is added as in Algorithm 1, not inside the root as in
     Eq. 30.
 
@@ -53,7 +55,9 @@ def normalize(x: A, /, *, axis: int | tuple[int, ...] | None = None, eps: float 
         axis = tuple(range(1, x.ndim))
     axes = (axis,) if isinstance(axis, int) else axis
     xp, wide = namespace(x), widened(x)
-    norm = xp.sqrt(xp.sum(wide * wide, axis=axes, keepdims=True))
+    square = xp.sum(wide * wide, axis=axes, keepdims=True)
+    some = cast(Any, square) > 0  # elsewhere sqrt has no derivative
+    norm = xp.sqrt(xp.where(some, square, xp.ones_like(square))) * xp.astype(some, square.dtype)
     return in_dtype_of(x, wide / (norm * (1 / sqrt(prod(x.shape[i] for i in axes))) + eps))
 
 

@@ -75,6 +75,28 @@ def denoise(backbone: Callable[[A, A], A], x: A, sigma: A, /, *, sigma_data: flo
     return cast(A, c.c_skip * x + c.c_out * answer)
 
 
+def join_condition(scaled: A, condition: A, /, *, sigma_data: float = 0.5, axis: int = 1) -> A:
+    """The input of a network with an image-shaped condition: both, one after the other.
+
+    Args:
+        scaled: c_in x, [N, C, ...].
+        condition: of the same shape but for its channels, in the units of the images.
+        sigma_data: standard deviation of the data: the condition is divided by it, as c_in divides an image without
+            noise, so that it has unit variance too.
+        axis: of the channels.
+
+    Returns:
+        [N, C + condition's channels, ...], in the library of ``scaled``.
+
+    Source: none, the paper has no such conditions; concatenation is usual (arXiv 2104.07636 Section 2).
+
+    >>> import numpy as np
+    >>> join_condition(np.ones((1, 2, 3, 3)), np.ones((1, 1, 3, 3)))[0, :, 0, 0]
+    array([1., 1., 2.])
+    """
+    return cast(A, namespace(scaled).concat([scaled, condition / sigma_data], axis=axis))
+
+
 @scalars_too
 def _sqrt(x: Array, /) -> Array:
     return namespace(x).sqrt(x)

@@ -156,6 +156,77 @@ _DIGITS = Preset(  # ours
 )
 
 PRESETS: dict[str, Preset] = {"digits": _DIGITS, **dict(_published())}
+AUTO, CUSTOM = "auto", "custom"
+"""Names, in a config, of :func:`recipe` and of a network that is the user's own."""
+
+
+def takes_any_data(name: str, /) -> bool:
+    """Whether the network of a preset takes the size of the data. Raises InputError for an unknown name."""
+    return name in (AUTO, CUSTOM) or preset(name).any_data
+
+
+def recipe(count: int, shape: tuple[int, int, int], /, *, labels: bool) -> Preset:
+    """Network and hyperparameters for ``count`` images of ``shape``, channels, height and width.
+
+    Up to some thousand images: a small network, dropout and few epochs, as measured in docs/small_data.md; from 100,000
+    on one of the paper's sizes, for its duration in epochs. Images are halved until their shorter side is at most 8.
+
+    Source: ours; docs/small_data.md.
+    """
+    channels, height, width = shape
+    halvings = 0
+    while min(height, width) > 8 << halvings and halvings < 3:
+        halvings += 1
+    size = next(size for most, size in _RECIPES if count <= most)
+    network = NetworkConfig(
+        img_resolution=(height, width),
+        img_channels=channels,
+        pad=True,
+        label_dim=2 if labels else 0,  # that of the data follows
+        model_channels=size.channels,
+        channel_mult=(1, 2, 3, 4)[: halvings + 1] if size.channels >= 64 else (1, *[2] * halvings),
+        num_blocks=size.blocks,
+        attn_resolutions=tuple(
+            sorted({-(-max(height, width) >> level) for level in range(halvings + 1)} & {*range(17)})
+        ),
+        channels_per_head=min(size.channels, 64),
+        dropout=size.dropout,
+    )
+    epochs = size.epochs
+    duration = max(round(count * epochs / Ki), 8) * Ki
+    return Preset(
+        network=network,
+        hyper=Hyperparameters(
+            duration=duration,
+            batch=size.batch,
+            lr=0.0120 * (128 / size.channels) ** 0.5,
+            decay=duration / size.batch / 4,
+            rampup=duration // 16,
+            P_mean=-0.4,
+            P_std=1.2,
+            snapshot=max(KIMG, duration // 16),
+        ),
+        any_data=True,
+    )
+
+
+@dataclass(frozen=True)
+class _Size:
+    channels: int
+    blocks: int
+    dropout: float
+    epochs: float
+    batch: int
+
+
+# the most images, and the network for as many
+_RECIPES = (
+    (1000, _Size(32, 1, 0.1, 60, 64)),
+    (10_000, _Size(64, 2, 0.1, 40, 128)),
+    (100_000, _Size(64, 3, 0.1, 200, 256)),
+    (1_000_000, _Size(128, 3, 0.1, 400, 1024)),
+    (inf, _Size(192, 3, 0.0, 800, 2048)),
+)
 
 
 def on_rung(base: Preset, rung: Rung, /) -> Preset:

@@ -25,7 +25,15 @@ from .network import GROUP_NORM_EPS, Block, NetworkConfig, plan
 Params = Mapping[str, Array]
 
 
-def denoise(config: NetworkConfig, params: Params, x: A, sigma: A, one_hot: Array | None = None, /) -> tuple[A, A]:
+def denoise(
+    config: NetworkConfig,
+    params: Params,
+    x: A,
+    sigma: A,
+    labels: Array | None = None,
+    condition: Array | None = None,
+    /,
+) -> tuple[A, A]:
     """Denoise images at any noise levels.
 
     Args:
@@ -33,8 +41,9 @@ def denoise(config: NetworkConfig, params: Params, x: A, sigma: A, one_hot: Arra
         params: its parameters, as :func:`~edm2_core.network.initialize` makes them.
         x: noisy images, [N, C, H, W].
         sigma: their noise levels, [N, 1, 1, 1].
-        one_hot: one-hot labels, [N, label_dim], a row of zeros for an image without label (SPEC LOSS-4, NET-8); None:
-            no image has one.
+        labels: one-hot rows or label vectors, [N, label_dim], zeros for an image without label (SPEC LOSS-4, NET-8);
+            None: no image has one.
+        condition: [N, cond_channels, H, W], in the units of the images; None for a network without (SPEC NET-11).
 
     Returns:
         The denoised images [N, C, H, W], and the uncertainty u(sigma) [N, 1, 1, 1], 0 where none is learned.
@@ -51,7 +60,9 @@ def denoise(config: NetworkConfig, params: Params, x: A, sigma: A, one_hot: Arra
     """
 
     def backbone(scaled: A, c_noise: A) -> A:
-        return cast(A, unet(config, params, scaled, c_noise, one_hot))
+        if condition is not None:
+            scaled = precond.join_condition(scaled, cast(A, condition), sigma_data=config.sigma_data)
+        return cast(A, unet(config, params, scaled, c_noise, labels))
 
     denoised = precond.denoise(backbone, x, sigma, sigma_data=config.sigma_data)
     c_noise = precond.precondition(sigma, sigma_data=config.sigma_data).c_noise
@@ -64,16 +75,17 @@ def loss(
     images: A,
     unit_noise: A,
     sigma: A,
-    one_hot: Array | None = None,
+    labels: Array | None = None,
+    condition: Array | None = None,
     /,
 ) -> A:
     """The loss of each element of denoising ``images + sigma unit_noise``.
 
-    Shapes: images and unit_noise [N, C, H, W]; sigma [N, 1, 1, 1]; one_hot [N, label_dim] or None; the result
-    [N, C, H, W]. Source: Eqs. 14, 21.
+    Shapes: images and unit_noise [N, C, H, W]; sigma [N, 1, 1, 1]; labels [N, label_dim] or None; condition
+    [N, cond_channels, H, W] or None; the result [N, C, H, W]. Source: Eqs. 14, 21.
     """
     noisy = cast(A, images + unit_noise * sigma)
-    denoised, logvar = denoise(config, params, noisy, sigma, one_hot)
+    denoised, logvar = denoise(config, params, noisy, sigma, labels, condition)
     return objective.loss(denoised, images, sigma, logvar, sigma_data=config.sigma_data)
 
 
@@ -86,16 +98,17 @@ def uncertainty(config: NetworkConfig, params: Params, c_noise: Array, /) -> Arr
     return xp.reshape(layer(config, params, "logvar_linear", features), (-1, 1, 1, 1))
 
 
-def unet(config: NetworkConfig, params: Params, x: Array, c_noise: Array, one_hot: Array | None, /) -> Array:
+def unet(config: NetworkConfig, params: Params, x: Array, c_noise: Array, labels: Array | None, /) -> Array:
     """The raw network F.
 
-    Shapes: x [N, C, H, W], already scaled by c_in; c_noise [N]; one_hot [N, label_dim] or None. Returns [N, C, H, W].
-    Source: Figures 16 to 22.
+    Shapes: x [N, C + cond_channels, H, W], already scaled; c_noise [N]; labels [N, label_dim] or None. Returns
+    [N, C, H, W]. Source: Figures 16 to 22. Departs from the paper: padding and conditions (SPEC NET-11).
     """
     xp, walk = namespace(x), plan(config)
-    emb = embedding(config, params, c_noise, one_hot)
+    emb = embedding(config, params, c_noise, labels)
+    x = padded(x, config.padding)
     if walk.switches.ones_channel:
-        x = xp.concat([x, xp.ones_like(x[:, :1, ...])], axis=1)  # (N, C + 1, H, W)
+        x = xp.concat([x, xp.ones_like(x[:, :1, ...])], axis=1)  # (N, in_channels, H, W)
     skips = []
     for block in walk.encoder:
         x = layer(config, params, block.name, x) if block.role == "conv" else run_block(config, block, params, x, emb)
@@ -106,11 +119,23 @@ def unet(config: NetworkConfig, params: Params, x: Array, c_noise: Array, one_ho
         x = run_block(config, block, params, x, emb)
     if walk.switches.output_norm:
         x = silu(config, group_norm(config, params, "unet.out_norm", x))
-    return layer(config, params, "unet.out_conv", x, gain=params["unet.out_gain"] if walk.switches.gains else 1.0)
+    x = layer(config, params, "unet.out_conv", x, gain=params["unet.out_gain"] if walk.switches.gains else 1.0)
+    (above, _), (left, _) = config.padding
+    height, width = config.image_size
+    return x[:, :, above : above + height, left : left + width]
 
 
-def embedding(config: NetworkConfig, params: Params, c_noise: Array, one_hot: Array | None, /) -> Array:
-    """The conditioning vector: c_noise [N] and one_hot [N, label_dim] to [N, emb_channels]; None stands for zeros.
+def padded(x: Array, padding: tuple[tuple[int, int], tuple[int, int]], /) -> Array:
+    """x [N, C, H, W] with rows (above, below) and columns (left, right) of zeros around it."""
+    xp = namespace(x)
+    for axis, (before, after) in zip((2, 3), padding, strict=True):
+        line = xp.zeros_like(x[:, :, :1, :] if axis == 2 else x[:, :, :, :1])  # of the device of x
+        x = xp.concat([*[line] * before, x, *[line] * after], axis=axis)
+    return x
+
+
+def embedding(config: NetworkConfig, params: Params, c_noise: Array, labels: Array | None, /) -> Array:
+    """The conditioning vector: c_noise [N] and labels [N, label_dim] to [N, emb_channels]; None stands for zeros.
 
     Source: Figures 16 to 22.
     """
@@ -120,7 +145,7 @@ def embedding(config: NetworkConfig, params: Params, c_noise: Array, one_hot: Ar
         emb = layer(config, params, "unet.emb_noise1", silu(config, emb))
     if config.label_dim:
         scale = sqrt(config.label_dim) if has.label_scaling else 1.0
-        label = emb * 0 if one_hot is None else layer(config, params, "unet.emb_label", one_hot * scale)
+        label = emb * 0 if labels is None else layer(config, params, "unet.emb_label", labels * scale)
         emb = summed(config, emb, label, t=config.label_balance)
     return silu(config, emb)
 
@@ -254,14 +279,9 @@ def products(x: A, w: Array, /) -> A:
         return cast(A, xp.matmul(x, xp.permute_dims(w, (1, 0))))
     n, c, height, width = x.shape
     size, pad = w.shape[-1], w.shape[-1] // 2
-    padded: Array = x
-    if pad:
-        column = xp.zeros_like(x[:, :, :, :pad])
-        padded = xp.concat([column, x, column], axis=3)  # (N, in, H, W + 2 pad)
-        row = xp.zeros_like(padded[:, :, :pad, :])
-        padded = xp.concat([row, padded, row], axis=2)  # (N, in, H + 2 pad, W + 2 pad)
+    surrounded = padded(x, ((pad, pad), (pad, pad)))  # (N, in, H + 2 pad, W + 2 pad)
     shifted = (
-        (w[:, :, i, j], xp.reshape(padded[:, :, i : i + height, j : j + width], (n, c, height * width)))
+        (w[:, :, i, j], xp.reshape(surrounded[:, :, i : i + height, j : j + width], (n, c, height * width)))
         for i in range(size)
         for j in range(size)
     )

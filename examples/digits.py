@@ -17,11 +17,13 @@ from sklearn.svm import SVC
 
 from backends.pipeline.checkpoints.reconstruct import reconstruct
 from backends.pipeline.checkpoints.snapshots import Snapshot
-from backends.pipeline.data.datasets import open_dataset, to_model, to_uint8
+from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.data.labels import one_hot
 from backends.pipeline.data.seeds import labels as seeded_labels
 from backends.pipeline.data.seeds import noise
 from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.pictures import visible
+from edm2_core.codec import PIXELS, DataFormat
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.loss import weight
@@ -38,7 +40,7 @@ class Study:
         digits = open_dataset("digits")
         indices = np.arange(len(digits))
         self.folder, self.port, self.count = folder, port, count
-        self.images, self.labels = digits.images(indices), digits.labels(indices)
+        self.images, self.labels = digits.read(indices), digits.labels(indices)
         self.data = folder / "data"
         if not (self.data / "dataset.json").exists():
             self._write()
@@ -96,8 +98,8 @@ class Study:
         sampler = self._adapter.sampler(config, network.params, guide=other)
         labels = seeded_labels(seeds, CLASSES)
         rows = one_hot(labels, CLASSES) if labelled else None
-        start = noise(seeds, (config.img_channels, config.img_resolution, config.img_resolution))
-        return to_uint8(sampler(start, rows, guidance=guidance, num_steps=STEPS)), labels
+        start = noise(seeds, (config.img_channels, *config.image_size))
+        return visible(sampler(start, rows, guidance=guidance, num_steps=STEPS), DataFormat()), labels
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
         return float((self._classifier.predict(_scanned(images)) == labels).mean())
@@ -111,7 +113,7 @@ class Study:
     def denoising_loss(self, network: Snapshot, *, held_out: bool) -> float:
         """Mean of lambda(sigma) (D(y + n; sigma) - y)^2 per pixel, with fixed noise, on training or held-out digits."""
         part = slice(TRAINING, None) if held_out else slice(0, min(self.count, len(self.images) - TRAINING))
-        images, rows = to_model(self.images[part]), one_hot(self.labels[part], CLASSES)
+        images, rows = PIXELS.encode(self.images[part]), one_hot(self.labels[part], CLASSES)
         seeds, total = range(len(images)), 0.0
         for sigma in np.exp(np.linspace(-2, 1, 7)):
             level = np.full((len(images), 1, 1, 1), sigma, np.float32)

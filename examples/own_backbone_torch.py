@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from backends.pipeline.data.datasets import open_dataset, to_model, to_uint8
-from backends.pipeline.runs.pictures import save_grid
+from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs.pictures import save_grid, visible
 from backends.torch.api import Denoiser, sample
 from backends.torch.step import Batch, Learner
 from edm2_core.loss import noise_level
@@ -49,7 +49,7 @@ def main(*, images: int = 128_000, out: Path = Path("own_backbone.png")) -> floa
     torch.manual_seed(0)
     data = open_dataset("digits")
     indices = np.arange(len(data))
-    x, ids = torch.from_numpy(to_model(data.images(indices))), torch.from_numpy(data.labels(indices))
+    x, ids = torch.from_numpy(data.format.codec.encode(data.read(indices))), torch.from_numpy(data.labels(indices))
     uncertainty = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 1))
     denoiser = Denoiser(Transformer(), uncertainty=uncertainty, label_dim=10)
     learner = Learner(denoiser)  # with averages of length 0.05 and 0.10
@@ -62,7 +62,7 @@ def main(*, images: int = 128_000, out: Path = Path("own_backbone.png")) -> floa
     with learner.ema.applied(0.10, denoiser):
         wanted = torch.arange(10).repeat(10)
         digits = sample(denoiser, torch.randn(100, 1, 8, 8), F.one_hot(wanted, 10).float(), num_steps=18)
-    save_grid(out, to_uint8(digits.numpy()))
+    save_grid(out, visible(digits.numpy(), data.format))
     means = torch.stack([x[ids == digit].mean(dim=0) for digit in range(10)])
     predicted = torch.cdist(digits.flatten(1), means.flatten(1)).argmin(dim=1)
     share = float((predicted == wanted).float().mean())

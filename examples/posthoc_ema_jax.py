@@ -15,7 +15,7 @@ import optax
 import tyro
 
 from backends.jax.ema import power_ema, reconstruct, save
-from backends.pipeline.data.datasets import open_dataset, to_model
+from backends.pipeline.data.datasets import open_dataset
 
 BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images per step, between snapshots, and to train on
 LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.10, 0.13, 0.17, 0.22, 0.28)  # sigma_rel
@@ -31,7 +31,7 @@ def loss(params: Any, x: Any, y: Any) -> Any:
 def main(*, images: int = 32_000, folder: Path | None = None) -> None:
     """Train on IMAGES images, with snapshots in FOLDER (empty; by default a temporary one); then compare lengths."""
     data, rng, order = open_dataset("digits"), np.random.default_rng(0), np.random.default_rng(0).permutation(1797)
-    x, y = to_model(data.images(order)).reshape(1797, 64), data.labels(order).astype(np.int32)
+    x, y = data.format.codec.encode(data.read(order)).reshape(1797, 64), data.labels(order).astype(np.int32)
     shapes, he = ((64, 64), (64, 64), (64, 10)), (2 / 64) ** 0.5
     params = [{"weight": jnp.asarray(he * rng.standard_normal(s), "float32"), "bias": jnp.zeros(s[1])} for s in shapes]
     optimizer = optax.chain(optax.adam(0.01), power_ema(t_delta=BATCH))  # averages of lengths 0.05 and 0.10

@@ -14,7 +14,7 @@ from mlx import nn, optimizers
 from mlx.utils import tree_flatten
 
 from backends.mlx.ema import PowerEMA, reconstruct
-from backends.pipeline.data.datasets import open_dataset, to_model
+from backends.pipeline.data.datasets import open_dataset
 
 BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images per step, between snapshots, and to train on
 LENGTHS = (0.02, 0.03, 0.04, 0.05, 0.07, 0.10, 0.13, 0.17, 0.22, 0.28)  # sigma_rel
@@ -29,7 +29,7 @@ def main(*, images: int = 32_000, folder: Path | None = None) -> None:
     mx.random.seed(0)
     data, rng = open_dataset("digits"), np.random.default_rng(0)
     order = rng.permutation(1797)
-    x, y = to_model(data.images(order)).reshape(1797, 64), data.labels(order)
+    x, y = data.format.codec.encode(data.read(order)).reshape(1797, 64), data.labels(order)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer, gradient = optimizers.Adam(learning_rate=0.01), nn.value_and_grad(model, loss)
     with TemporaryDirectory() as temporary:

@@ -14,7 +14,7 @@ import tyro
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from backends.pipeline.data.datasets import open_dataset, to_model
+from backends.pipeline.data.datasets import open_dataset
 from backends.torch.ema import PowerEMA, reconstruct
 
 BATCH, SAVE_EVERY, TRAINING = 16, 2000, 800  # images per step, between snapshots, and to train on
@@ -26,7 +26,7 @@ def main(*, images: int = 32_000, folder: Path | None = None) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the network is too small to use more
     data, order = open_dataset("digits"), np.random.default_rng(0).permutation(1797)
-    x, y = torch.from_numpy(to_model(data.images(order))).flatten(1), torch.from_numpy(data.labels(order))
+    x, y = torch.from_numpy(data.format.codec.encode(data.read(order))).flatten(1), torch.from_numpy(data.labels(order))
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with TemporaryDirectory() as temporary:

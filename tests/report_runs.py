@@ -8,7 +8,7 @@ def measurement(nimg, *, value=1.0, u=0.5, blocks=BLOCKS):
     return {
         "nimg": nimg,
         "blocks": {
-            name: {"role": role, "resolution": resolution, **dict.fromkeys(COLUMNS, value)}
+            name: {"role": role, "size": [resolution, resolution], **dict.fromkeys(COLUMNS, value)}
             for name, (role, resolution) in blocks.items()
         },
         "noise": {"sigma": [0.1, 1.0, 10.0], "loss": [value, 0.5, None], "u": [u, u, None], "count": [3, 4, 0]},

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends.pipeline.data.batches import Batches, label_uniforms, sample_indices
-from backends.pipeline.data.datasets import open_dataset, to_model
+from backends.pipeline.data.batches import Batches, Reading, label_rows, label_uniforms, prepared, sample_indices
+from backends.pipeline.data.datasets import open_dataset
+from edm2_core.codec import DataFormat
 from edm2_core.errors import InputError
 
 PINNED = [3, 0, 2, 4, 8, 7, 6, 9, 5, 0]
@@ -21,9 +22,8 @@ seeds = st.integers(0, 5)
 class Numbered:
     """Image i is filled with i; from ``broken`` on, none can be read."""
 
-    name = "numbered"
-    resolution = 2
-    channels = 3
+    name = spec = "numbered"
+    shape, format, vectors, cond_channels = (3, 2, 2), DataFormat(), False, 0
 
     def __init__(self, size: int = 10, *, label_dim: int = 0, broken: int | None = None) -> None:
         self.label_dim = label_dim
@@ -32,7 +32,7 @@ class Numbered:
     def __len__(self) -> int:
         return self._size
 
-    def images(self, indices: np.ndarray, /) -> np.ndarray:
+    def read(self, indices: np.ndarray, /) -> np.ndarray:
         if self._reads == self._broken:
             raise InputError("image.png is broken")
         self._reads += 1
@@ -41,9 +41,12 @@ class Numbered:
     def labels(self, indices: np.ndarray, /) -> np.ndarray:
         return indices % self.label_dim
 
+    def condition(self, indices: np.ndarray, /) -> np.ndarray:
+        raise NotImplementedError
+
 
 def _numbers(images: np.ndarray) -> list[int]:
-    return np.rint((images[:, 0, 0, 0] + 1) * 127.5).astype(int).tolist()
+    return images[:, 0, 0, 0].tolist()
 
 
 @settings(deadline=None)
@@ -86,15 +89,17 @@ def test_the_order_is_the_same_as_ever() -> None:
 @pytest.mark.parametrize("prefetch", [1, 2, 7])
 @pytest.mark.parametrize("batch", [1, 3, 8, 25])
 def test_the_stream_of_images_is_the_same_for_every_batch_size_and_prefetch_depth(batch: int, prefetch: int) -> None:
-    with Batches(Numbered(), start=4, batch=batch, seed=1, prefetch=prefetch) as batches:
-        stream = [n for images, _ in islice(batches, -(-60 // batch)) for n in _numbers(images)]
+    with Batches(Reading(Numbered(), 1), start=4, batch=batch, prefetch=prefetch) as batches:
+        stream = [n for images, *_ in islice(batches, -(-60 // batch)) for n in _numbers(images)]
     assert stream[:60] == sample_indices(start=4, count=60, size=10, seed=1).tolist()
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_slices_of_all_processes_make_the_batch(world: int) -> None:
     count = 8 // world
-    parts = [Batches(Numbered(), start=16, batch=8, seed=2, offset=rank * count, count=count) for rank in range(world)]
+    parts = [
+        Batches(Reading(Numbered(), 2), start=16, batch=8, offset=rank * count, count=count) for rank in range(world)
+    ]
     for step in range(3):
         stream = [n for part in parts for n in _numbers(next(part)[0])]
         assert stream == sample_indices(start=16 + 8 * step, count=8, size=10, seed=2).tolist()
@@ -103,21 +108,23 @@ def test_the_slices_of_all_processes_make_the_batch(world: int) -> None:
 
 
 def test_going_on_from_the_images_seen_repeats_and_skips_nothing() -> None:
-    with Batches(Numbered(), start=0, batch=4, seed=0) as batches:
-        whole = [_numbers(images) for images, _ in islice(batches, 6)]
-    with Batches(Numbered(), start=12, batch=4, seed=0) as batches:
-        assert [_numbers(images) for images, _ in islice(batches, 3)] == whole[3:]
+    with Batches(Reading(Numbered(), 0), start=0, batch=4) as batches:
+        whole = [_numbers(images) for images, *_ in islice(batches, 6)]
+    with Batches(Reading(Numbered(), 0), start=12, batch=4) as batches:
+        assert [_numbers(images) for images, *_ in islice(batches, 3)] == whole[3:]
 
 
 def test_images_and_labels_are_those_of_the_dataset() -> None:
     digits = open_dataset("digits")
     indices = sample_indices(start=1790, count=32, size=1797, seed=0)
-    with Batches(digits, start=1790, batch=32, seed=0) as batches:
-        images, labels = next(batches)
-    assert labels is not None
-    assert images.dtype == labels.dtype == np.float32
-    np.testing.assert_array_equal(images, to_model(digits.images(indices)))
-    np.testing.assert_array_equal(labels, np.eye(10, dtype=np.float32)[digits.labels(indices)])
+    with Batches(Reading(digits, 0), start=1790, batch=32) as batches:
+        batch = next(batches)
+    assert (batch.images.dtype, batch.labels.dtype) == (np.uint8, np.int64)
+    np.testing.assert_array_equal(batch.images, digits.read(indices))
+    np.testing.assert_array_equal(batch.labels, digits.labels(indices))
+    images, rows, _ = prepared(batch, digits.format, label_dim=10)
+    np.testing.assert_allclose(images, batch.images / 127.5 - 1, rtol=0, atol=1e-7)
+    np.testing.assert_array_equal(rows, np.eye(10, dtype=np.float32)[batch.labels])
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -125,13 +132,13 @@ def test_images_and_labels_are_those_of_the_dataset() -> None:
 def test_dropped_labels_are_zero_rows_by_position_alone(batch: int, world: int) -> None:
     share, rows, seen = batch // world, [], []
     parts = [{"offset": rank * share, "count": share} for rank in range(world)]
-    readers = [Batches(Numbered(label_dim=3), start=4, batch=batch, seed=1, label_dropout=0.3, **p) for p in parts]
+    reading = Reading(Numbered(label_dim=3), 1, label_dropout=0.3)
+    readers = [Batches(reading, start=4, batch=batch, **p) for p in parts]
     for _ in range(400 // batch):
         for reader in readers:
-            images, labels = next(reader)
-            assert labels is not None
-            seen += _numbers(images)
-            rows += labels.tolist()
+            batch_of_reader = next(reader)
+            seen += _numbers(batch_of_reader.images)
+            rows += label_rows(batch_of_reader.labels, 3).tolist()
     for reader in readers:
         reader.close()
     dropped = label_uniforms(start=4, count=400, size=10, seed=1) < 0.3
@@ -148,12 +155,12 @@ def test_which_labels_are_dropped_is_the_same_as_ever() -> None:
 
 
 def test_without_labels_there_are_none() -> None:
-    with Batches(Numbered(), start=0, batch=4, seed=0) as batches:
+    with Batches(Reading(Numbered(), 0), start=0, batch=4) as batches:
         assert next(batches)[1] is None
 
 
 def test_an_error_of_the_thread_is_raised_where_its_batch_is_taken_and_ends_the_iteration() -> None:
-    batches = Batches(Numbered(broken=2), start=0, batch=4, seed=0, prefetch=4)
+    batches = Batches(Reading(Numbered(broken=2), 0), start=0, batch=4, prefetch=4)
     next(batches)
     next(batches)
     with pytest.raises(InputError, match=r"^image\.png is broken$"):
@@ -163,9 +170,9 @@ def test_an_error_of_the_thread_is_raised_where_its_batch_is_taken_and_ends_the_
 
 def test_closing_ends_the_thread_and_the_iteration() -> None:
     before = threading.active_count()
-    batches = Batches(Numbered(), start=0, batch=4, seed=0)
+    batches = Batches(Reading(Numbered(), 0), start=0, batch=4)
     next(batches)
-    assert threading.active_count() == before + 1
+    assert threading.active_count() > before
     batches.close()
     batches.close()
     assert threading.active_count() == before

@@ -12,11 +12,12 @@ from toy_port import train
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, save_snapshot
 from backends.pipeline.checkpoints.states import load_state, save_state
 from backends.pipeline.data import seeds
-from backends.pipeline.data.datasets import to_uint8
 from backends.pipeline.data.labels import one_hot
+from backends.pipeline.runs.pictures import visible
 from conformance import ports
 from conformance import strategies as draw
 from conformance.oracle import trained_names
+from edm2_core.codec import DataFormat
 from edm2_core.ema import Length
 from edm2_core.state import State
 
@@ -76,10 +77,11 @@ def test_a_run_goes_on_in_any_port(toy):
 @cache
 def images(name: str) -> np.ndarray:
     """Four seeds of a network that no port has trained, as 8-bit pixels."""
-    chosen, size = range(4), CONFIG.img_resolution
+    chosen, condition = range(4), draw.random_batch(CONFIG, 0, size=4).condition
     labels = one_hot(seeds.labels(chosen, CONFIG.label_dim), CONFIG.label_dim)
-    noise = seeds.noise(chosen, (CONFIG.img_channels, size, size))
-    return to_uint8(HERE[name].sample(CONFIG, fresh().params, noise, labels, num_steps=6))
+    noise = seeds.noise(chosen, (CONFIG.img_channels, *CONFIG.image_size))
+    samples = HERE[name].sample(CONFIG, fresh().params, noise, labels, condition=condition, num_steps=6)
+    return visible(samples, DataFormat())
 
 
 @each_pair

@@ -10,6 +10,7 @@ from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.resolve import configure, data_spec, microbatches
+from edm2_core.codec import DataFormat
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.presets import PRESETS
@@ -23,8 +24,10 @@ class Pictures:
 
     name = spec = "pictures"
 
+    format, vectors, cond_channels = DataFormat(), False, 0
+
     def __init__(self, resolution=16, channels=3, label_dim=0):
-        self.resolution, self.channels, self.label_dim = resolution, channels, label_dim
+        self.shape, self.label_dim = (channels, resolution, resolution), label_dim
 
     def __len__(self):
         return 4
@@ -156,7 +159,7 @@ def test_a_conditional_preset_needs_labels_or_to_be_told_otherwise():
     with pytest.raises(
         InputError, match=r"got none in pictures: add a dataset.json with labels, or give --unconditional"
     ):
-        config_of(Pictures())
+        config_of(Pictures(64), preset="img64-s", data="x")
 
 
 def test_a_published_preset_needs_its_data_named():
@@ -168,7 +171,7 @@ def test_a_published_preset_needs_its_data_named():
 
 def test_data_is_remembered_where_it_is_wherever_the_command_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert data_spec(train_options(data="pictures")) == str(tmp_path / "pictures")
+    assert data_spec(train_options(data="pictures", preset="digits")) == str(tmp_path / "pictures")
     assert data_spec(train_options(data="digits")) == data_spec(train_options()) == "digits"
 
 

@@ -13,6 +13,7 @@ from toy_port import CONFIG, ToySampler, ToyTrainer, config_of, options_of, run_
 from backends.commands.cli import main as edm2
 from backends.pipeline.checkpoints.snapshots import load_snapshot
 from backends.pipeline.checkpoints.states import load_state, parts, save_state
+from backends.pipeline.data.batches import Batch
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.options import SampleOptions
 from backends.pipeline.runs.sampling import run_sampling
@@ -38,8 +39,8 @@ def trainer_of(port):
 
 
 def step(trainer):
-    images = np.random.default_rng(trainer.nimg).standard_normal((64, 1, 8, 8)).astype(np.float32)
-    trainer.step(images, np.eye(10, dtype=np.float32)[np.arange(64) % 10], lr=0.01)
+    images = np.random.default_rng(trainer.nimg).integers(256, size=(64, 1, 8, 8), dtype=np.uint8)
+    trainer.step(trainer.place(Batch(images, np.arange(64) % 10)), lr=0.01)
     return trainer.state()
 
 

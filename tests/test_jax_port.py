@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from toy_port import config_of, train
 
+from backends.pipeline.data import batches as data
 from backends.ports import Machine
 from conformance import oracle, tolerance
 from conformance import strategies as draw
@@ -273,11 +274,11 @@ def test_too_little_memory_names_the_batch_to_try(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
 
     config, line = config_of(batch=64), r"must fit.*try --batch-per-device 32"
-    images, labels = np.zeros((64, 1, 8, 8), np.float32), np.zeros((64, 10), np.float32)
+    batch = data.Batch(np.zeros((64, 1, 8, 8), np.uint8), np.zeros(64, np.int64))
     monkeypatch.setattr(room, "compiled", lambda *shapes, cpu: exhausted)
     trainer = room.JaxTrainer(config, Machine())
     with pytest.raises(InputError, match=line):
-        trainer.step(images, labels, lr=0.01)
+        trainer.step(trainer.place(batch), lr=0.01)
     monkeypatch.setattr(room, "compiled", exhausted)
     with pytest.raises(InputError, match=line):
         room.JaxTrainer(config, Machine())

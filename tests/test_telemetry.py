@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from toy_port import config_of
 
+from backends.pipeline.data.batches import stored_batch
 from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs import telemetry
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.telemetry import BINS
-from backends.ports import Machine, Measurement
+from backends.ports import Machine
+from backends.trainer import Measurement
 from conformance import tolerance
 from edm2_core import reference
 from edm2_core.network import initialize, plan
@@ -33,9 +35,7 @@ def trainer_of(port, config):
 
 
 def batch():
-    data, some = open_dataset("digits"), np.arange(16)
-    images = data.images(some).astype(np.float32) / 127.5 - 1
-    return images, np.eye(10, dtype=np.float32)[data.labels(some)]
+    return stored_batch(open_dataset("digits"), np.arange(16))
 
 
 @pytest.mark.parametrize(("port", "rung"), [*(("torch", rung) for rung in "ABDG"), *product(("jax", "mlx"), "BG")])
@@ -45,16 +45,16 @@ def test_a_measured_step_is_the_step_and_says_what_it_was(port, rung):
     config = small_config(rung)
     plain, trainer = trainer_of(port, config), trainer_of(port, config)
     network, first = config.network, initialize(config.network, seed=config.seed)
-    measured = trainer.measured_step(*batch(), lr=0.01)
-    plain.step(*batch(), lr=0.01)
+    measured = trainer.measured_step(trainer.place(batch()), lr=0.01)
+    plain.step(plain.place(batch()), lr=0.01)
     check_same(trainer.state(), plain.state())
     check_magnitudes(config, measured, first, trainer.state())
     u = reference.uncertainty(network, first, precondition(measured.sigma.astype(np.float64)).c_noise).ravel()
     assert (measured.u is None) == (rung == "A")
     assert measured.u is None or measured.u == pytest.approx(u, rel=1e-4, abs=1e-5)
     assert measured.sigma.shape == measured.loss.shape == (16,)
-    for one in (trainer.step, plain.step):
-        one(*batch(), lr=0.01)
+    for one in (trainer, plain):
+        one.step(one.place(batch()), lr=0.01)
     check_same(trainer.state(), plain.state())
     assert trainer.metrics() == plain.metrics()
 
@@ -63,9 +63,9 @@ def test_a_measured_step_is_the_step_and_says_what_it_was(port, rung):
 def test_gradients_are_those_of_the_step_and_not_of_the_steps_before(port):
     """Adam's first moment after two steps is 0.9 times that after one, and 0.1 times the second step's gradient."""
     trainer = trainer_of(port, config := small_config("B"))
-    trainer.step(*batch(), lr=0.01)
+    trainer.step(trainer.place(batch()), lr=0.01)
     before = trainer.state().moments1
-    measured, after = trainer.measured_step(*batch(), lr=0.01), trainer.state().moments1
+    measured, after = trainer.measured_step(trainer.place(batch()), lr=0.01), trainer.state().moments1
     beta = config.hyper.betas[0]
     for name, magnitudes in measured.gradients.items():
         gradient = (after[name].astype(np.float64) - beta * before[name]) / (1 - beta)
@@ -121,7 +121,7 @@ def test_a_line_holds_blocks_and_noise_levels():
     assert line["nimg"] == 64
     block = line["blocks"]["unet.enc.8x8_block0"]
     own = [rows[name][0] for name in names["unet.enc.8x8_block0"]]
-    assert (block["role"], block["resolution"]) == ("enc", 8)
+    assert (block["role"], block["size"]) == ("enc", (8, 8))
     assert (block["weight_max"], block["activation_mean"]) == (max(own), 1.0)
     assert block["update"] == pytest.approx(0.75)
     noise = line["noise"]

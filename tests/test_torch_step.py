@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from backends.pipeline.runs.config import TrainConfig
+from backends.pipeline.data import batches as data
+from backends.pipeline.runs.config import DataSummary, TrainConfig
 from backends.ports import Machine
 from backends.torch.denoiser import Denoiser
 from backends.torch.network import Network
@@ -16,6 +17,7 @@ from backends.torch.trainer import TorchTrainer
 from backends.torch.weights import build, dump, tensors
 from conformance import oracle, tolerance
 from conformance import strategies as draw
+from edm2_core.codec import Codec, DataFormat
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, initialize, plan
@@ -241,14 +243,19 @@ def test_config_b_has_forward_derivatives_at_any_size() -> None:
 
 
 def trainer_of(**changes: object) -> TorchTrainer:
-    config = TrainConfig(network=CONFIG, hyper=Hyperparameters(batch=12, sigma_rels=(0.05, 0.1)))
+    codec = Codec(stored="float32", mean=(0.0,), scale=(1.0,))
+    channels, size = CONFIG.img_channels, CONFIG.image_size
+    summary = DataSummary(count=12, shape=(channels, *size), label_dim=CONFIG.label_dim, format=DataFormat(codec=codec))
+    hyper = Hyperparameters(batch=12, sigma_rels=(0.05, 0.1))
+    config = TrainConfig(network=CONFIG, hyper=hyper, data_summary=summary)
     return TorchTrainer(config, Machine(device="cpu", **changes))  # type: ignore[arg-type]
 
 
 def test_a_trainer_gives_one_average_and_keeps_the_clock() -> None:
     trainer, batch = trainer_of(), make_batch()
     assert batch.labels is not None
-    trainer.step(batch.images.numpy(), batch.labels.numpy(), lr=0.01)
+    placed = trainer.place(data.Batch(batch.images.numpy(), batch.labels.numpy()))
+    trainer.step(placed, lr=0.01)
     assert trainer.nimg == 12
     average, state = trainer.average(Length.of(0.1)), trainer.state()
     assert average.keys() == trainer.parameters().keys() == plan(CONFIG).parameters.keys()
@@ -264,6 +271,6 @@ def test_exhausted_memory_names_the_batch_to_try() -> None:
 
     trainer.learner.network.register_forward_pre_hook(exhausted)
     with pytest.raises(InputError, match=r"memory.*--batch-per-device 3"):
-        trainer.step(batch.images.numpy(), None, lr=0.01)
+        trainer.step(trainer.place(data.Batch(batch.images.numpy())), lr=0.01)
     assert trainer.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not trainer.is_out_of_memory(RuntimeError("shapes differ"))

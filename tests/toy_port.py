@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from backends.pipeline.checkpoints.states import load_state
+from backends.pipeline.data.batches import prepared
 from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs.command_line import flag, parse
 from backends.pipeline.runs.options import parse_train
 from backends.pipeline.runs.resolve import resolve
 from backends.pipeline.runs.training import run_training
-from backends.ports import Machine, Trainer
+from backends.ports import Machine
+from backends.trainer import Trainer
+from edm2_core.codec import DataFormat
 from edm2_core.ema import Length
 from edm2_core.network import NetworkConfig, initialize, plan
 from edm2_core.presets import PRESETS, Preset
@@ -51,7 +54,15 @@ class ToyTrainer(Trainer):
     def nimg(self):
         return self._nimg
 
-    def take_step(self, images, labels, *, lr):
+    def place(self, batch, /):
+        return batch
+
+    def take_evaluation(self, batch, unit_noise, sigma, /):
+        mean = np.float32(np.mean(self.params["unet.out_conv.weight"]))
+        return np.abs(batch.images.mean(axis=(1, 2, 3)) + mean + unit_noise.mean(axis=(1, 2, 3)) * sigma)
+
+    def take_step(self, batch, *, lr):
+        images, labels, _ = prepared(batch, DataFormat(), label_dim=10)
         share = np.float32(images.sum() + (0 if labels is None else labels.argmax(1).sum()))
         self.seen.append((self.nimg, images.shape, None if labels is None else labels.shape))
         self.rates.append(lr)
@@ -68,7 +79,7 @@ class ToyTrainer(Trainer):
                 average[name] = np.asarray(keep * average[name] + (1 - keep) * self.params[name], np.float32)
         return float(share), 0
 
-    def take_measured_step(self, images, labels, *, lr):
+    def take_measured_step(self, batch, *, lr):
         raise TypeError("the toy has no telemetry")
 
     def fetch(self, values):

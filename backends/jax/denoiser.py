@@ -23,17 +23,27 @@ Tree = Any  # a pytree of arrays
 class Backbone(Protocol):
     """The raw network F: x [N, ...], scaled to unit variance, and c_noise [N] to an array like x.
 
-    ``labels`` are whatever the denoiser was given; ``key`` is a PRNG key in training (dropout), otherwise None.
+    ``labels`` are whatever the denoiser was given; a condition is joined to x, on the last axis, and the result is like
+    x without it; ``key`` is a PRNG key in training (dropout), otherwise None.
     """
 
     def __call__(self, params: Tree, x: Array, c_noise: Array, labels: Any, /, *, key: Array | None) -> Array: ...
 
 
 class Denoise(Protocol):
-    """x [N, ...] and sigma [N, 1, ...], with as many axes, to denoised, like x, and logvar, like sigma."""
+    """x [N, ..., C], sigma [N, 1, ...] with as many axes, and a condition [N, ..., cond_channels] in the units of x or
+    None, to denoised, like x, and logvar, like sigma."""
 
     def __call__(
-        self, params: Tree, x: Array, sigma: Array, labels: Any = None, /, *, key: Array | None = None
+        self,
+        params: Tree,
+        x: Array,
+        sigma: Array,
+        labels: Any = None,
+        condition: Array | None = None,
+        /,
+        *,
+        key: Array | None = None,
     ) -> tuple[Array, Array]: ...
 
 
@@ -49,9 +59,18 @@ def denoiser(
     """
 
     def denoise(
-        params: Tree, x: Array, sigma: Array, labels: Any = None, /, *, key: Array | None = None
+        params: Tree,
+        x: Array,
+        sigma: Array,
+        labels: Any = None,
+        condition: Array | None = None,
+        /,
+        *,
+        key: Array | None = None,
     ) -> tuple[Array, Array]:
         def raw(scaled: Array, c_noise: Array) -> Array:
+            if condition is not None:
+                scaled = precond.join_condition(scaled, condition, sigma_data=sigma_data, axis=-1)
             return backbone(params, scaled, c_noise, labels, key=key)
 
         denoised = precond.denoise(raw, x, sigma, sigma_data=sigma_data)
@@ -63,7 +82,7 @@ def denoiser(
     return denoise
 
 
-_META = ("apply", "config", "label_dim", "label_dropout")
+_META = ("apply", "config", "label_dim", "label_dropout", "cond_channels")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=_META)
@@ -71,10 +90,11 @@ _META = ("apply", "config", "label_dim", "label_dropout")
 class Network:
     """A network ready to use; a pytree, whose leaves are its parameters.
 
-    ``apply(params, x, sigma, labels=None) -> (denoised, logvar)`` is pure; calling the network is ``apply`` of its own
-    parameters. ``label_dim`` is 0 for a network without labels. ``label_dropout`` is the share of training images whose
-    label is dropped (:func:`edm2_core.loss.drop_labels`); above 0, the network may be sampled without labels and guide
-    itself. ``config`` is None for a backbone of one's own.
+    ``apply(params, x, sigma, labels=None, condition=None) -> (denoised, logvar)`` is pure; calling the network is
+    ``apply`` of its own parameters. ``label_dim`` and ``cond_channels`` are 0 for a network without labels or
+    condition. ``label_dropout`` is the share of training images whose label is dropped
+    (:func:`edm2_core.loss.drop_labels`); above 0, the network may be sampled without labels and guide itself.
+    ``config`` is None for a backbone of one's own.
     """
 
     apply: Denoise
@@ -82,10 +102,14 @@ class Network:
     config: NetworkConfig | None = None
     label_dim: int = 0
     label_dropout: float = 0.0
+    cond_channels: int = 0
 
-    def __call__(self, x: Array, sigma: Array, labels: Array | None = None) -> tuple[Array, Array]:
-        """See :class:`Denoise`. Our own network takes x [N, H, W, C], sigma [N, 1, 1, 1] and labels [N, label_dim]."""
-        return self.apply(self.params, x, sigma, labels)
+    def __call__(
+        self, x: Array, sigma: Array, labels: Array | None = None, condition: Array | None = None
+    ) -> tuple[Array, Array]:
+        """See :class:`Denoise`. Our own network takes x [N, H, W, C], sigma [N, 1, 1, 1], labels [N, label_dim] and a
+        condition [N, H, W, cond_channels]."""
+        return self.apply(self.params, x, sigma, labels, condition)
 
 
 @dataclass(frozen=True)
@@ -98,11 +122,16 @@ class SamplingDenoiser:
     def label_dim(self) -> int:
         return self.network.label_dim
 
-    def __call__(self, x: Array, sigma: float, labels: Array | None, /) -> Array:
-        return _denoised(self.network.apply, self.network.params, x, sigma, labels)
+    @property
+    def cond_channels(self) -> int:
+        return self.network.cond_channels
+
+    def __call__(self, x: Array, sigma: float, labels: Array | None, condition: Array | None = None, /) -> Array:
+        given = (labels,) if condition is None else (labels, condition)  # a function of one's own may take none
+        return _denoised(self.network.apply, self.network.params, x, sigma, *given)
 
 
 @partial(jax.jit, static_argnums=0)
-def _denoised(apply: Denoise, params: Tree, x: Array, sigma: Array, labels: Array | None) -> Array:
+def _denoised(apply: Denoise, params: Tree, x: Array, sigma: Array, *given: Array | None) -> Array:
     levels = jnp.full((len(x), *(1,) * (x.ndim - 1)), sigma, jnp.float32)
-    return apply(params, x, levels, labels)[0]
+    return apply(params, x, levels, *given)[0]

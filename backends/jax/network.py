@@ -48,17 +48,18 @@ def denoise(
     x: Array,
     sigma: Array,
     labels: Array | None = None,
+    condition: Array | None = None,
     *,
     dtype: Any = jnp.float32,
     key: Array | None = None,
 ) -> tuple[Array, Array]:
     """The denoiser D and its uncertainty u. See :func:`edm2_core.reference.denoise`.
 
-    Shapes: x [N, H, W, C]; sigma [N, 1, 1, 1]; labels [N, label_dim], one-hot, or None. Returns: denoised [N, H, W, C]
-    and logvar [N, 1, 1, 1]. Dtype: float32 in and out, activations in ``dtype``. ``key`` is that of dropout, in
-    training; None: no dropout.
+    Shapes: x [N, H, W, C]; sigma [N, 1, 1, 1]; labels [N, label_dim] or None; condition [N, H, W, cond_channels] or
+    None. Returns: denoised [N, H, W, C] and logvar [N, 1, 1, 1]. Dtype: float32 in and out, activations in ``dtype``.
+    ``key`` is that of dropout, in training; None: no dropout.
     """
-    return network_denoiser(config, dtype)(params, x, sigma, labels, key=key)
+    return network_denoiser(config, dtype)(params, x, sigma, labels, condition, key=key)
 
 
 @lru_cache(maxsize=64)
@@ -75,7 +76,7 @@ def network_denoiser(config: NetworkConfig, dtype: Any = jnp.float32, /) -> Deno
 def load_network(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, dtype: Any = jnp.float32) -> Network:
     """A network of canonical ``params``, on JAX's default device. Raises InputError unless they are the config's."""
     denoise, loaded = network_denoiser(config, dtype), weights.load(config, params)
-    return Network(denoise, loaded, config, config.label_dim, config.label_dropout)
+    return Network(denoise, loaded, config, config.label_dim, config.label_dropout, config.cond_channels)
 
 
 def denoise_with_activations(
@@ -84,6 +85,7 @@ def denoise_with_activations(
     x: Array,
     sigma: Array,
     labels: Array | None = None,
+    condition: Array | None = None,
     *,
     dtype: Any = jnp.float32,
 ) -> tuple[Array, Array, Activations]:
@@ -98,7 +100,7 @@ def denoise_with_activations(
         activations.update(outputs)  # in the trace of this call: the denoiser adds none around its backbone
         return output.astype(x.dtype)
 
-    denoised, logvar = _preconditioned(config, backbone)(params, x, sigma, labels)
+    denoised, logvar = _preconditioned(config, backbone)(params, x, sigma, labels, condition)
     return denoised, logvar, activations
 
 
@@ -125,14 +127,15 @@ def unet(
 ) -> tuple[Array, Activations]:
     """The raw network F, and its activations, {} unless ``collect``. See :func:`edm2_core.reference.unet`.
 
-    Shapes: x [N, H, W, C]; c_noise [N]; labels [N, label_dim] or None; F like x.
+    Shapes: x [N, H, W, C + cond_channels]; c_noise [N]; labels [N, label_dim] or None; F [N, H, W, C].
     """
     activations: Activations = {}
     walk, scope = plan(config), Scope(config, params, activations if collect else None)
     key = key if config.dropout else None
     emb = embedding(scope, c_noise, labels)  # [N, emb_channels]
+    x = jnp.pad(x, ((0, 0), *config.padding, (0, 0)))
     if walk.switches.ones_channel:
-        x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)  # [N, H, W, C + 1]
+        x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)  # [N, H, W, in_channels]
     skips: list[Array] = []
     for index, block in enumerate((*walk.encoder, *walk.decoder)):
         if block.takes_skip:
@@ -144,7 +147,8 @@ def unet(
     if walk.switches.output_norm:
         x = silu(config, group_norm(scope, "unet.out_norm", x))
     x = layer(scope, "unet.out_conv", x, params["unet.out_gain"] if walk.switches.gains else 1.0)
-    return x, activations
+    ((above, _), (left, _)), (height, width) = config.padding, config.image_size
+    return x[:, above : above + height, left : left + width], activations
 
 
 def embedding(scope: Scope, c_noise: Array, labels: Array | None) -> Array:

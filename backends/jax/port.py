@@ -40,18 +40,18 @@ class Port(ports.Port):
     matmul: str | None = SAMPLING_MATMUL
     compiles: bool = True
 
-    def native_denoise(self, network: ports.Network, x: Array, sigma: Array, labels: Array | None, /) -> Any:
+    def native_denoise(self, network: ports.Network, /, *inputs: Any) -> Any:
         config, params = network
-        return _denoise(config, self.precision)(weights.load(config, params), x, sigma, labels)
+        return _denoise(config, self.precision)(weights.load(config, params), *inputs)
 
     def native_gradients(self, network: ports.Network, /, *batch: Any) -> tuple[Array, dict[str, np.ndarray]]:
         trained, constants = weights.load_divided(*network)
         gradients, loss = _gradients(network[0], self.precision)(trained, constants, Batch(*batch))
         return loss, weights.dump(gradients)
 
-    def native_jvp(self, network: ports.Network, x: Array, sigma: Array, labels: Any, tangent: Array, /) -> Any:
+    def native_jvp(self, network: ports.Network, tangent: Array, x: Array, /, *rest: Any) -> Any:
         config, params = network
-        return _derivative(config, self.precision)(weights.load(config, params), x, tangent, sigma, labels)
+        return _derivative(config, self.precision)(weights.load(config, params), tangent, x, *rest)
 
     def native_training(self, config: NetworkConfig, state: State, betas: ports.Betas, /) -> Any:
         step, current = _step(config, self.precision, betas, tuple(state.averages)), [from_state(config, state)]
@@ -96,8 +96,8 @@ def _denoise(config: NetworkConfig, precision: str) -> Callable[..., Any]:
 def _derivative(config: NetworkConfig, precision: str) -> Callable[..., Any]:
     denoise = network_denoiser(config, precision)
 
-    def along(params: Any, x: Array, tangent: Array, sigma: Array, labels: Array | None) -> tuple[Array, Array]:
-        return jax.jvp(lambda moved: denoise(params, moved, sigma, labels)[0], (x,), (tangent,))
+    def along(params: Any, tangent: Array, x: Array, *rest: Any) -> tuple[Array, Array]:
+        return jax.jvp(lambda moved: denoise(params, moved, *rest)[0], (x,), (tangent,))
 
     return jax.jit(along)
 

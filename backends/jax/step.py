@@ -29,12 +29,14 @@ from .network import Params, fan_axes, network_denoiser, normalize
 
 
 class Batch(NamedTuple):
-    """images and unit_noise [N, ...], sigma [N, 1, ...] with as many axes, labels [N, label_dim] or None; float32."""
+    """images and unit_noise [N, ...], sigma [N, 1, ...] with as many axes, labels [N, label_dim] or None, condition
+    [N, ..., cond_channels] or None; float32."""
 
     images: Array
     unit_noise: Array
     sigma: Array
     labels: Any = None
+    condition: Array | None = None
 
 
 class TrainState(NamedTuple):
@@ -63,12 +65,14 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 # ---- any network
 
 
-def draw_batch(images: Array, labels: Any, key: Array, *, P_mean: float, P_std: float) -> tuple[Batch, Array]:
+def draw_batch(
+    images: Array, labels: Any, key: Array, *, P_mean: float, P_std: float, condition: Array | None = None
+) -> tuple[Batch, Array]:
     """Noise and noise levels for ``images`` [N, ...], and a second key, for dropout. Source: Eq. 16."""
     normal, noise, dropout = jax.random.split(key, 3)
     draws = jax.random.normal(normal, (len(images), *(1,) * (images.ndim - 1)))
     sigma = objective.noise_level(draws, P_mean=P_mean, P_std=P_std)
-    return Batch(images, jax.random.normal(noise, images.shape), sigma, labels), dropout
+    return Batch(images, jax.random.normal(noise, images.shape), sigma, labels, condition), dropout
 
 
 def batch_loss(
@@ -76,7 +80,8 @@ def batch_loss(
 ) -> Array:
     """The loss of each element, like ``batch.images``, float32. Source: Eq. 21."""
     noisy = batch.images + batch.unit_noise * batch.sigma
-    denoised, logvar = denoise(params, noisy, batch.sigma, batch.labels, key=key)
+    given = (batch.labels,) if batch.condition is None else (batch.labels, batch.condition)
+    denoised, logvar = denoise(params, noisy, batch.sigma, *given, key=key)
     return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=sigma_data)
 
 

@@ -1,4 +1,4 @@
-"""Telemetry of a training step, measured beside it; see :class:`backends.ports.Measurement`."""
+"""Telemetry of a training step, measured beside it; see :class:`backends.trainer.Measurement`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 
 from backends.pipeline.runs.telemetry import watched
-from backends.ports import Measurement
+from backends.trainer import Measurement
 from edm2_core import loss as objective
 from edm2_core.network import NetworkConfig
 
@@ -19,7 +19,7 @@ Rows = dict[str, Array]  # by name of the weight, [2]
 
 
 class Measured(NamedTuple):
-    """All of :class:`~backends.ports.Measurement` but the gradients, on the device."""
+    """All of :class:`~backends.trainer.Measurement` but the gradients, on the device."""
 
     activations: Rows
     weights: Rows
@@ -44,7 +44,7 @@ def make_measure(
         """Magnitudes of activations, [N, features]; loss and u of each image, [N]; without dropout."""
         noisy = batch.images + batch.unit_noise * batch.sigma
         denoised, logvar, activations = denoise_with_activations(
-            config, params, noisy, batch.sigma, batch.labels, dtype=dtype
+            config, params, noisy, batch.sigma, batch.labels, batch.condition, dtype=dtype
         )
         weight = objective.weight(batch.sigma, sigma_data=config.sigma_data)
         loss = (weight * jnp.square(denoised - batch.images)).mean(axis=(1, 2, 3))

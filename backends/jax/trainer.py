@@ -12,9 +12,13 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 
+from backends.pipeline.data import batches as data
 from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.resolve import microbatches
-from backends.ports import Machine, Measurement, Trainer
+from backends.ports import Machine
+from backends.trainer import Measurement, Trainer
+from edm2_core import loss as objective
+from edm2_core.codec import Codec
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
@@ -22,19 +26,21 @@ from edm2_core.state import Arrays, State
 
 from . import device as devices
 from . import weights
+from .network import network_denoiser
 from .step import (
+    Batch,
     Metrics,
     TrainState,
     compiled,
     draw_batch,
     from_state,
+    in_parts,
     init,
     make_network_step,
     state_shapes,
     to_state,
 )
 from .telemetry import Measured, make_measure, summarize_rows, to_measurement
-from .weights import to_nhwc
 
 
 class JaxTrainer(Trainer):
@@ -65,9 +71,8 @@ class JaxTrainer(Trainer):
 
     def _compiled_step(self) -> Any:
         """Ahead of time, for the shapes of this config."""
-        network, batch, mesh = self._config.network, self._config.hyper.batch, self._mesh
+        network, mesh = self._config.network, self._mesh
         state = state_shapes(network, sigma_rels=self._config.hyper.lengths)
-        shared = partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=devices.batch_sharding(mesh))
         placed = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             state,
@@ -76,11 +81,30 @@ class JaxTrainer(Trainer):
         return compiled(
             self._noisy_step(),
             placed,
-            shared((batch, network.img_resolution, network.img_resolution, network.img_channels)),
-            shared((batch, network.label_dim)) if network.label_dim else None,
+            self._batch_shapes(),
             jax.ShapeDtypeStruct((), jnp.float32),
             jax.eval_shape(jax.random.key, 0),
             cpu=mesh.devices.flat[0].platform == "cpu",
+        )
+
+    def _batch_shapes(self) -> data.Batch:
+        """Shapes and dtypes of what :meth:`place` returns."""
+        config, network, batch = self._config, self._config.network, self._config.hyper.batch
+
+        def shared(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=devices.batch_sharding(self._mesh))
+
+        def image(codec: Codec, channels: int) -> jax.ShapeDtypeStruct:
+            return shared(jnp.uint8 if codec.stored == "uint8" else jnp.float32, *network.image_size, channels)
+
+        summary, format = config.data_summary, config.format
+        vectors = summary is not None and summary.vectors
+        labels = shared(jnp.float32, network.label_dim) if vectors else shared(jnp.int32)
+        return data.Batch(
+            image(format.codec, network.img_channels),
+            labels if network.label_dim else None,
+            image(format.condition, network.cond_channels) if format.condition and network.cond_channels else None,
+            shared(jnp.bool_) if config.flip else None,
         )
 
     def _noisy_step(self) -> Any:
@@ -94,11 +118,9 @@ class JaxTrainer(Trainer):
         )
         draw = self._draw
 
-        def train_step(
-            state: TrainState, images: Array, labels: Array | None, lr: Array, key: Array
-        ) -> tuple[TrainState, Metrics]:
-            batch, dropout = draw(images, labels, key)
-            return step(state, batch, dropout, lr=lr)
+        def train_step(state: TrainState, batch: data.Batch, lr: Array, key: Array) -> tuple[TrainState, Metrics]:
+            noisy, dropout = draw(batch, key)
+            return step(state, noisy, dropout, lr=lr)
 
         return train_step
 
@@ -107,46 +129,83 @@ class JaxTrainer(Trainer):
         """Compiled at the first measured step; its result is whole on every device."""
         measure, draw = make_measure(self._config.network, microbatch=self._microbatch, dtype=self._dtype), self._draw
 
-        def of_step(
-            before: dict[str, Array], state: TrainState, images: Array, labels: Array | None, key: Array
-        ) -> Measured:
-            return measure(before, state, draw(images, labels, key)[0])
+        def of_step(before: dict[str, Array], state: TrainState, batch: data.Batch, key: Array) -> Measured:
+            return measure(before, state, draw(batch, key)[0])
 
         return jax.jit(of_step, out_shardings=devices.whole(self._mesh))
 
-    @property
-    def _draw(self) -> Any:
-        return partial(draw_batch, P_mean=self._config.hyper.P_mean, P_std=self._config.hyper.P_std)
+    def _draw(self, batch: data.Batch, key: Array) -> tuple[Batch, Array]:
+        """What a network sees of a batch, with noise, and a key for dropout."""
+        images, labels, condition = self._prepared(batch)
+        hyper = self._config.hyper
+        return draw_batch(images, labels, key, P_mean=hyper.P_mean, P_std=hyper.P_std, condition=condition)
+
+    def _prepared(self, batch: data.Batch) -> tuple[Array, Array | None, Array | None]:
+        label_dim = self._config.network.label_dim
+        return data.prepared(batch, self._config.format, label_dim=label_dim, channels=3, width=2)
 
     @property
     def _dtype(self) -> Any:
         return getattr(jnp, self._config.precision)
 
-    def take_step(self, images: np.ndarray, labels: np.ndarray | None, *, lr: float) -> tuple[Array, Array]:
-        metrics = self._advance(*self._on_mesh(images, labels), lr=lr)
+    def place(self, batch: data.Batch, /) -> data.Batch:
+        """This process's share as part of the whole batch."""
+
+        def native(array: np.ndarray | None) -> np.ndarray | None:
+            if array is None:
+                return None
+            array = array.astype(np.int32) if array.dtype == np.int64 else array
+            return np.ascontiguousarray(array.transpose(0, 2, 3, 1) if array.ndim == 4 else array)
+
+        whole = partial(jax.make_array_from_process_local_data, devices.batch_sharding(self._mesh))
+        return data.Batch(*(None if array is None else whole(array) for array in map(native, batch)))
+
+    def take_evaluation(self, batch: data.Batch, unit_noise: np.ndarray, sigma: np.ndarray, /) -> np.ndarray:
+        noise = self.place(data.Batch(unit_noise, sigma))
+        params = {**self._state.params, **(self._state.constants or {})}
+        losses = np.asarray(self._evaluation(params, batch, noise.images, noise.labels))
+        share = len(losses) // self.world
+        return losses[self.rank * share : (self.rank + 1) * share]
+
+    @cached_property
+    def _evaluation(self) -> Any:
+        """The losses of a whole batch, whole on every device."""
+        network, microbatch = self._config.network, self._microbatch
+        denoise = network_denoiser(network, self._dtype)
+
+        def of_part(params: Any, part: Batch) -> Array:
+            noisy = part.images + part.unit_noise * part.sigma
+            denoised, _ = denoise(params, noisy, part.sigma, part.labels, part.condition)
+            weight = objective.weight(part.sigma, sigma_data=network.sigma_data)
+            return (weight * jnp.square(denoised - part.images)).mean(axis=(1, 2, 3))
+
+        def evaluation(params: Any, batch: data.Batch, noise: Array, sigma: Array) -> Array:
+            images, labels, condition = self._prepared(batch)
+            parts = in_parts(Batch(images, noise, sigma.reshape(-1, 1, 1, 1), labels, condition), microbatch)
+            return jax.lax.map(partial(of_part, params), parts).ravel()
+
+        return jax.jit(evaluation, out_shardings=devices.whole(self._mesh))
+
+    def take_step(self, batch: data.Batch, *, lr: float) -> tuple[Array, Array]:
+        metrics = self._advance(batch, self._key(), lr=lr)
         return metrics.loss, metrics.nonfinite
 
-    def take_measured_step(
-        self, images: np.ndarray, labels: np.ndarray | None, *, lr: float
-    ) -> tuple[tuple[Array, Array], Measurement]:
+    def take_measured_step(self, batch: data.Batch, *, lr: float) -> tuple[tuple[Array, Array], Measurement]:
         if not self._config.telemetry:
             raise InputError("steps can be measured where the config has telemetry, got 0: set telemetry")
         before = jax.tree.map(jnp.copy, self._state.params)  # a step is given the memory of its state
-        batch = self._on_mesh(images, labels)
-        metrics = self._advance(*batch, lr=lr)
-        measured, gradients = jax.device_get((self._measure(before, self._state, *batch), metrics.gradients))
+        key = self._key()
+        metrics = self._advance(batch, key, lr=lr)
+        measured, gradients = jax.device_get((self._measure(before, self._state, batch, key), metrics.gradients))
         return (metrics.loss, metrics.nonfinite), to_measurement(self._config.network, measured, gradients)
 
-    def _on_mesh(self, images: np.ndarray, labels: np.ndarray | None) -> tuple[Any, Any, Array]:
-        """This process's share as part of the whole batch, and the key of the next step's noise."""
+    def _key(self) -> Array:
+        """The key of the next step's noise."""
         key, nimg = jax.random.key(self._config.seed), self._nimg
-        key = jax.random.fold_in(jax.random.fold_in(key, nimg >> 31), nimg & 0x7FFFFFFF)
-        whole = partial(jax.make_array_from_process_local_data, devices.batch_sharding(self._mesh))
-        rows = None if labels is None else whole(np.ascontiguousarray(labels))
-        return whole(np.ascontiguousarray(to_nhwc(images))), rows, key
+        return jax.random.fold_in(jax.random.fold_in(key, nimg >> 31), nimg & 0x7FFFFFFF)
 
-    def _advance(self, images: Any, labels: Any, key: Array, *, lr: float) -> Metrics:
-        self._state, metrics = self._step(self._state, images, labels, jnp.float32(lr), key)
+    def _advance(self, batch: data.Batch, key: Array, *, lr: float) -> Metrics:
+        self._state, metrics = self._step(self._state, batch, jnp.float32(lr), key)
         self._nimg += self._config.hyper.batch
         if self._began is not None:
             jax.block_until_ready(metrics)

@@ -242,12 +242,15 @@ class UNet(nn.Module):
     def __call__(
         self, x: mx.array, c_noise: mx.array, labels: mx.array | None = None, *, dropout: mx.array | None = None
     ) -> mx.array:
-        """x [N, H, W, C], already scaled by c_in, c_noise [N] and labels [N, label_dim] or None to [N, H, W, C];
-        ``dropout``: a key, or None."""
+        """x [N, H, W, C + cond_channels], already scaled, c_noise [N] and labels [N, label_dim] or None to
+        [N, H, W, C]; ``dropout``: a key, or None."""
         walk, has = plan(self.config), self.config.switches
         emb, keys = self.embedding(c_noise, labels), self.block_keys(dropout)
+        (above, below), (left, right) = self.config.padding
+        if above or below or left or right:
+            x = mx.pad(x, [(0, 0), (above, below), (left, right), (0, 0)])
         if has.ones_channel:
-            x = mx.concatenate([x, mx.ones_like(x[..., :1])], axis=-1)  # (N, H, W, C + 1)
+            x = mx.concatenate([x, mx.ones_like(x[..., :1])], axis=-1)  # (N, H, W, in_channels)
         skips = []
         for block in walk.encoder:
             run = self.enc[short(block)]
@@ -259,7 +262,8 @@ class UNet(nn.Module):
         gain = self.out_gain if has.gains else 1.0
         if has.output_norm:
             x, gain = nn.silu(self.out_norm(x)), gain / self.config.silu_rms
-        return self.out_conv(x, gain=gain)
+        x, (height, width) = self.out_conv(x, gain=gain), self.config.image_size
+        return x[:, above : above + height, left : left + width]
 
     def block_keys(self, dropout: mx.array | None) -> Keys:
         """A dropout key for each block in running order, or None."""
@@ -325,6 +329,7 @@ class Network(Denoiser):
             UNet(config),
             sigma_data=config.sigma_data,
             label_dim=config.label_dim,
+            cond_channels=config.cond_channels,
             label_dropout=config.label_dropout,
             dtype=dtype,
         )

@@ -37,18 +37,18 @@ class Port(ports.Port):
         devices.choose(self.device)
         devices.arithmetic(self.precision)
 
-    def native_denoise(self, network: ports.Network, x: mx.array, sigma: mx.array, labels: Any, /) -> Any:
-        return self._network(*network)(x, sigma, labels)
+    def native_denoise(self, network: ports.Network, /, *inputs: Any) -> Any:
+        return self._network(*network)(*inputs)
 
     def native_gradients(self, network: ports.Network, /, *batch: Any) -> tuple[mx.array, dict[str, np.ndarray]]:
         arrays = Batch(*batch)
         loss, gradients = gradients_of(self._network(*network), arrays, scale=1 / len(arrays.images))
         return loss, dump(gradients)
 
-    def native_jvp(self, network: ports.Network, x: mx.array, sigma: mx.array, labels: Any, tangent: Any, /) -> Any:
+    def native_jvp(self, network: ports.Network, tangent: mx.array, x: mx.array, /, *rest: Any) -> Any:
         module = self._network(*network)
         with mx.stream(mx.cpu):  # conv2d has no forward derivative on the GPU
-            (denoised,), (derivative,) = mx.jvp(lambda moved: module(moved, sigma, labels)[0], [x], [tangent])
+            (denoised,), (derivative,) = mx.jvp(lambda moved: module(moved, *rest)[0], [x], [tangent])
             mx.eval(denoised, derivative)
         return denoised, derivative
 

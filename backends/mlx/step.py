@@ -36,12 +36,14 @@ Metrics = tuple[mx.array, mx.array]
 
 
 class Batch(NamedTuple):
-    """images and unit_noise [N, ...], sigma [N, 1, ...], labels [N, label_dim] or None; all float32."""
+    """images and unit_noise [N, ...], sigma [N, 1, ...], labels [N, label_dim] or None, condition
+    [N, ..., cond_channels] or None; all float32."""
 
     images: mx.array
     unit_noise: mx.array
     sigma: mx.array
     labels: mx.array | None = None
+    condition: mx.array | None = None
 
     def split(self, size: int | None) -> "Iterator[Batch]":
         """This batch in parts of ``size`` images, the last maybe smaller; None: in one."""
@@ -54,7 +56,7 @@ class Batch(NamedTuple):
 def batch_loss(network: Denoiser, batch: Batch, *, dropout: mx.array | None = None) -> mx.array:
     """The loss of each element, [N, ...] like the images, float32. Source: Eq. 21. ``dropout``: a key, or None."""
     noisy = batch.images + batch.unit_noise * batch.sigma
-    denoised, logvar = network(noisy, batch.sigma, batch.labels, dropout=dropout)
+    denoised, logvar = network(noisy, batch.sigma, batch.labels, batch.condition, dropout=dropout)
     return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=network.sigma_data)
 
 

@@ -1,5 +1,5 @@
 """Telemetry of a training step: magnitudes of activations, weights and gradients. See
-:class:`backends.ports.Measurement`."""
+:class:`backends.trainer.Measurement`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from backends.pipeline.runs.telemetry import watched
-from backends.ports import Measurement
+from backends.trainer import Measurement
 from edm2_core import loss as objective
 
 from .network import Layer, Network
@@ -66,7 +66,8 @@ def forward(
     losses, uncertainties = [], []
     with recording(network, names) as activations:
         for part in batch.split(size):
-            denoised, logvar = network(part.images + part.unit_noise * part.sigma, part.sigma, part.labels)
+            noisy = part.images + part.unit_noise * part.sigma
+            denoised, logvar = network(noisy, part.sigma, part.labels, part.condition)
             weight = objective.weight(part.sigma, sigma_data=network.sigma_data)
             losses.append((weight * (denoised - part.images).square()).mean(axis=(1, 2, 3)))  # (N,)
             uncertainties.append(logvar.reshape(-1))

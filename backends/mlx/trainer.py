@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from backends.pipeline.data import batches as data
 from backends.pipeline.runs.config import TrainConfig
-from backends.ports import Machine, Measurement, Trainer
+from backends.ports import Machine
+from backends.trainer import Measurement, Trainer
+from edm2_core import loss as objective
 from edm2_core.ema import Length
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
@@ -19,7 +22,7 @@ from .weights import build, dump, tensors, to_native
 
 
 class MLXTrainer(Trainer):
-    """See :class:`backends.ports.Trainer`. MLX's default device becomes the machine's.
+    """See :class:`backends.trainer.Trainer`. MLX's default device becomes the machine's.
 
     Raises:
         InputError: no such device, or another process does not answer.
@@ -45,30 +48,51 @@ class MLXTrainer(Trainer):
     def nimg(self) -> int:
         return self.learner.nimg
 
-    def take_step(self, images: np.ndarray, labels: np.ndarray | None, *, lr: float) -> Metrics:
-        batch, dropout = self._batch(images, labels)
-        return self.learner.step(batch, lr=lr, dropout=dropout)
+    def place(self, batch: data.Batch, /) -> data.Batch:
+        def native(array: np.ndarray | None) -> mx.array | None:
+            if array is None:
+                return None
+            return mx.array(np.ascontiguousarray(array.transpose(0, 2, 3, 1) if array.ndim == 4 else array))
 
-    def take_measured_step(
-        self, images: np.ndarray, labels: np.ndarray | None, *, lr: float
-    ) -> tuple[Metrics, Measurement]:
-        batch, dropout = self._batch(images, labels)
-        return measured_step(self.learner, batch, lr=lr, dropout=dropout)
+        return data.Batch(*map(native, batch))
 
-    def _batch(self, images: np.ndarray, labels: np.ndarray | None) -> tuple[Batch, mx.array | None]:
+    def take_evaluation(self, batch: data.Batch, unit_noise: np.ndarray, sigma: np.ndarray, /) -> np.ndarray:
+        images, labels, condition = self._prepared(batch)
+        noise, level = to_native(unit_noise), mx.array(sigma.reshape(-1, 1, 1, 1))
+        losses = []
+        for part in Batch(images, noise, level, labels, condition).split(self._microbatch):
+            noisy = part.images + part.unit_noise * part.sigma
+            denoised, _ = self.learner.network(noisy, part.sigma, part.labels, part.condition)
+            weight = objective.weight(part.sigma, sigma_data=self._config.network.sigma_data)
+            losses.append((weight * (denoised - part.images).square()).mean(axis=(1, 2, 3)))
+            mx.eval(losses)
+        return np.array(mx.concatenate(losses))
+
+    def take_step(self, batch: data.Batch, *, lr: float) -> Metrics:
+        noisy, dropout = self._batch(batch)
+        return self.learner.step(noisy, lr=lr, dropout=dropout)
+
+    def take_measured_step(self, batch: data.Batch, *, lr: float) -> tuple[Metrics, Measurement]:
+        noisy, dropout = self._batch(batch)
+        return measured_step(self.learner, noisy, lr=lr, dropout=dropout)
+
+    def _prepared(self, batch: data.Batch) -> tuple[mx.array, mx.array | None, mx.array | None]:
+        label_dim = self._config.network.label_dim
+        return data.prepared(batch, self._config.format, label_dim=label_dim, channels=3, width=2)
+
+    def _batch(self, batch: data.Batch) -> tuple[Batch, mx.array | None]:
         """A batch with noise, and the dropout key. Noise is drawn for the whole batch and cut to this process's share:
         it does not depend on the number of processes."""
-        hyper, share = self._config.hyper, slice(self.rank * len(images), (self.rank + 1) * len(images))
+        pixels, labels, condition = self._prepared(batch)
+        hyper, share = self._config.hyper, slice(self.rank * len(pixels), (self.rank + 1) * len(pixels))
         (seed,) = np.random.SeedSequence([self._config.seed, self.nimg]).generate_state(1, np.uint64)
         of_sigma, of_noise, of_dropout = mx.random.split(mx.random.key(int(seed)), 3)
-        pixels = to_native(images)
         noise = mx.random.normal((hyper.batch, *pixels.shape[1:]), key=of_noise)
         normal = mx.random.normal((hyper.batch, 1, 1, 1), key=of_sigma)
         sigma = noise_level(normal, P_mean=hyper.P_mean, P_std=hyper.P_std)
-        one_hot = None if labels is None else to_native(labels)
         # each process drops different activations
         dropout = mx.random.split(of_dropout, self.world)[self.rank] if self._config.network.dropout else None
-        return Batch(pixels, noise[share], sigma[share], one_hot), dropout
+        return Batch(pixels, noise[share], sigma[share], labels, condition), dropout
 
     def fetch(self, values: Sequence[mx.array], /) -> np.ndarray:
         return np.array(mx.stack(list(values)))

@@ -25,10 +25,12 @@ class Denoiser(nn.Module):
 
     Args:
         backbone: F, called as ``backbone(x, c_noise, labels)`` with x [N, ...] in ``dtype`` and c_noise [N] float32;
-            ``labels`` are passed on as they come. Returns the shape of x.
+            ``labels`` are passed on as they come; a condition is joined to x, on axis 1. Returns the shape of x
+            without the condition.
         sigma_data: standard deviation of the data.
         uncertainty: u, called as ``uncertainty(c_noise)``, [N] to [N] or [N, 1]; None: u is 0.
-        label_dim: number of classes, 0 for a network without labels.
+        label_dim: number of classes or length of label vectors, 0 for a network without labels.
+        cond_channels: channels of the condition that the backbone takes, 0 for none.
         label_dropout: share of training images whose label is dropped (:func:`edm2_core.loss.drop_labels`); above 0,
             the network may be sampled without labels and guide itself.
         dtype: of the backbone's input, and so of its activations.
@@ -41,23 +43,30 @@ class Denoiser(nn.Module):
         sigma_data: float = 0.5,
         uncertainty: nn.Module | None = None,
         label_dim: int = 0,
+        cond_channels: int = 0,
         label_dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.backbone, self.uncertainty = backbone, uncertainty
         self.sigma_data, self.dtype = sigma_data, dtype
-        self.label_dim, self.label_dropout = label_dim, label_dropout
+        self.label_dim, self.label_dropout, self.cond_channels = label_dim, label_dropout, cond_channels
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Denoise ``x`` at noise level ``sigma``; also the uncertainty, named logvar.
 
-        Shapes: x [N, ...]; sigma [N, 1, ...], with as many axes as x; labels one-hot [N, label_dim], or None for the
-        unconditional answer. Returns denoised like x, and logvar like sigma. Dtype: that of x, float32 or wider.
+        Shapes: x [N, C, ...]; sigma [N, 1, ...], with as many axes as x; labels one-hot [N, label_dim], or None for the
+        unconditional answer; condition [N, cond_channels, ...] in the units of x, or None. Returns denoised like x, and
+        logvar like sigma. Dtype: that of x, float32 or wider.
         """
         c = precondition(sigma, sigma_data=self.sigma_data)
         c_noise = c.c_noise.flatten()  # (N, 1, ...) to (N,)
-        output = self.raw((x * c.c_in).to(self.dtype), c_noise, labels).to(x.dtype)
+        scaled = x * c.c_in
+        if condition is not None:
+            scaled = torch.cat([scaled, condition / self.sigma_data], dim=1)  # (N, C + cond_channels, ...)
+        output = self.raw(scaled.to(self.dtype), c_noise, labels).to(x.dtype)
         return torch.addcmul(c.c_skip * x, c.c_out, output), self.logvar(c_noise).reshape(sigma.shape)
 
     def raw(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
@@ -93,8 +102,12 @@ class SamplingDenoiser:
     def label_dim(self) -> int:
         return self.network.label_dim
 
+    @property
+    def cond_channels(self) -> int:
+        return self.network.cond_channels
+
     @torch.inference_mode()
-    def __call__(self, x: Tensor, sigma: float, labels: Tensor | None, /) -> Tensor:
+    def __call__(self, x: Tensor, sigma: float, labels: Tensor | None, condition: Tensor | None = None, /) -> Tensor:
         level = x.new_full((len(x), *[1] * (x.ndim - 1)), sigma)  # (N, 1, ...)
-        denoised: Tensor = self.network(x, level, labels)[0]
+        denoised: Tensor = self.network(x, level, labels, condition)[0]
         return denoised

@@ -250,10 +250,14 @@ class UNet(Planned):
         self.out_conv = Layer(config, "unet.out_conv")
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
-        """x [N, C, H, W], already scaled by c_in, c_noise [N] and labels [N, label_dim] or None to [N, C, H, W]."""
+        """x [N, C + cond_channels, H, W], already scaled, c_noise [N] and labels [N, label_dim] or None to
+        [N, C, H, W]."""
         emb = self.embedding(c_noise, labels)
+        (above, below), (left, right) = self.config.padding
+        if above or below or left or right:
+            x = F.pad(x, (left, right, above, below))
         if self.config.switches.ones_channel:
-            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # (N, C + 1, H, W)
+            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # (N, in_channels, H, W)
         skips = []
         for block in self.enc.values():
             x = block(x) if isinstance(block, Layer) else block(x, emb)
@@ -263,7 +267,9 @@ class UNet(Planned):
         gain: float | Tensor = 1.0 if self.out_gain is None else self.out_gain
         if self.out_norm is not None:
             x, gain = F.silu(self.out_norm(x)), gain / self.config.silu_rms
-        return self.out_conv(x, gain=gain)  # (N, C, H, W)
+        x = self.out_conv(x, gain=gain)
+        height, width = self.config.image_size
+        return x[:, :, above : above + height, left : left + width]  # (N, C, H, W)
 
     def embedding(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """c_noise [N] and labels [N, label_dim] to [N, emb_channels]. See :func:`edm2_core.reference.embedding`."""
@@ -299,6 +305,7 @@ class Network(Denoiser):
             unet,
             sigma_data=config.sigma_data,
             label_dim=config.label_dim,
+            cond_channels=config.cond_channels,
             label_dropout=config.label_dropout,
             dtype=dtype,
         )

@@ -32,9 +32,9 @@ class Port(ports.Port):
     precision: str = "float32"
     compiles: bool = False
 
-    def native_denoise(self, network: ports.Network, x: Tensor, sigma: Tensor, labels: Tensor | None, /) -> Any:
+    def native_denoise(self, network: ports.Network, /, *inputs: Any) -> Any:
         with torch.inference_mode():
-            return self.network(*network)(x, sigma, labels)
+            return self.network(*network)(*inputs)
 
     def native_gradients(self, network: ports.Network, /, *batch: Any) -> tuple[Tensor, dict[str, np.ndarray]]:
         module, arrays = self.network(*network), Batch(*batch)
@@ -42,10 +42,10 @@ class Port(ports.Port):
         (loss.sum() / len(arrays.images)).backward()
         return loss.detach(), dump({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
 
-    def native_jvp(self, network: ports.Network, x: Tensor, sigma: Tensor, labels: Any, tangent: Tensor, /) -> Any:
+    def native_jvp(self, network: ports.Network, tangent: Tensor, x: Tensor, /, *rest: Any) -> Any:
         module = self.network(*network)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no forward derivative
-            return torch.func.jvp(lambda moved: module(moved, sigma, labels)[0], (x,), (tangent,))
+            return torch.func.jvp(lambda moved: module(moved, *rest)[0], (x,), (tangent,))
 
     def variants(self) -> "dict[str, Port]":
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

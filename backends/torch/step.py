@@ -7,7 +7,7 @@ forced again.
 
 from collections.abc import Sequence
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,19 @@ from .weights import dump, load, tensors, unwrapped
 
 class Batch(NamedTuple):
     """images and unit_noise [N, ...] (data of any shape), sigma [N, 1, ...] with as many axes, labels [N, label_dim] or
-    None; all float32."""
+    None, condition [N, cond_channels, ...] or None; all float32."""
 
     images: Tensor
     unit_noise: Tensor
     sigma: Tensor
     labels: Tensor | None = None
+    condition: Tensor | None = None
 
     def split(self, size: int | None) -> "list[Batch]":
         """This batch in parts of ``size`` images, the last may be smaller; None: in one part."""
         size = size or len(self.images)
-        labels = self.labels.split(size) if self.labels is not None else repeat(None)
-        images, unit_noise, sigma = (x.split(size) for x in self[:3])
-        return [Batch(*part) for part in zip(images, unit_noise, sigma, labels, strict=False)]
+        columns: list[Any] = [repeat(None) if x is None else x.split(size) for x in self]
+        return [Batch(*part) for part in zip(*columns, strict=False)]
 
 
 def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
@@ -43,7 +43,8 @@ def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
 
     ``network`` is a :class:`~.denoiser.Denoiser`, perhaps wrapped by DDP or torch.compile.
     """
-    denoised, logvar = network(batch.images + batch.unit_noise * batch.sigma, batch.sigma, batch.labels)
+    noisy = batch.images + batch.unit_noise * batch.sigma
+    denoised, logvar = network(noisy, batch.sigma, batch.labels, batch.condition)
     sigma_data = unwrapped(network).sigma_data
     return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=sigma_data)
 

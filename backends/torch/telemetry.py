@@ -1,6 +1,6 @@
 """Telemetry of a training step: magnitudes of activations, weights and gradients, measured beside the step itself.
 
-:class:`backends.ports.Measurement` defines each quantity.
+:class:`backends.trainer.Measurement` defines each quantity.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.pipeline.runs.telemetry import watched
-from backends.ports import Measurement
+from backends.trainer import Measurement
 from edm2_core import loss as objective
 
 from .denoiser import evaluating
@@ -68,7 +68,9 @@ def measured_forward(network: Network, batch: Batch, names: list[str], *, size: 
     with evaluating(network), recording(network, names) as activations:
         for part in batch.split(size):
             noisy = part.images + part.unit_noise * part.sigma
-            denoised, logvar = network.forward(noisy, part.sigma, part.labels)  # a compiled call would run no hooks
+            denoised, logvar = network.forward(
+                noisy, part.sigma, part.labels, part.condition
+            )  # a compiled call would run no hooks
             weight = objective.weight(part.sigma, sigma_data=network.sigma_data)
             losses.append((weight * (denoised - part.images).square()).flatten(1).mean(dim=1))
             uncertainties.append(logvar.flatten())

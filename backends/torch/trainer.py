@@ -7,14 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backends.pipeline.data import batches as data
 from backends.pipeline.runs.config import TrainConfig
-from backends.ports import Machine, Measurement, Trainer
+from backends.ports import Machine
+from backends.trainer import Measurement, Trainer
+from edm2_core import loss as objective
 from edm2_core.ema import Length
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
 from edm2_core.state import Arrays, State
 
 from . import device as devices
+from .denoiser import evaluating
 from .step import Batch, Learner
 from .telemetry import measured
 from .weights import build, dump, tensors
@@ -23,7 +27,7 @@ _EXHAUSTED = ("can't allocate memory", "DefaultCPUAllocator")  # of the CPU's al
 
 
 class TorchTrainer(Trainer):
-    """See :class:`backends.ports.Trainer`. Several processes are those of ``torchrun``."""
+    """See :class:`backends.trainer.Trainer`. Several processes are those of ``torchrun``."""
 
     def __init__(self, config: TrainConfig, machine: Machine):
         super().__init__()
@@ -33,6 +37,9 @@ class TorchTrainer(Trainer):
         self._processes.join(self._device)
         self.device = devices.describe(self._device)
         self._config = config
+        on_cuda = self._device.type == "cuda"
+        self._copies = torch.cuda.Stream(self._device) if on_cuda else None
+        self._compute = torch.cuda.current_stream(self._device) if on_cuda else None
         hyper, params = config.hyper, initialize(config.network, seed=config.seed)
         self.learner = Learner(
             build(config.network, params, device=self._device, dtype=getattr(torch, config.precision)),
@@ -45,15 +52,43 @@ class TorchTrainer(Trainer):
     def nimg(self) -> int:
         return self.learner.nimg
 
-    def take_step(self, images: np.ndarray, labels: np.ndarray | None, *, lr: float) -> tuple[Any, Any]:
-        return self.learner.step(self._batch(images, labels), lr=lr)
+    def place(self, batch: data.Batch, /) -> data.Batch:
+        """On CUDA by way of pinned memory and a stream of its own; the copy is complete when this returns."""
+        tensors = (None if array is None else torch.from_numpy(array) for array in batch)
+        if self._copies is None or self._compute is None:
+            return data.Batch(*(None if x is None else x.to(self._device) for x in tensors))
+        with torch.cuda.stream(self._copies):
+            placed = [None if x is None else x.pin_memory().to(self._device, non_blocking=True) for x in tensors]
+        for tensor in placed:
+            if tensor is not None:
+                tensor.record_stream(self._compute)  # its memory is reused only when a step has read it
+        self._copies.synchronize()
+        return data.Batch(*placed)
 
-    def take_measured_step(
-        self, images: np.ndarray, labels: np.ndarray | None, *, lr: float
-    ) -> tuple[tuple[Any, Any], Measurement]:
-        return measured(self.learner, self._batch(images, labels), lr=lr)
+    def take_step(self, batch: data.Batch, *, lr: float) -> tuple[Any, Any]:
+        return self.learner.step(self._batch(batch), lr=lr)
 
-    def _batch(self, images: np.ndarray, labels: np.ndarray | None) -> Batch:
+    def take_measured_step(self, batch: data.Batch, *, lr: float) -> tuple[tuple[Any, Any], Measurement]:
+        return measured(self.learner, self._batch(batch), lr=lr)
+
+    @torch.no_grad()
+    def take_evaluation(self, batch: data.Batch, unit_noise: np.ndarray, sigma: np.ndarray, /) -> np.ndarray:
+        images, labels, condition = self._prepared(batch)
+        noise, level = (torch.from_numpy(x).to(self._device) for x in (unit_noise, sigma.reshape(-1, 1, 1, 1)))
+        whole = Batch(images, noise, level, labels, condition)
+        losses = []
+        with evaluating(self.learner.network):
+            for part in whole.split(self.learner.microbatch):
+                noisy = part.images + part.unit_noise * part.sigma
+                denoised, _ = self.learner.network(noisy, part.sigma, part.labels, part.condition)
+                weight = objective.weight(part.sigma, sigma_data=self._config.network.sigma_data)
+                losses.append((weight * (denoised - part.images).square()).flatten(1).mean(dim=1))
+        return torch.cat(losses).cpu().numpy()
+
+    def _prepared(self, batch: data.Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return data.prepared(batch, self._config.format, label_dim=self._config.network.label_dim)
+
+    def _batch(self, batch: data.Batch) -> Batch:
         """With noise, a function of (seed, images seen). It is drawn for the whole batch and cut to this process's
         share, so the number of processes has no effect on it."""
         config, hyper = self._config, self._config.hyper
@@ -61,15 +96,12 @@ class TorchTrainer(Trainer):
         generator = torch.Generator(self._device).manual_seed(int(key[0]))
         if config.network.dropout:
             torch.manual_seed(int(key[1]) + self.rank)
+        images, labels, condition = self._prepared(batch)
         normal = torch.randn((hyper.batch, 1, 1, 1), generator=generator, device=self._device)
         noise = torch.randn((hyper.batch, *images.shape[1:]), generator=generator, device=self._device)
         sigma = noise_level(normal, P_mean=hyper.P_mean, P_std=hyper.P_std)
         share = slice(self.rank * len(images), (self.rank + 1) * len(images))
-        one_hot = None if labels is None else self._to_device(labels)
-        return Batch(self._to_device(images), noise[share], sigma[share], one_hot)
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return Batch(images, noise[share], sigma[share], labels, condition)
 
     def fetch(self, values: Sequence[Tensor], /) -> np.ndarray:
         return torch.stack(list(values)).cpu().numpy()

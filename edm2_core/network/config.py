@@ -19,8 +19,10 @@ GROUP_NORM_EPS = 1e-5
 class _Fields:
     """The fields of a :class:`NetworkConfig`, which documents them."""
 
-    img_resolution: int
+    img_resolution: int | tuple[int, int]
     img_channels: int
+    cond_channels: int = 0
+    pad: bool = False
     label_dim: int = 0
     model_channels: int = 192
     channel_mult: tuple[float, ...] = (1, 2, 3, 4)
@@ -46,9 +48,15 @@ class _Fields:
 class NetworkConfig(_Fields):
     """Everything that determines a network and its parameters.
 
-    Channels of a level are ``model_channels * channel_mult[level]``; each level has half the resolution of the one
-    before. ``channel_mult_noise`` and ``channel_mult_emb`` give the width of the noise features and of the embedding in
-    units of ``model_channels``; None takes the first and the widest level's. Entries of ``attn_resolutions`` that the
+    ``img_resolution`` is the side of square images, or (height, width). Each level has half the height and width of the
+    one before; sizes that cannot be halved so often need ``pad``: the network then surrounds its input with zeros up to
+    the next size that can, and cuts its output back. ``cond_channels`` are those of an image-shaped condition, which is
+    concatenated to the input (:func:`edm2_core.precond.join_condition`). ``label_dim`` is the number of classes, or the
+    length of label vectors.
+
+    Channels of a level are ``model_channels * channel_mult[level]``. ``channel_mult_noise`` and ``channel_mult_emb``
+    give the width of the noise features and of the embedding in units of ``model_channels``; None takes the first and
+    the widest level's. ``attn_resolutions`` are the longer sides of the levels whose blocks attend; entries that the
     network does not have are ignored. The ``*_balance`` are the blend t of Eqs. 88 and 103, where functions preserve
     magnitude. ``clip_act`` bounds the activations after each block (None: never). ``dropout`` acts in training only.
     ``label_dropout`` is the share of training images whose label is dropped (:func:`edm2_core.loss.drop_labels`): with
@@ -80,6 +88,9 @@ class NetworkConfig(_Fields):
         if given.get("attn_resolutions") is None:
             given["attn_resolutions"] = LADDER_TRAINING[chosen.ladder].attn_resolutions
         plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+        match plain.get("img_resolution"):
+            case (height, width) if height == width:
+                plain["img_resolution"] = height  # a square has one spelling
         super().__init__(switches=chosen, **plain)
         _check(self)
 
@@ -136,9 +147,31 @@ class NetworkConfig(_Fields):
         return tuple(int(self.model_channels * mult) for mult in self.channel_mult)
 
     @property
-    def level_resolutions(self) -> tuple[int, ...]:
-        """Resolution of each level, the highest first."""
-        return tuple(self.img_resolution >> level for level in range(len(self.channel_mult)))
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        size = self.img_resolution
+        return size if isinstance(size, tuple) else (size, size)
+
+    @property
+    def padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows of zeros (above, below) and columns of zeros (left, right) around the network's input."""
+        above, left = (-side % (1 << len(self.channel_mult) - 1) for side in self.image_size)
+        return (above // 2, above - above // 2), (left // 2, left - left // 2)
+
+    @property
+    def level_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each level, the highest resolution first."""
+        height, width = (side + sum(added) for side, added in zip(self.image_size, self.padding, strict=True))
+        return tuple((height >> level, width >> level) for level in range(len(self.channel_mult)))
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the network's input: the image, its condition, and a channel of ones where the rung has it."""
+        return self.img_channels + self.cond_channels + self.switches.ones_channel
+
+    def attends(self, size: tuple[int, int], /) -> bool:
+        """Whether the blocks of a level of this height and width have attention."""
+        return max(size) in self.attn_resolutions
 
     @property
     def noise_channels(self) -> int:
@@ -165,7 +198,6 @@ def _check(config: NetworkConfig) -> None:
             raise InputError(f"{name} must be {need}, got {getattr(config, name)!r}: {cure}")
 
     positive = (
-        "img_resolution",
         "img_channels",
         "model_channels",
         "num_blocks",
@@ -176,20 +208,20 @@ def _check(config: NetworkConfig) -> None:
     for name in positive:
         value = getattr(config, name)
         rule(isinstance(value, int) and value >= 1, name, "a whole number of at least 1", "choose a positive integer")
-    rule(
-        isinstance(config.label_dim, int) and config.label_dim >= 0,
-        "label_dim",
-        "a whole number >= 0",
-        "0 is unconditional",
-    )
+    whole_sides = len(config.image_size) == 2 and all(type(side) is int and side >= 1 for side in config.image_size)
+    rule(whole_sides, "img_resolution", "a whole number of at least 1, or two of them", "give (height, width)")
+    for name, none in (("label_dim", "unconditional"), ("cond_channels", "no condition")):
+        value = getattr(config, name)
+        rule(isinstance(value, int) and value >= 0, name, "a whole number >= 0", f"0 is {none}")
+    rule(isinstance(config.pad, bool), "pad", "True or False", "leave it out")
     mults = config.channel_mult
     rule(len(mults) > 0 and all(m > 0 for m in mults), "channel_mult", "one or more positive numbers", "one per level")
     halvings = len(mults) - 1
     rule(
-        config.img_resolution % (1 << halvings) == 0,
+        config.pad or not any(side % (1 << halvings) for side in config.image_size),
         "img_resolution",
         f"divisible by {1 << halvings} ({len(mults)} levels halve it {halvings} times)",
-        "pad or resize the images, or shorten channel_mult",
+        "set pad, resize the images, or shorten channel_mult",
     )
     taps = config.resample_filter
     rule(
@@ -212,10 +244,10 @@ def _check(config: NetworkConfig) -> None:
     rule(config.clip_act is None or config.clip_act > 0, "clip_act", "positive or None", "256 is usual")
     rule(config.noise_channels >= 1, "channel_mult_noise", "positive", "leave it out for the first level's width")
     rule(config.emb_channels >= 1, "channel_mult_emb", "positive", "leave it out for the widest level's width")
-    for level, (channels, resolution) in enumerate(zip(config.level_channels, config.level_resolutions, strict=True)):
-        attends = resolution in config.attn_resolutions or level == halvings
+    for level, (channels, size) in enumerate(zip(config.level_channels, config.level_sizes, strict=True)):
+        attends = config.attends(size) or level == halvings
         if attends and channels % config.channels_per_head:
             raise InputError(
                 f"channels of a level with attention must be divisible by channels_per_head, got {channels} at "
-                f"{resolution}x{resolution} with {config.channels_per_head} per head: change one of the two"
+                f"{size[0]}x{size[1]} with {config.channels_per_head} per head: change one of the two"
             )

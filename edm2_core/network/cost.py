@@ -22,11 +22,11 @@ def multiply_adds(config: NetworkConfig, /) -> int:
     """
     walk = plan(config)
     blocks = (*walk.encoder, *walk.decoder)
-    pixels = {f"{block.name}.{part}": block.resolution**2 for block in blocks for part in _CONVOLUTIONS}
-    pixels["unet.out_conv.weight"] = config.img_resolution**2
+    pixels = {f"{block.name}.{part}": prod(block.size) for block in blocks for part in _CONVOLUTIONS}
+    pixels["unet.out_conv.weight"] = prod(config.level_sizes[0])
     weights = {name: prod(p.shape) for name, p in walk.parameters.items() if p.kind == "weight"}
     products = sum(size * pixels.get(name, 1) for name, size in weights.items())
-    attention = sum(2 * block.resolution**4 * block.out_channels for block in blocks if block.heads)
+    attention = sum(2 * prod(block.size) ** 2 * block.out_channels for block in blocks if block.heads)
     return products + attention + (3 * sum(weights.values()) if walk.switches.weight_norm else 0)
 
 

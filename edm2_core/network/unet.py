@@ -26,14 +26,15 @@ Init = Literal["normal", "he", "zeros", "ones", "frequencies", "phases", "positi
 class Block:
     """One block of the network.
 
-    ``in_channels`` includes the channels of the skip, if the block takes one; ``resolution`` is that of the output. The
-    output of every encoder block, ``conv`` included, is a skip; decoder blocks with ``takes_skip`` take the newest one.
-    ``conv_skip`` exists where widths differ: before the two paths part if ``widens_first``, else on the main path.
+    ``in_channels`` includes the channels of the skip, if the block takes one; ``size`` is height and width of the
+    output. The output of every encoder block, ``conv`` included, is a skip; decoder blocks with ``takes_skip`` take the
+    newest one. ``conv_skip`` exists where widths differ: before the two paths part if ``widens_first``, else on the
+    main path.
     """
 
     name: str
     role: Role
-    resolution: int
+    size: tuple[int, int]
     in_channels: int
     out_channels: int
     resample: Resample = "keep"
@@ -94,45 +95,45 @@ def plan(config: NetworkConfig, /) -> Plan:
     return Plan(config, config.switches, encoder, decoder, dict(_parameters(config, encoder, decoder)))
 
 
-def _heads(config: NetworkConfig, resolution: int, channels: int) -> int:
-    return channels // config.channels_per_head if resolution in config.attn_resolutions else 0
+def _heads(config: NetworkConfig, size: tuple[int, int], channels: int) -> int:
+    return channels // config.channels_per_head if config.attends(size) else 0
 
 
 def _encoder(config: NetworkConfig) -> Iterator[Block]:
-    width = config.img_channels + config.switches.ones_channel
+    width = config.in_channels
     block = partial(Block, role="enc", widens_first=config.switches.widen_first)
-    for level, (res, channels) in enumerate(zip(config.level_resolutions, config.level_channels, strict=True)):
-        at = f"unet.enc.{res}x{res}"
+    for level, (size, channels) in enumerate(zip(config.level_sizes, config.level_channels, strict=True)):
+        at = f"unet.enc.{size[0]}x{size[1]}"
         if level == 0:
-            yield Block(name=f"{at}_conv", role="conv", resolution=res, in_channels=width, out_channels=channels)
+            yield Block(name=f"{at}_conv", role="conv", size=size, in_channels=width, out_channels=channels)
             width = channels
         else:
-            yield block(name=f"{at}_down", resolution=res, in_channels=width, out_channels=width, resample="down")
-        heads = _heads(config, res, channels)
+            yield block(name=f"{at}_down", size=size, in_channels=width, out_channels=width, resample="down")
+        heads = _heads(config, size, channels)
         for i in range(config.num_blocks):
             name = f"{at}_block{i}"
-            yield block(name=name, resolution=res, in_channels=width, out_channels=channels, heads=heads)
+            yield block(name=name, size=size, in_channels=width, out_channels=channels, heads=heads)
             width = channels
 
 
 def _decoder(config: NetworkConfig, encoder: tuple[Block, ...]) -> Iterator[Block]:
     skips = [block.out_channels for block in encoder]
     width = skips[-1]
-    levels = list(zip(config.level_resolutions, config.level_channels, strict=True))[::-1]
-    for depth, (res, channels) in enumerate(levels):
-        at = f"unet.dec.{res}x{res}"
-        entry = partial(Block, role="dec", resolution=res, in_channels=width, out_channels=width)
+    levels = list(zip(config.level_sizes, config.level_channels, strict=True))[::-1]
+    for depth, (size, channels) in enumerate(levels):
+        at = f"unet.dec.{size[0]}x{size[1]}"
+        entry = partial(Block, role="dec", size=size, in_channels=width, out_channels=width)
         if depth == 0:
             yield entry(name=f"{at}_in0", heads=width // config.channels_per_head)
             yield entry(name=f"{at}_in1")
         else:
             yield entry(name=f"{at}_up", resample="up")
-        heads = _heads(config, res, channels)
+        heads = _heads(config, size, channels)
         for i in range(config.num_blocks + 1):
             yield Block(
                 name=f"{at}_block{i}",
                 role="dec",
-                resolution=res,
+                size=size,
                 in_channels=width + skips.pop(),
                 out_channels=channels,
                 heads=heads,

@@ -4,8 +4,8 @@ Averages are stored in float16, or as asked, gains (0-d) in float32; what is not
 (:mod:`.storage`). The metadata, all text: ``format`` "edm2-snapshot", ``version``, ``nimg``, ``sigma_rel`` or
 ``half_life`` (the length of the average; both are empty for raw weights), ``config``, the NetworkConfig in JSON ("null"
 for a network that is not edm2's, whose arrays may have any names and shapes), ``kept`` and ``complex``, the names, in
-JSON, of arrays that are not averaged and of complex ones. Without ``kept`` (older files) all floating-point arrays are
-averages.
+JSON, of arrays that are not averaged and of complex ones, ``data``, a DataFormat in JSON or "null". Without ``kept``
+(older files) all floating-point arrays are averages.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edm2_core.codec import DataFormat
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, check_parameters, plan
@@ -29,8 +30,8 @@ KIND, VERSION = "edm2-snapshot", 1
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
     """What a snapshot says about its arrays: the network (None: not edm2's), the images seen, the length of the average
-    (None: raw weights), the names of arrays that are not averaged (``kept``) and of complex arrays (``pairs``), and
-    what other tools have recorded (``others``)."""
+    (None: raw weights), the names of arrays that are not averaged (``kept``) and of complex arrays (``pairs``), what
+    other tools have recorded (``others``), and what the network's data are (``data``; None: not recorded)."""
 
     config: NetworkConfig | None
     nimg: int
@@ -38,6 +39,7 @@ class Metadata:
     kept: Collection[str] = ()
     pairs: Collection[str] = ()
     others: Mapping[str, str] = field(default_factory=dict)
+    data: DataFormat | None = None
 
     def required_config(self) -> NetworkConfig:
         """The config. Raises InputError where the network is not edm2's."""
@@ -104,6 +106,7 @@ def metadata_text(snapshot: Metadata, /) -> dict[str, str]:
         "config": json.dumps(snapshot.config and snapshot.config.to_json()),
         "kept": json.dumps(sorted(snapshot.kept)),
         "complex": json.dumps(sorted(snapshot.pairs)),
+        "data": json.dumps(snapshot.data and snapshot.data.to_json()),
     }
 
 
@@ -121,7 +124,9 @@ def metadata_of(file: TensorFile, /) -> Metadata:
         config = None if fields is None else NetworkConfig(**fields)
         kept, pairs = (_names(text, field) for field in ("kept", "complex"))
         length = lengths[0] if lengths else None
-        metadata = Metadata(config=config, nimg=int(text["nimg"]), length=length, kept=kept, pairs=pairs)
+        described = json.loads(text.get("data", "null"))
+        data = None if described is None else DataFormat.from_json(described)
+        metadata = Metadata(config=config, nimg=int(text["nimg"]), length=length, kept=kept, pairs=pairs, data=data)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file.path} must have a snapshot's metadata, got a fault: {error}: copy it again") from error
     if config is not None:

@@ -1,26 +1,83 @@
-"""Batches of training images, in an order that is a pure function of the seed and of the number of images seen.
+"""Batches of training data, in an order that is a pure function of the seed and of the number of images seen.
 
-Which labels are dropped is such a function too.
+Which labels are dropped, which images are flipped, and the noise of latents that are drawn, are such functions too.
 
 Position p in the endless sequence of samples is place ``p % size`` of the permutation of epoch ``p // size``. So the
-order does not depend on batch size, prefetching or the number of processes, and a run resumes from a position alone.
+order does not depend on batch size, prefetching, or the number of workers or processes, and a run resumes from a
+position alone. A batch is handed out as it is stored, 8-bit pixels and class ids: :func:`prepared` makes of it what a
+network sees, in any framework, where the batch is then.
 """
 
+import multiprocessing
+import os
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache
-from typing import Self
+from signal import SIG_IGN, SIGINT, signal
+from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 
+from edm2_core.arrays import from_host, namespace
+from edm2_core.codec import DataFormat, draw_latents
 from edm2_core.loss import drop_labels
 
-from .datasets import Dataset, to_model
-from .labels import one_hot
+from .datasets import Dataset
 from .seeds import bits
 
-Batch = tuple[np.ndarray, np.ndarray | None]
+_MOST_THREADS = 4
+_PART = 32  # images that a worker reads at a time
+Placed = TypeVar("Placed")
+
+
+class Batch(NamedTuple):
+    """``images`` as stored, uint8 or float32 [n, channels, height, width], of moments those that were drawn.
+    ``labels``: class ids, int64 [n], -1 for one that is dropped; vectors, float32 [n, label_dim]; or None.
+    ``condition`` as stored, or None. ``flipped``: bool [n], which are mirrored; None: none is."""
+
+    images: Any
+    labels: Any = None
+    condition: Any = None
+    flipped: Any = None
+
+
+def stored_batch(dataset: Dataset, indices: np.ndarray, /) -> Batch:
+    """The samples at ``indices``, with labels and conditions where there are any; of moments, the means."""
+    images = dataset.read(indices)
+    if dataset.format.codec.stored == "moments":
+        images = np.ascontiguousarray(images[:, : dataset.shape[0]])
+    labels = dataset.labels(indices) if dataset.label_dim else None
+    return Batch(images, labels, dataset.condition(indices) if dataset.cond_channels else None)
+
+
+def prepared(
+    batch: Batch, format: DataFormat, /, *, label_dim: int, channels: int = 1, width: int = 3
+) -> tuple[Any, Any, Any]:
+    """Images, rows of labels [n, label_dim] and condition as a network sees them, float32, in the batch's library.
+
+    ``channels`` and ``width`` are the axes of images. Labels and condition are None where the batch has none.
+    """
+
+    def image(stored: Any, codec: Any) -> Any:
+        values = codec.encode(stored, axis=channels)
+        if batch.flipped is None:
+            return values
+        xp = namespace(values)
+        backwards = from_host(np.arange(values.shape[width])[::-1].copy(), like=xp.astype(batch.flipped, xp.int32))
+        mirrored = xp.reshape(batch.flipped, (-1, *[1] * (values.ndim - 1)))
+        return xp.where(mirrored, xp.take(values, backwards, axis=width), values)
+
+    condition = None if batch.condition is None else image(batch.condition, cast(Any, format.condition))
+    return image(batch.images, format.codec), label_rows(batch.labels, label_dim), condition
+
+
+def label_rows(labels: Any, label_dim: int, /) -> Any:
+    """Class ids [n] as one-hot rows, float32 [n, label_dim], zeros for -1; vectors, and None, as they are."""
+    if labels is None or labels.ndim == 2:
+        return labels
+    xp = namespace(labels)
+    return xp.astype(labels[:, None] == from_host(np.arange(label_dim), like=labels), xp.float32)
 
 
 def sample_indices(*, start: int, count: int, size: int, seed: int) -> np.ndarray:
@@ -53,44 +110,90 @@ def _uniforms(size: int, seed: int, epoch: int) -> np.ndarray:
     return (bits(seed, "label dropout", epoch).random_raw(size) >> np.uint64(11)) * 2.0**-53
 
 
-class Batches:
-    """An endless iterator over batches, which a thread reads ahead of time.
+@lru_cache(maxsize=2)
+def _flips(size: int, seed: int, epoch: int) -> np.ndarray:
+    return (bits(seed, "flip", epoch).random_raw(size) >> np.uint64(63)).astype(bool)
 
-    Yields images, float32 [n, channels, resolution, resolution] from -1 to 1, and one-hot labels, float32 [n,
-    label_dim], or None where the dataset has none; the row of a label that is dropped, with probability
-    ``label_dropout``, is 0. ``start`` is the number of images seen before. n is ``batch``, or
-    ``count`` for a process that trains on the samples from ``offset`` on of each batch. An error while reading ahead
-    is raised when its batch is requested, and ends the iteration.
+
+def latent_noise(*, start: int, count: int, shape: Sequence[int], seed: int) -> np.ndarray:
+    """The noise of which latents are drawn at these positions, float32 [count, \\*shape] of N(0, 1)."""
+    rows = np.empty((count, *shape), np.float32)
+    for offset, row in enumerate(rows):
+        np.random.Generator(bits(seed, "latent", start + offset)).standard_normal(dtype=np.float32, out=row)
+    return rows
+
+
+class Reading(NamedTuple):
+    """What is read of a dataset: its order's ``seed``, whether labels are read and which share of them is dropped, and
+    whether half of the images are mirrored."""
+
+    dataset: Dataset
+    seed: int
+    labelled: bool = True
+    label_dropout: float = 0.0
+    flip: bool = False
+
+    def __call__(self, start: int, count: int) -> Batch:
+        """The samples at the positions from ``start`` on."""
+        data, part = self.dataset, {"start": start, "count": count, "size": len(self.dataset), "seed": self.seed}
+        indices = sample_indices(**part)
+        images = data.read(indices)
+        if data.format.codec.stored == "moments":
+            images = draw_latents(images, latent_noise(start=start, count=count, shape=data.shape, seed=self.seed))
+        return Batch(
+            images,
+            self._labels(indices, part) if data.label_dim and self.labelled else None,
+            data.condition(indices) if data.cond_channels else None,
+            _at_positions(_flips, **part) if self.flip else None,
+        )
+
+    def _labels(self, indices: np.ndarray, part: dict[str, int]) -> np.ndarray:
+        labels = self.dataset.labels(indices)
+        if not self.label_dropout:
+            return labels
+        uniform = label_uniforms(**part)
+        if self.dataset.vectors:
+            return drop_labels(labels, uniform, probability=self.label_dropout)
+        return np.where(uniform < self.label_dropout, -1, labels)
+
+
+class Batches(Generic[Placed]):
+    """An endless iterator over batches, which are read ahead of time.
+
+    Yields what ``place`` makes of a :class:`Batch` of n images, by default the batch itself; it is called in a thread
+    of its own, so that copies to a device overlap with training. ``start`` is the number of images seen before. n is
+    ``batch``, or ``count`` for a process that trains on the samples from ``offset`` on of each batch: it reads no
+    others. An error while reading ahead is raised when its batch is requested, and ends the iteration.
+
+    ``workers`` processes read, or threads of this one for 0. Processes import the main module anew, as those of
+    :mod:`multiprocessing` do, so a script that uses them must guard its own calls by ``__name__ == "__main__"``.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        reading: Reading,
         /,
         *,
         start: int,
         batch: int,
-        seed: int,
         offset: int = 0,
         count: int | None = None,
-        label_dropout: float = 0.0,
         prefetch: int = 2,
+        workers: int = 0,
+        place: Callable[[Batch], Placed] = lambda batch: cast(Any, batch),
     ) -> None:
-        self._dataset = dataset
-        self._seed = seed
-        self._batch = batch
-        self._label_dropout = label_dropout
-        self._count = batch - offset if count is None else count
-        self._next = start + offset
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._ahead: deque[Future[Batch]] = deque()
+        self._batch, self._count = batch, batch - offset if count is None else count
+        self._next, self._place = start + offset, place
+        self._readers, self._read = _readers(reading, workers)
+        self._gatherer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._ahead: deque[Future[Placed]] = deque()
         for _ in range(max(prefetch, 1)):
             self._read_ahead()
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Placed:
         if not self._ahead:
             raise StopIteration
         try:
@@ -108,24 +211,41 @@ class Batches:
         self.close()
 
     def close(self) -> None:
-        """Stop the thread and the iteration."""
+        """Stop the workers and the iteration."""
         self._ahead.clear()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._gatherer, self._readers):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _read_ahead(self) -> None:
-        self._ahead.append(self._thread.submit(self._read, self._next))
+        starts = range(self._next, self._next + self._count, _PART)
+        end = self._next + self._count
+        parts = [self._readers.submit(self._read, start, min(_PART, end - start)) for start in starts]
+        self._ahead.append(self._gatherer.submit(self._gathered, parts))
         self._next += self._batch
 
-    def _read(self, start: int) -> Batch:
-        data = self._dataset
-        part = {"start": start, "count": self._count, "size": len(data), "seed": self._seed}
-        indices = sample_indices(**part)
-        return to_model(data.images(indices)), self._labels(indices, part)
+    def _gathered(self, parts: Sequence[Future[Batch]]) -> Placed:
+        columns = zip(*(part.result() for part in parts), strict=True)
+        return self._place(Batch(*(None if column[0] is None else np.concatenate(column) for column in columns)))
 
-    def _labels(self, indices: np.ndarray, part: dict[str, int]) -> np.ndarray | None:
-        if not self._dataset.label_dim:
-            return None
-        labels = one_hot(self._dataset.labels(indices), self._dataset.label_dim)
-        if not self._label_dropout:
-            return labels
-        return drop_labels(labels, label_uniforms(**part), probability=self._label_dropout)
+
+def _readers(reading: Reading, workers: int) -> tuple[Executor, Callable[[int, int], Batch]]:
+    """A pool of threads or processes, and the function that it runs."""
+    if not workers:
+        threads = min(_MOST_THREADS, os.cpu_count() or 1)
+        return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="reader"), reading.__call__
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of a framework's threads
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(reading,))
+    return pool, _in_process
+
+
+def _begin(reading: Reading) -> None:
+    signal(SIGINT, SIG_IGN)  # Ctrl-C reaches every process: the one that trains decides
+    global _reading
+    _reading = reading
+
+
+def _in_process(start: int, count: int) -> Batch:
+    return _reading(start, count)
+
+
+_reading: Reading

@@ -1,274 +1,350 @@
-"""Datasets: the digits inside this package, or a folder or .zip of images.
+"""Datasets of any kind: 8-bit images, float arrays, latents, tables of Hugging Face; and the digits in this package.
 
-Images are uint8 on disk and in a dataset, [n, channels, resolution, resolution]; a network sees them as float32 from
--1 (0) to 1 (255). Labels are class numbers from 0.
+A dataset hands out what is stored. Its :class:`~edm2_core.codec.Codec` says how that becomes what a network sees.
 """
 
-import json
 import os
-import struct
-import threading
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
-from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import Literal, Protocol, get_args
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from edm2_core.codec import PIXELS, Codec, DataFormat
 from edm2_core.errors import InputError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_LABELS = "dataset.json"
-_MOST_CLASSES = 1 << 20  # the longest one-hot row; a larger label is an error
-# Errors of Pillow and zipfile on broken or unsupported files.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    Image.DecompressionBombError,
+from . import latents
+from .arrays import ArrayFiles, OneArray, arrays_in
+from .file_labels import MANIFEST, Labels, read_labels
+from .files import Files, is_hidden, open_files
+from .images import SUFFIXES, DeepImages, EncodedImages
+from .seeds import bits
+from .statistics import standardized
+from .tables import is_table, open_table
+
+Kind = Literal["images", "arrays", "latents", "table"]
+DIGITS = "digits"
+_ONE_ARRAY = (".npy", ".npz", ".safetensors")
+_SAMPLES = ("images", "data", "samples", "x")  # names of the samples among several arrays
+RULE = (
+    "digits, or a folder, .zip or .tar of images or .npy, one .npy, .npz or .safetensors, or .parquet or .arrow files"
 )
 
 
 class Dataset(Protocol):
-    """Square images of one size, each with a class if ``label_dim`` is not 0. Threads may share a dataset.
+    """Samples of one shape, each with a label if ``label_dim`` is not 0. Threads may share a dataset.
 
     ``name`` is short, for folders; ``spec`` is what :func:`open_dataset` opens again, or the name if it cannot.
+    ``shape``: channels, height and width as a network sees them. ``format``: codec, that of the condition, and names of
+    classes. ``vectors``: labels are vectors of length ``label_dim``, else ids of as many classes. ``cond_channels``: of
+    the condition of each sample, 0 for none.
     """
 
-    name: str
-    spec: str
-    resolution: int
-    channels: int
-    label_dim: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def spec(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def format(self) -> DataFormat: ...
+    @property
+    def label_dim(self) -> int: ...
+    @property
+    def vectors(self) -> bool: ...
+    @property
+    def cond_channels(self) -> int: ...
 
     def __len__(self) -> int: ...
 
-    def images(self, indices: np.ndarray, /) -> np.ndarray:
-        """uint8 [n, channels, resolution, resolution]. Raises InputError where a file cannot be read."""
+    def read(self, indices: np.ndarray, /) -> np.ndarray:
+        """As stored: uint8 or float32 [n, channels, height, width], moments with twice as many channels.
+
+        Raises InputError where a file cannot be read.
+        """
         ...
 
     def labels(self, indices: np.ndarray, /) -> np.ndarray:
-        """Class ids, int64 [n] from 0 to label_dim - 1. Call it only if ``label_dim`` is not 0."""
+        """Class ids, int64 [n] from 0 to label_dim - 1, or vectors, float32 [n, label_dim]. Call it only if
+        ``label_dim`` is not 0."""
+        ...
+
+    def condition(self, indices: np.ndarray, /) -> np.ndarray:
+        """The conditions, as stored: [n, cond_channels, height, width]. Call it only if ``cond_channels`` is not 0."""
         ...
 
 
-def open_dataset(spec: str | os.PathLike[str], /) -> Dataset:
-    """The dataset called ``digits``, or the images under a folder or in a .zip.
+class Items(Protocol):
+    """Stored samples, without labels: ``shape`` is theirs, ``where`` says where one is stored."""
 
-    Images are found at any depth and ordered by name; hidden files are skipped. Grey images have one channel, all
-    others are converted to RGB without alpha. Labels come from ``dataset.json`` at the root, ``{"labels":
-    [["cat/1.png", 0], ...]}``, unless it is missing or its labels are null. Opening reads only the headers of images.
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    def __len__(self) -> int: ...
+    def where(self, index: int, /) -> str: ...
+    def read(self, indices: np.ndarray, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class StoredDataset:
+    """A :class:`Dataset` of items and labels."""
+
+    name: str
+    spec: str
+    items: Items
+    format: DataFormat
+    given: Labels | None = None
+    pair: "StoredDataset | None" = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.items.shape
+        return (channels // 2 if self.format.codec.stored == "moments" else channels, height, width)
+
+    @property
+    def label_dim(self) -> int:
+        return self.given.dim if self.given else 0
+
+    @property
+    def vectors(self) -> bool:
+        return self.given is not None and self.given.values.ndim == 2
+
+    @property
+    def cond_channels(self) -> int:
+        return self.pair.shape[0] if self.pair else 0
+
+    def read(self, indices: np.ndarray, /) -> np.ndarray:
+        return self.items.read(indices)
+
+    def labels(self, indices: np.ndarray, /) -> np.ndarray:
+        if self.given is None:
+            raise InputError(f"labels must be in {MANIFEST}, {self.spec} has none: train without labels")
+        return self.given.values[indices]
+
+    def condition(self, indices: np.ndarray, /) -> np.ndarray:
+        if self.pair is None:
+            raise InputError(f"conditions must be given with --condition, {self.spec} has none")
+        return self.pair.read(indices)
+
+
+class Subset:
+    """The samples of a dataset at ``indices``, int64."""
+
+    def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
+        self.dataset, self.indices = dataset, indices
+        self.name, self.spec, self.shape, self.format = dataset.name, dataset.spec, dataset.shape, dataset.format
+        self.label_dim, self.vectors = dataset.label_dim, dataset.vectors
+        self.cond_channels = dataset.cond_channels
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, indices: np.ndarray, /) -> np.ndarray:
+        return self.dataset.read(self.indices[indices])
+
+    def labels(self, indices: np.ndarray, /) -> np.ndarray:
+        return self.dataset.labels(self.indices[indices])
+
+    def condition(self, indices: np.ndarray, /) -> np.ndarray:
+        return self.dataset.condition(self.indices[indices])
+
+
+def open_dataset(
+    spec: str | os.PathLike[str],
+    /,
+    *,
+    kind: Kind | None = None,
+    condition: str | os.PathLike[str] | None = None,
+    format: DataFormat | None = None,
+) -> StoredDataset:
+    """The dataset called ``digits``, or the one at a path.
+
+    Args:
+        spec: ``digits``; a folder, .zip or .tar of images, or of .npy files with a sample each; a .npy, .npz or
+            .safetensors file of all samples; or a folder with .parquet or .arrow files. Files are found at any depth
+            and ordered by name; hidden ones are skipped.
+        kind: what it is; None: recognised by what is in it.
+        condition: a dataset of as many samples, in the same order: each is the condition of one.
+        format: codecs that were measured before, of a run to resume; None: from a manifest, or measured now.
 
     Raises:
-        InputError: ``spec`` does not exist or has no images; an image is broken, not square, of more than 8 bits, or
-            differs from the others in size or channels; or ``dataset.json`` does not label every image.
+        InputError: nothing there, samples that are broken or differ from one another, labels that do not fit, values
+            that are not finite, or a condition of another number or size.
     """
-    path = Path(spec)
-    if os.fspath(spec) == "digits":
-        return _Digits()
-    if path.is_dir():
-        return _ImageFiles(_Folder(path))
-    if path.suffix.lower() == ".zip" and path.is_file():
-        return _ImageFiles(_Zip(path))
-    why = "which is none of these" if path.exists() else "which does not exist"
-    raise InputError(f"data must be 'digits', a folder or a .zip of images, got '{path}', {why}: check the path")
+    codec = format.codec if format else None
+    dataset = _open(Path(spec), kind, codec) if os.fspath(spec) != DIGITS else digits()
+    if condition is None:
+        return dataset
+    pair = _open(Path(condition), None, format.condition if format else None)
+    if (got := (len(pair), *pair.shape[1:])) != (need := (len(dataset), *dataset.shape[1:])):
+        raise InputError(
+            f"a condition must be as many samples of the same size as the data, {_sizes(need)}, got {_sizes(got)} in "
+            f"{condition}: make them alike"
+        )
+    if pair.format.codec.stored == "moments":
+        raise InputError(f"a condition must not be moments of latents, got {condition}: store drawn latents")
+    return replace(dataset, pair=pair, format=replace(dataset.format, condition=pair.format.codec))
 
 
-def to_model(images: np.ndarray, /) -> np.ndarray:
-    """Images as a network takes them: uint8 from 0 to 255 to float32 from -1 to 1, in the same shape."""
-    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+def digits() -> StoredDataset:
+    """The UCI optical digits, 1797 images of 8x8. See DIGITS.md beside this file."""
+    with resources.files(__package__).joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
+        images = np.rint(arrays["images"][:, None] * (255 / 16)).astype(np.uint8)
+        labels = Labels.of_ids(arrays["labels"], tuple("0123456789"))
+    items = InMemory(images, DIGITS)
+    return StoredDataset(DIGITS, DIGITS, items, DataFormat(classes=labels.classes), labels)
 
 
-def to_uint8(images: np.ndarray, /) -> np.ndarray:
-    """The inverse of :func:`to_model`, for any floats: rounded and clipped to uint8; non-finite values become 0."""
-    finite = np.where(np.isfinite(images), images, -1).clip(-1, 1)
-    return np.rint(finite * 127.5 + 127.5).astype(np.uint8)
+@dataclass(frozen=True)
+class InMemory:
+    """Items that are an array, [n, channels, height, width]."""
 
+    array: np.ndarray
+    path: str
 
-class _Digits:
-    """The UCI optical digits. See DIGITS.md beside this file."""
-
-    name = spec = "digits"
-    resolution = 8
-    channels = 1
-    label_dim = 10
-
-    def __init__(self) -> None:
-        with resources.files(__package__).joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
-            self._images = np.rint(arrays["images"][:, None] * (255 / 16)).astype(np.uint8)
-            self._labels = arrays["labels"].astype(np.int64)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.array.shape[1:]
+        return channels, height, width
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.array)
 
-    def images(self, indices: np.ndarray, /) -> np.ndarray:
-        return self._images[indices]
+    def where(self, index: int, /) -> str:
+        return f"{self.path}, sample {index}"
 
-    def labels(self, indices: np.ndarray, /) -> np.ndarray:
-        return self._labels[indices]
-
-
-class _Folder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = path.resolve().name
-
-    def names(self) -> list[str]:
-        return [file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()]
-
-    def open(self, name: str) -> AbstractContextManager[BinaryIO]:
-        return open(self.path / name, "rb")
+    def read(self, indices: np.ndarray, /) -> np.ndarray:
+        return self.array[indices]
 
 
-class _Zip:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = path.stem
-        try:
-            self._zip = zipfile.ZipFile(path)
-        except _UNREADABLE as error:
-            raise _unreadable(path, error) from error
-        self._lock = threading.Lock()  # ZipFile counts its open members without a lock
+def held_out(dataset: Dataset, share: float, /, *, seed: int) -> tuple[Dataset, Dataset | None]:
+    """``dataset`` without a ``share`` of its samples, drawn with ``seed``, and these; None for a share of 0.
 
-    def names(self) -> list[str]:
-        return [member.filename for member in self._zip.infolist() if not member.is_dir()]
+    Raises:
+        InputError: either part would be empty.
+    """
+    if not share:
+        return dataset, None
+    count = round(len(dataset) * share)
+    if not 0 < count < len(dataset):
+        raise InputError(
+            f"--holdout must leave samples on both sides, got {share} of {len(dataset)}: 0.05 is a twentieth"
+        )
+    order = np.argsort(bits(seed, "holdout").random_raw(len(dataset)), kind="stable")
+    kept, held = np.sort(order[count:]), np.sort(order[:count])
+    return Subset(dataset, kept), Subset(dataset, held)
 
-    @contextmanager
-    def open(self, name: str) -> Iterator[BinaryIO]:
-        with self._lock, self._zip.open(name) as file:
-            yield cast(BinaryIO, file)
+
+# ---- recognising
 
 
-class _ImageFiles:
-    def __init__(self, source: _Folder | _Zip) -> None:
-        self.name, self.spec = source.name, str(source.path.absolute())
-        self._source = source
-        names = source.names()
-        self._names = sorted(filter(_is_image, names))
-        if not self._names:
+def _open(path: Path, kind: Kind | None, codec: Codec | None) -> StoredDataset:
+    if kind is not None and kind not in get_args(Kind):
+        raise InputError(f"--data-format must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    if not path.exists():
+        raise InputError(f"data must be {RULE}, got '{path}', which does not exist: check the path")
+    name, spec = path.resolve().name if path.is_dir() else path.stem, str(path.absolute())
+    make = partial(StoredDataset, name, spec)
+    if path.is_file() and path.suffix.lower() in _ONE_ARRAY:
+        items, labels = _one_array(path)
+        if items.dtype == np.uint8 and items.shape[0] in (1, 3):
+            return make(items, _named(codec or PIXELS, labels), labels)
+        return make(items, _named(codec or standardized(items, path), labels), labels)
+    if kind == "table" or (kind is None and is_table(path)):
+        rows, labels = open_table(path)
+        return make(EncodedImages(rows, range(len(rows.names))), _named(codec or PIXELS, labels), labels)
+    if not path.is_dir() and path.suffix.lower() not in (".zip", ".tar"):
+        raise InputError(f"data must be {RULE}, got '{path}', which is none of these: check the path")
+    files = open_files(path)
+    found = _by_kind(files, kind, path)
+    kind, indices = found
+    labels = read_labels(files, indices)
+    if kind == "images":
+        images = EncodedImages(files, indices)
+        if images.required.bits == 8:
+            return make(images, _named(codec or PIXELS, labels), labels)
+        deep = DeepImages(files, indices)
+        return make(deep, _named(codec or standardized(deep, path), labels), labels)
+    arrays = ArrayFiles(files, indices)
+    if kind == "latents":
+        return make(arrays, _named(codec or latents.codec_of(files, arrays.shape), labels), labels)
+    return make(arrays, _named(codec or standardized(arrays, path), labels), labels)
+
+
+def _named(codec: Codec, labels: Labels | None) -> DataFormat:
+    return DataFormat(codec=codec, classes=labels.classes if labels else ())
+
+
+def _by_kind(files: Files, kind: Kind | None, path: Path) -> tuple[Kind, Sequence[int]]:
+    """What ``files`` hold, and the indices of the samples."""
+    suffixes = {"images": SUFFIXES, "arrays": (".npy",), "latents": (".npy",)}
+    by_kind: dict[Kind, list[int]] = {"images": [], "arrays": []}
+    for index, name in enumerate(files.names):
+        lower = name.lower()
+        for each in by_kind:
+            if lower.endswith(suffixes[each]) and not is_hidden(name):
+                by_kind[each].append(index)
+    if kind is None and all(by_kind.values()):
+        raise InputError(
+            f"data must be of one kind, got {len(by_kind['images'])} images and {len(by_kind['arrays'])} .npy in "
+            f"{path}: give --data-format images or arrays"
+        )
+    if kind is None:
+        kind = "images" if by_kind["images"] or not by_kind["arrays"] else "arrays"
+        if kind == "arrays" and latents.are_latents(files, by_kind["arrays"]):
+            kind = "latents"
+    indices = by_kind["images" if kind == "images" else "arrays"]
+    if not indices:
+        others = Counter(Path(name).suffix.lower() or "no ending" for name in files.names if not is_hidden(name))
+        seen = f": it has {', '.join(f'{n} {suffix}' for suffix, n in others.most_common(3))}" if others else ""
+        raise InputError(
+            f"data must hold {kind} ({' '.join(suffixes[kind])}), got none in {path}: check the path{seen}"
+        )
+    return kind, indices
+
+
+def _one_array(path: Path) -> tuple[OneArray, Labels | None]:
+    arrays = arrays_in(path)
+    part = next((name for name in ("", *_SAMPLES) if name in arrays), None)
+    samples = [name for name, array in arrays.items() if array.ndim in (3, 4)]
+    if part is None:
+        if len(samples) != 1:
             raise InputError(
-                f"data must hold images ({' '.join(_SUFFIXES)}), got none in {source.path}: check the path"
+                f"data in several arrays must be called images, beside labels, got {', '.join(arrays) or 'none'} in "
+                f"{path}: rename them"
             )
-        self.resolution, self.channels = self._one_format()
-        self._labels = _read_labels(source, self._names) if _LABELS in names else None
-        self.label_dim = 0 if self._labels is None else int(self._labels.max()) + 1
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def images(self, indices: np.ndarray, /) -> np.ndarray:
-        images = np.empty((len(indices), self.channels, self.resolution, self.resolution), np.uint8)
-        for image, index in zip(images, indices, strict=True):
-            image[:] = self._pixels(self._names[index])
-        return images
-
-    def labels(self, indices: np.ndarray, /) -> np.ndarray:
-        if self._labels is None:
-            raise InputError(f"labels must be in {_LABELS}, {self._source.path} has none: train without labels")
-        return self._labels[indices]
-
-    def _one_format(self) -> tuple[int, int]:
-        """Resolution and channels of the images, from their headers, which must agree."""
-        first, *others = self._names
-        size, channels = self._header(first)
-        if size[0] != size[1]:
-            raise InputError(f"images must be square, got {self._at(first)} of {_by(size)}: crop or pad them")
-        for name in others:
-            other_size, other_channels = self._header(name)
-            if other_size != size:
-                raise InputError(
-                    f"images must have one size, got {self._at(first)} of {_by(size)} and {self._at(name)} of "
-                    f"{_by(other_size)}: resize or crop them"
-                )
-            if other_channels != channels:
-                raise InputError(
-                    f"images must be all grey or all colour, got {self._at(first)} with {channels} channels and "
-                    f"{self._at(name)} with {other_channels}: convert them"
-                )
-        return size[0], channels
-
-    def _header(self, name: str) -> tuple[tuple[int, int], int]:
-        try:
-            with self._source.open(name) as file, Image.open(file) as image:
-                size, mode = image.size, image.mode
-        except _UNREADABLE as error:
-            raise _unreadable(self._at(name), error) from error
-        if mode == "F" or mode.startswith("I"):
-            raise InputError(f"images must have 8 bits per channel, got {self._at(name)} of mode {mode}: convert them")
-        return size, 1 if mode in ("1", "L", "LA") else 3
-
-    def _pixels(self, name: str) -> np.ndarray:
-        try:
-            with self._source.open(name) as file:
-                content = BytesIO(file.read())
-            with Image.open(content) as image:  # decoded here, outside the lock of a zip
-                image.info.pop("transparency", None)  # of a palette: convert() would warn about it
-                pixels = np.asarray(image.convert("L" if self.channels == 1 else "RGB"))
-        except _UNREADABLE as error:
-            raise _unreadable(self._at(name), error) from error
-        if pixels.shape[:2] != (self.resolution, self.resolution):
-            raise InputError(f"images must stay as they were when opened, {self._at(name)} changed: start again")
-        return pixels.reshape(self.resolution, self.resolution, self.channels).transpose(2, 0, 1)
-
-    def _at(self, name: str) -> str:
-        return str(self._source.path / name)
+        part = samples[0]
+    beside = path.with_name(f"{path.stem}-labels.npy")
+    labels = arrays.get("labels")
+    if labels is None and path.suffix.lower() == ".npy" and beside.exists():
+        labels = arrays_in(beside)[""]
+    items = OneArray(arrays[part], path, part)
+    return items, None if labels is None else _array_labels(labels, len(items), path)
 
 
-def _is_image(name: str) -> bool:
-    hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))  # "._1.png" is metadata of macOS
-    return name.lower().endswith(_SUFFIXES) and not hidden
+def _array_labels(values: np.ndarray, count: int, path: Path) -> Labels:
+    whole = values.dtype.kind in "iu"
+    if (
+        len(values) != count
+        or values.ndim not in (1, 2)
+        or (values.ndim == 1) != whole
+        or not np.isfinite(values).all()
+    ):
+        raise InputError(
+            f"labels must be {count} whole numbers [N] or vectors [N, label_dim] of finite floats, got {values.dtype} "
+            f"{list(values.shape)} of {path}: correct them"
+        )
+    if whole and values.min() < 0:
+        raise InputError(f"labels must be whole numbers from 0 on, got {values.min()} of {path}: correct them")
+    return Labels.of_ids(values) if whole else Labels(values.astype(np.float32), values.shape[1])
 
 
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
-
-
-def _unreadable(path: str | Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):  # its own message shows a Python object
-        reason = "not an image that Pillow can read"
-    return InputError(f"data must be readable, got '{reason}' from {path}: replace or remove the file")
-
-
-def _read_labels(source: _Folder | _Zip, names: Sequence[str]) -> np.ndarray | None:
-    """Class ids, int64 [n] in the order of ``names``, or None for null labels. Labels of missing files are ignored."""
-    path = source.path / _LABELS
-
-    def fault(got: str) -> InputError:
-        rule = f'{path} must be {{"labels": [["folder/image.png", 3], ...]}} or {{"labels": null}}'
-        return InputError(f"{rule}, got {got}: correct the file, or remove it to train without labels")
-
-    try:
-        with source.open(_LABELS) as file:
-            content = json.load(file)
-    except _UNREADABLE as error:  # errors of JSON are ValueErrors
-        raise fault(f"'{' '.join(str(error).split())}'") from error
-    if not isinstance(content, dict) or "labels" not in content:
-        raise fault("no 'labels'")
-    pairs = content["labels"]
-    if pairs is None:
-        return None
-    if not isinstance(pairs, list):
-        raise fault(f"{type(pairs).__name__} as labels")
-    table: dict[str, int] = {}
-    for pair in pairs:
-        match pair:
-            case [str(name), int(label)] if not isinstance(label, bool) and 0 <= label < _MOST_CLASSES:
-                if table.setdefault(name, label) != label:
-                    raise fault(f"both {table[name]} and {label} for {name}")
-            case _:
-                raise fault(f"{pair!r:.80}")
-    for name in names:
-        if name not in table:
-            raise fault(f"no label for {name}")
-    return np.array([table[name] for name in names], np.int64)
+def _sizes(count_height_width: tuple[int, ...]) -> str:
+    count, height, width = count_height_width
+    return f"{count} of {width}x{height}"

@@ -37,11 +37,11 @@ class Curve:
 class Place(NamedTuple):
     """A resolution of the U-Net's encoder (``role`` 'enc') or decoder ('dec')."""
 
-    resolution: int
+    size: tuple[int, int]
     role: str
 
     def __str__(self) -> str:
-        return f"{self.role.capitalize()} {self.resolution}x{self.resolution}"
+        return f"{self.role.capitalize()} {self.size[0]}x{self.size[1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,9 @@ def _read_telemetry(run: Run) -> Telemetry | None:
         try:
             blocks, bins = record["blocks"], record["noise"]
             if not places:
-                places = {name: Place(int(b["resolution"]), str(b["role"])) for name, b in blocks.items()}
+                places = {
+                    name: Place((int(b["size"][0]), int(b["size"][1])), str(b["role"])) for name, b in blocks.items()
+                }
                 sigma = np.array(bins["sigma"], np.float64)
             row = np.array([[blocks[name][column] for column in _COLUMNS] for name in places], np.float64)
             levels = np.array([bins[name] for name in ("loss", "u", "count")], np.float64)
@@ -128,7 +130,7 @@ def _read_telemetry(run: Run) -> Telemetry | None:
 def _by_place(column: str, values: np.ndarray, places: Mapping[str, Place]) -> dict[Place, np.ndarray]:
     """``values`` [lines, blocks] of one column by place, in the order of the U-Net."""
     by_place = {}
-    for place in sorted(set(places.values()), key=lambda p: (p.role != "enc", -p.resolution)):
+    for place in sorted(set(places.values()), key=lambda p: (p.role != "enc", -max(p.size))):
         own = values[:, [own == place for own in places.values()]]
         by_place[place] = np.fmax.reduce(own, axis=1) if column.endswith("max") else _mean(own.T, np.ones_like(own.T))
     return by_place

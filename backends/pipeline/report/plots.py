@@ -117,10 +117,10 @@ def draw_curves(axes: "Axes", curves: Mapping[str, Curve], *, colours: Mapping[s
 def draw_places(axes: "Axes", curves: Mapping[Place, Curve], *, until: float, span: tuple[float, float]) -> None:
     """Magnitudes over ``until`` images, on a logarithmic axis of range ``span``: a colour for each resolution, the
     decoder dashed."""
-    colours = palette(sorted({place.resolution for place in curves}, reverse=True))
+    colours = palette(sorted({place.size for place in curves}, reverse=True))
     for place, curve in curves.items():
         style = "-" if place.role == "enc" else "--"
-        _line(axes, curve, label=str(place), color=colours[place.resolution], linestyle=style)
+        _line(axes, curve, label=str(place), color=colours[place.size], linestyle=style)
     axes.set_xlim(0, max(until, 1))  # a run may have been measured once
     axes.set_ylim(span)  # first: without a positive value there is no logarithmic scale
     axes.set_yscale("log", nonpositive="mask")

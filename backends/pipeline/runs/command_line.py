@@ -42,7 +42,7 @@ def count_text(count: int, /) -> str:
 
 def flag(name: str, /) -> str:
     """The spelling of the field ``name`` on the command line."""
-    return "--" + {"label": "class"}.get(name, name.replace("_", "-"))
+    return "--" + {"label": "class", "config_file": "config"}.get(name, name.replace("_", "-"))
 
 
 # ---- readers

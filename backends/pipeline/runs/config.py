@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from backends.pipeline.data.datasets import Dataset
+from backends.pipeline.data.datasets import Dataset, Kind
 from edm2_core import __version__
+from edm2_core.codec import DataFormat
 from edm2_core.ema import SnapshotPlan, StorageDtype, TimedPlan, plan_from_json
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
@@ -26,18 +27,22 @@ class DataSummary:
     """Properties of a dataset that must be unchanged when a run on it is resumed."""
 
     count: int
-    resolution: int
-    channels: int
+    shape: tuple[int, int, int]
     label_dim: int
+    vectors: bool = False
+    cond_channels: int = 0
+    format: DataFormat = DataFormat()
 
     @classmethod
     def of(cls, dataset: Dataset) -> "DataSummary":
-        return cls(
-            count=len(dataset),
-            resolution=dataset.resolution,
-            channels=dataset.channels,
-            label_dim=dataset.label_dim,
-        )
+        return cls(count=len(dataset), **{n: getattr(dataset, n) for n in _OF_DATASET})
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "DataSummary":
+        return cls(**values | {"shape": tuple(values["shape"]), "format": DataFormat.from_json(values["format"])})
+
+
+_OF_DATASET = ("shape", "label_dim", "vectors", "cond_channels", "format")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,14 @@ class TrainConfig:
     network: tyro.conf.Fixed[NetworkConfig]
     data: tyro.conf.Fixed[str] = "digits"
     data_summary: tyro.conf.Fixed[DataSummary | None] = None
+    data_format: Kind | None = None
+    """What the data are. Without it: recognised by what is in them."""
+    condition: str | None = None
+    """Data of which each sample is the image-shaped condition of one of --data, in the same order."""
+    flip: bool = False
+    """Mirror half of the images from left to right, each time anew."""
+    holdout: float = 0.0
+    """Share of the data that is not trained on, such as 0.05: the loss on it is logged."""
     hyper: Annotated[Hyperparameters, tyro.conf.arg(name="")] = Hyperparameters()
     snapshot_plan: tyro.conf.Fixed[SnapshotPlan | None] = None
     checkpoint: int | None = None
@@ -70,6 +83,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def format(self) -> DataFormat:
+        """Codec, condition and classes of the data; 8-bit images where nothing is known of them."""
+        return DataFormat() if self.data_summary is None else self.data_summary.format
 
     def intervals_filled(self) -> "TrainConfig":
         """This config with defaults of ``checkpoint`` and ``status``, which depend on the duration, filled in."""
@@ -102,7 +120,7 @@ class TrainConfig:
                 raise InputError(f"{name} must have format {FORMAT} or less, got {version}: install a newer edm2")
             values["network"] = NetworkConfig(**values["network"])
             if values.get("data_summary") is not None:
-                values["data_summary"] = DataSummary(**values["data_summary"])
+                values["data_summary"] = DataSummary.from_json(values["data_summary"])
             if values.get("snapshot_plan") is not None:
                 plan = plan_from_json(json.dumps(values["snapshot_plan"]), name=f"{name}: plan")
                 values |= {"snapshot_plan": plan, "snapshot_dtype": plan.dtype}
@@ -127,6 +145,10 @@ def _check(config: TrainConfig) -> None:
     for name, least in (("checkpoint", 1), ("status", 1), ("telemetry", 0), ("seed", 0)):
         if (value := getattr(config, name)) is not None and value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
+    if not 0 <= config.holdout < 1:
+        raise InputError(f"holdout must be within [0, 1), got {config.holdout}: 0.05 is a twentieth")
+    if config.flip and config.format.codec.vae is not None:
+        raise InputError("flip mirrors images, got latents: encode mirrored images as well instead")
     plan, hyper = config.snapshot_plan, config.hyper
     if plan is None:
         return

@@ -12,8 +12,8 @@ from backends.pipeline.checkpoints.combination import Combination
 from backends.pipeline.checkpoints.reconstruct import averages
 from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.checkpoints.sources import Source
-from backends.pipeline.data.datasets import Dataset, to_model
-from backends.pipeline.data.labels import one_hot
+from backends.pipeline.data.batches import prepared, stored_batch
+from backends.pipeline.data.datasets import Dataset, held_out
 from backends.pipeline.data.seeds import bits, noise
 from backends.ports import OpenSampler
 from edm2_core.ema import Length
@@ -22,7 +22,7 @@ from .config import TrainConfig
 from .folder import Run
 from .pictures import save_rows
 from .progress import Progress
-from .sampling import Job, sample_images
+from .sampling import Conditions, Job, labels_of_seeds, sample_images
 
 RECONSTRUCTED = (0.02, 0.05, 0.10, 0.15, 0.20)
 _WORST_ERROR = 0.5  # lengths whose predicted reconstruction error exceeds this are skipped
@@ -56,34 +56,39 @@ def draw_lengths(
     Averages are the last ones up to ``nimg``, stored or reconstructed; lengths whose predicted reconstruction error
     exceeds 0.5 are skipped. Column k is seed k, with label k if there are labels. The denoising error is measured on a
     sample of the training images, drawn with the seed of the run. Both are smaller where they would take more than a
-    minute and a twentieth of the time of training. Shows its progress. Returns None if there are no averages, or images
-    are neither grey nor RGB.
+    minute and a twentieth of the time of training. Shows its progress. Returns None if there are no averages.
     """
     sources = [source for source in run.snapshots(config.network) if source.time <= nimg]
-    if not sources or config.network.img_channels not in (1, 3):
+    if not sources:
         return None
-    networks = {"raw weights": Snapshot(params=raw, config=config.network, nimg=sources[-1].time, length=None)}
+    measured, kind = _measured(config, dataset)
+    last = Snapshot(params=raw, config=config.network, nimg=sources[-1].time, length=None, data=config.format)
+    networks = {"raw weights": last}
     for length, (snapshot, origin) in sorted(_averages(sources).items()):
         name = f"{length.value:.2f}" if length.relative else str(length)
         networks[f"{name} {origin}"] = snapshot
     sigma, (columns, count) = exp(config.hyper.P_mean), _affordable(run, len(networks))
-    indices = _drawn(len(dataset), count, seed=config.seed)
+    indices = _drawn(len(measured), count, seed=config.seed)
     errors: dict[str, float] = {}
     rows = []
     print("drawing  the averages of each length; Ctrl-C skips it", file=sys.stderr)
     each = columns + len(indices)
     with Progress(total=each * len(networks)) as progress:
         for name, network in networks.items():
-            errors[name] = _error(network, dataset, indices, open_sampler, sigma)
-            rows.append((f"{name}: {errors[name]:.4f}", _row(network, open_sampler, columns)))
+            errors[name] = _error(network, measured, indices, open_sampler, sigma)
+            rows.append((f"{name}: {errors[name]:.4f}", _row(network, dataset, open_sampler, columns)))
             progress.advance(each)
             progress.report()
     path = run.samples_path / "lengths.png"
     save_rows(path, rows)
-    measured_on = (
-        f"{len(indices)} of {len(dataset)} training images at sigma {sigma:.2g}, drawn with seed {config.seed}"
-    )
+    measured_on = f"{len(indices)} of {len(measured)} {kind} images at sigma {sigma:.2g}, drawn with seed {config.seed}"
     return LengthsPicture(path, errors, measured_on)
+
+
+def _measured(config: TrainConfig, dataset: Dataset) -> tuple[Dataset, str]:
+    """The images that the error is measured on: held-out ones where there are any."""
+    kept, held = held_out(dataset, config.holdout, seed=config.seed)
+    return (kept, "training") if held is None else (held, "held-out")
 
 
 def _affordable(run: Run, rows: int) -> tuple[int, int]:
@@ -114,27 +119,30 @@ def _averages(sources: Sequence[Source]) -> dict[Length, tuple[Snapshot, str]]:
     return drawn | {Length.of(sigma_rel): (snapshot, "reconstructed") for sigma_rel, snapshot in reconstructed}
 
 
-def _row(network: Snapshot, open_sampler: OpenSampler, columns: int) -> np.ndarray:
-    label_dim = network.required_config().label_dim
-    columns = min(label_dim, columns) or columns
-    seeds = range(columns)
-    job = Job(snapshot=network, seeds=seeds, labels=np.array(seeds if label_dim else [-1] * columns, np.int64))
+def _row(network: Snapshot, dataset: Dataset, open_sampler: OpenSampler, columns: int) -> np.ndarray:
+    """Pictures of the first seeds, seed k of class k; with conditions or label vectors those of sample k."""
+    config = network.required_config()
+    columns = min(config.label_dim, columns) if config.label_dim and not dataset.vectors else columns
+    seeds, given = range(columns), Conditions(dataset)
+    labels = np.array(seeds, np.int64) if config.label_dim else labels_of_seeds(seeds, 0)
+    if config.label_dim and dataset.vectors:
+        labels = given.labels(seeds)
+    job = Job(snapshot=network, seeds=seeds, labels=labels, conditions=given if config.cond_channels else None)
     return sample_images(job, open_sampler, batch=columns)
 
 
 def _error(network: Snapshot, dataset: Dataset, indices: np.ndarray, open_sampler: OpenSampler, sigma: float) -> float:
     """Root mean square of D(y + n; sigma) - y over the images at ``indices``, with the same noise for every network.
 
-    A single Euler step from sigma to 0 is the denoiser itself.
+    A single Euler step from sigma to 0 is the denoiser itself. Of latents, y are the means.
     """
-    config, seeds = network.required_config(), range(len(indices))
-    images = to_model(dataset.images(indices))
-    labels = one_hot(dataset.labels(indices), config.label_dim) if config.label_dim else None
+    config, squares = network.required_config(), 0.0
     sampler = open_sampler(config, network.params)
-    squares = 0.0
-    for start in range(0, len(seeds), 64):
-        part = slice(start, start + 64)
-        noisy = images[part] / np.float32(sigma) + noise(seeds[part], images.shape[1:])
-        denoised = sampler(noisy, None if labels is None else labels[part], sigmas=(sigma, 0.0))
-        squares += float(np.square(denoised - images[part], dtype=np.float64).sum())
-    return float(np.sqrt(squares / images.size))
+    for start in range(0, len(indices), 64):
+        part = indices[start : start + 64]
+        images, labels, condition = prepared(stored_batch(dataset, part), dataset.format, label_dim=config.label_dim)
+        noisy = images / np.float32(sigma) + noise(range(start, start + len(part)), images.shape[1:])
+        given = {} if condition is None else {"condition": condition}
+        denoised = sampler(noisy, labels if config.label_dim else None, sigmas=(sigma, 0.0), **given)
+        squares += float(np.square(denoised - images, dtype=np.float64).sum())
+    return float(np.sqrt(squares / (len(indices) * images[0].size)))

@@ -14,10 +14,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from backends.pipeline.data.datasets import DIGITS, Kind, open_dataset
 from backends.ports import Machine
+from edm2_core.codec import DataFormat
 from edm2_core.errors import InputError
 from edm2_core.ladder import Rung
-from edm2_core.presets import on_rung, preset
+from edm2_core.network import NetworkConfig
+from edm2_core.presets import AUTO, CUSTOM, Hyperparameters, Preset, on_rung, preset, recipe
 
 from .command_line import flag, flags_given, parse, parse_some, reader
 from .config import Precision, TrainConfig
@@ -46,7 +49,55 @@ Switches = Annotated[
     tuple[tuple[str, Any], ...],
     reader(_switch, "NAME=VALUE [...]", "one or more names with values such as bias=true group_norm=none", nargs="*"),
 ]
-Class = Annotated[int | None, tyro.conf.arg(name="class")]
+Class = Annotated[str | None, tyro.conf.arg(name="class")]
+ConfigFile = Annotated[Path | None, tyro.conf.arg(name="config")]
+
+
+def _auto_or_number(text: str) -> float | Literal["auto"]:
+    return "auto" if text == "auto" else float(text)
+
+
+SigmaData = Annotated[
+    float | Literal["auto"] | None, reader(_auto_or_number, "auto|FLOAT", "auto or a number", optional=True)
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Sizes of the network in place of the preset's."""
+
+    channels: int | None = None
+    """Channels of the first level."""
+    channel_mult: tuple[float, ...] | None = None
+    """Channels of each level in units of --channels, such as 1 2 3 4; each level has half the resolution of the last.
+    """
+    blocks: int | None = None
+    """Blocks of each level."""
+    attention: tuple[int, ...] | None = None
+    """Longer sides of the levels that attend, such as 16 8; 0 for none."""
+    channels_per_head: int | None = None
+    """Channels of an attention head."""
+    sigma_data: SigmaData = None
+    """Standard deviation of the data as the network sees them; auto measures it."""
+    pad: bool = False
+    """Surround images with zeros inside the network where their sides cannot be halved often enough."""
+
+    def chosen(self) -> dict[str, Any]:
+        """The fields of a NetworkConfig that are given."""
+        given = {field: getattr(self, name) for name, field in NETWORK_FIELDS.items()}
+        return {field: value for field, value in given.items() if value is not None and value is not False}
+
+
+NETWORK_FIELDS = {
+    "channels": "model_channels",
+    "channel_mult": "channel_mult",
+    "blocks": "num_blocks",
+    "attention": "attn_resolutions",
+    "channels_per_head": "channels_per_head",
+    "sigma_data": "sigma_data",
+    "pad": "pad",
+}
+"""By name of the option, the field of a NetworkConfig."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +108,15 @@ class TrainOptions:
     outdir: Path | None = None
     """Run folder; an existing run is resumed. Without it: a new numbered folder under runs/."""
     data: str | None = None
-    """'digits', or a folder or zip of images. Without it: digits, or the data of the resumed run."""
-    preset: str = "digits"
-    """Network and hyperparameters."""
+    """'digits', or a folder or file of images, arrays or latents. Without it: digits, or the data of the resumed run.
+    """
+    preset: str = AUTO
+    """Network and hyperparameters; auto chooses them by the number and the size of the images."""
+    config_file: ConfigFile = None
+    """config.json of a run, or JSON of a NetworkConfig's fields: network and hyperparameters instead of a preset's."""
     ladder: Rung = "G"
     """Rung of the paper's ladder, CONFIG A to G: the network and its training."""
+    network: Annotated[NetworkOptions, tyro.conf.arg(name="")] = NetworkOptions()
     switches: Switches = ()
     """Switches of the ladder to change, such as bias=true group_norm=none."""
     dropout: float = 0.0
@@ -86,7 +141,10 @@ class _Choice:
     """The options that determine the defaults of the others."""
 
     outdir: Path | None = None
-    preset: str = "digits"
+    data: str | None = None
+    data_format: Kind | None = None
+    preset: str = AUTO
+    config_file: ConfigFile = None
     ladder: Rung = "G"
 
 
@@ -121,12 +179,45 @@ def _defaults(words: Sequence[str], *, prog: str) -> TrainOptions:
             config=config,
             previous=config,
         )
-    base = on_rung(preset(choice.preset), choice.ladder)
+    name, base = _base(choice)
+    base = on_rung(base, choice.ladder)
     hyper = base.hyper
     if "sigma_rels" in flags_given(words):
         hyper = replace(hyper, half_life=None)  # the half-life of CONFIG A is only a default
-    config = TrainConfig(preset=choice.preset, network=base.network, hyper=hyper)
+    config = TrainConfig(preset=name, network=base.network, hyper=hyper)
     return TrainOptions(preset=choice.preset, ladder=choice.ladder, dropout=base.network.dropout, config=config)
+
+
+def _base(choice: _Choice) -> tuple[str, Preset]:
+    """The preset that is named, in a file, or chosen by the data; and its name, as the config records it."""
+    if choice.config_file is not None:
+        if choice.preset != AUTO:
+            raise InputError(f"--config and --preset exclude each other, got {choice.preset} too: give one of them")
+        return CUSTOM, _preset_in(choice.config_file)
+    if choice.preset != AUTO:
+        name = choice.preset.removeprefix("edm2-")  # the official spelling
+        return name, preset(name)
+    if choice.data in (None, DIGITS):
+        return DIGITS, preset(DIGITS)
+    dataset = open_dataset(str(choice.data), kind=choice.data_format, format=DataFormat())  # nothing is measured yet
+    return AUTO, recipe(len(dataset), dataset.shape, labels=dataset.label_dim > 0)
+
+
+def _preset_in(path: Path) -> Preset:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+        if isinstance(values, dict) and "network" in values:
+            config = TrainConfig.from_json(text, name=str(path))
+            return Preset(network=config.network, hyper=config.hyper, any_data=True)
+        given: dict[str, Any] = {"img_resolution": 1, "img_channels": 1, "pad": True, **values}
+        network = NetworkConfig(**given)
+        return Preset(network=network, hyper=Hyperparameters(), any_data=True)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        why = " ".join(str(error).split())
+        raise InputError(f"--config must be a config.json or fields of a network, got '{why}' in {path}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +234,11 @@ class SampleOptions:
     seeds: str = "0-63"
     """Seeds, one image for each, such as 0-63 or 3,7,10-19."""
     label: Class = None
-    """Class of all images, from 0. Without it: drawn from each seed."""
+    """Class of all images, a number from 0 or a name. Without it: drawn from each seed."""
+    data: str | None = None
+    """Data whose label vectors are used: seed s takes those of sample s. Without it: the run's own."""
+    condition: str | None = None
+    """Conditions of the images: seed s takes that of sample s, modulo their number. Without it: the run's own."""
     steps: int = 32
     """Sampling steps."""
     sigma_min: float = 0.002
@@ -169,8 +264,12 @@ class SampleOptions:
     """Lowest and highest noise level at which guidance acts."""
     outdir: Path | None = None
     """Folder of the images. Without it: a folder under samples/ of the run; ./samples with --net."""
-    format: Literal["png", "npz"] = "png"
-    """png: an image file per seed, and a grid; npz: one samples.npz."""
+    format: Literal["png", "npz", "npy", "latents"] | None = None
+    """png: an image file per seed, and a grid; npz, npy: one file, float32 unless the data are 8-bit; latents: an npz
+    of latents that are not decoded. Without it: png for images, npz for other data."""
+    vae: str | None = None
+    """Autoencoder that decodes latents: a folder, or an ID of the hub. Without it: the one that the data name, if it is
+    on this machine."""
     batch: int = 64
     """Images per call of the network; has no effect on the result."""
     precision: Precision = "float32"

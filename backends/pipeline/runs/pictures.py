@@ -12,12 +12,32 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from backends.pipeline.checkpoints.atomic import write_atomically
+from edm2_core.codec import SIGMA_DATA, DataFormat
 from edm2_core.errors import InputError
 
 _VISIBLE = 48  # least size of an image in a grid, in pixels
 _GAP = 4
 _MARGIN = 12
+_FAR = np.float32(1e6)  # beyond all data, in standard deviations
 _PAPER, _INK = "white", "#24292f"
+
+
+def visible(samples: np.ndarray, format: DataFormat, /) -> np.ndarray:
+    """Samples as a network makes them, float32 [n, channels, height, width], as pictures, uint8 [n, 1 or 3, ...].
+
+    8-bit images are what they are, rounded and clipped; values that are not finite become 0. Of other data, three
+    channels, or the first one, are shown from -3 to 3 standard deviations.
+    """
+    shown = samples if samples.shape[1] == 3 else samples[:, :1]
+    bounded = np.where(np.isfinite(shown), shown, -_FAR).clip(-_FAR, _FAR)
+    if format.codec.stored == "uint8":
+        return to_uint8(format.codec.decode(bounded))
+    return to_uint8(127.5 + bounded * (127.5 / (3 * SIGMA_DATA)))
+
+
+def to_uint8(values: np.ndarray, /) -> np.ndarray:
+    """Values from 0 to 255, rounded and clipped; those that are not finite become 0."""
+    return np.rint(np.where(np.isfinite(values), values, 0).clip(0, 255)).astype(np.uint8)
 
 
 def save_images(folder: str | os.PathLike[str], images: np.ndarray, names: Sequence[str]) -> list[Path]:

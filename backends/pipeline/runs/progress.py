@@ -53,6 +53,10 @@ class Progress:
         else:
             self._bar.set_postfix_str(note)
 
+    def say(self, text: str, /) -> None:
+        """Print a line on stderr, above the bar."""
+        self._bar.write(text, file=sys.stderr)
+
     def _line(self) -> str:
         elapsed = max(time.monotonic() - self._since, 1e-9)
         rate = (self._done - self._start) / elapsed

@@ -2,19 +2,23 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from backends.pipeline.data.datasets import Dataset
+import numpy as np
+
+from backends.pipeline.data.batches import Reading, prepared
+from backends.pipeline.data.datasets import DIGITS, RULE, Dataset, Subset, open_dataset
 from edm2_core.ema import SnapshotPlan, plan_from_json
 from edm2_core.errors import InputError
 from edm2_core.ladder import Rung, Switches
-from edm2_core.presets import Hyperparameters, on_rung, preset
+from edm2_core.network import NetworkConfig
+from edm2_core.presets import AUTO, Hyperparameters, on_rung, preset, takes_any_data
 
 from .command_line import flag
 from .config import DataSummary, TrainConfig
-from .options import TrainOptions
+from .options import NETWORK_FIELDS, TrainOptions
 
 FREE = ("duration", "status", "checkpoint", "telemetry")
 """Fields that a resumed run may change."""
@@ -64,40 +68,58 @@ def fit(config: TrainConfig, dataset: Dataset, *, unconditional: bool = False) -
             f"preset {config.preset} must have data with labels, got none in {dataset.name}: "
             "add a dataset.json with labels, or give --unconditional"
         )
+    channels, height, width = dataset.shape
     network = replace(
         config.network,
-        img_resolution=dataset.resolution,
-        img_channels=dataset.channels,
+        img_resolution=(height, width),
+        img_channels=channels,
+        cond_channels=dataset.cond_channels,
         label_dim=dataset.label_dim if conditional else 0,
     )
     return replace(config, network=network, data_summary=DataSummary.of(dataset)).intervals_filled()
 
 
 def _check_data(config: TrainConfig, dataset: Dataset) -> None:
-    need = (config.network.img_resolution, config.network.img_channels)
-    got = (dataset.resolution, dataset.channels)
-    if got != need and not preset(config.preset).any_data:
-        kind = ", which are latents" if need[1] == 4 else ""
+    network = config.network
+    need, got = (network.img_channels, *network.image_size), dataset.shape
+    if got != need and not takes_any_data(config.preset):
+        kind = ", which are latents" if need[0] == 4 else ""
         raise InputError(
-            f"preset {config.preset} must have images of {need[0]}x{need[0]} with {need[1]} channels{kind}, got "
-            f"{got[0]}x{got[0]} with {got[1]} in {dataset.name}: resize or encode them, or use another preset (img64-* "
-            "takes 64x64 with 3 channels, digits any size)"
+            f"preset {config.preset} must have images of {_size(need)} with {need[0]} channels{kind}, got {_size(got)} "
+            f"with {got[0]} in {dataset.name}: resize them (edm2 dataset convert) or encode them (edm2 dataset encode), or "
+            "leave --preset out"
         )
 
 
+def _size(shape: tuple[int, int, int]) -> str:
+    return f"{shape[2]}x{shape[1]}"
+
+
 def data_spec(options: TrainOptions, previous: TrainConfig | None = None) -> str:
-    """The data to open: 'digits', or the absolute path of a folder or archive.
+    """The data to open: 'digits', or an absolute path.
 
     Raises:
-        InputError: no data, with a preset other than digits.
+        InputError: no data, with a preset for others than digits.
     """
     if options.data is not None:
-        return options.data if options.data == "digits" else str(Path(options.data).absolute())
+        return DIGITS if options.data == DIGITS else str(Path(options.data).absolute())
     if previous is not None:
         return previous.data
-    if options.preset != "digits":
-        raise InputError(f"--data must be given with --preset {options.preset}: a folder or zip of images")
-    return "digits"
+    if options.preset not in (AUTO, DIGITS):
+        raise InputError(f"--data must be given with --preset {options.preset}: {RULE}")
+    return DIGITS
+
+
+def open_data(options: TrainOptions, previous: TrainConfig | None = None) -> Dataset:
+    """The data of a run, and their condition; those of a resumed run with the codecs that it recorded.
+
+    Raises:
+        InputError: as :func:`data_spec` and :func:`~backends.pipeline.data.datasets.open_dataset`.
+    """
+    config = options.config if previous is None else previous
+    format = None if previous is None else previous.format
+    spec = data_spec(options, previous)
+    return open_dataset(spec, kind=config.data_format, condition=config.condition, format=format)
 
 
 def resolve(options: TrainOptions, dataset: Dataset, previous: TrainConfig | None = None) -> TrainConfig:
@@ -144,14 +166,40 @@ def microbatches(batch: int, per_device: int | None, *, world: int) -> int:
 
 
 def _fresh(options: TrainOptions, dataset: Dataset) -> TrainConfig:
-    changes = _switches(options) | {"dropout": options.dropout, "label_dropout": options.label_dropout}
-    network = replace(options.config.network, **changes)
-    config = replace(options.config, network=network, data=data_spec(options))
+    condition = options.config.condition
+    config = replace(
+        options.config,
+        network=_network(options, dataset),
+        data=data_spec(options),
+        condition=None if condition is None else str(Path(condition).absolute()),
+    )
     if options.snapshot_plan is not None:
         plan = _read_plan(options.snapshot_plan)
         hyper = replace(config.hyper, sigma_rels=plan.sigma_rels, half_life=None)
         config = replace(config, hyper=hyper, snapshot_plan=plan, snapshot_dtype=plan.dtype)
     return fit(config, dataset, unconditional=options.unconditional)
+
+
+def _network(options: TrainOptions, dataset: Dataset) -> NetworkConfig:
+    """The preset's network with what the options change, of the size of the data: so errors name that size."""
+    changes = options.network.chosen()
+    if changes.get("sigma_data") == "auto":
+        changes["sigma_data"] = measured_sigma(dataset)
+    network = options.config.network
+    if takes_any_data(options.config.preset):
+        channels, *size = dataset.shape
+        changes |= {"img_resolution": tuple(size), "img_channels": channels}
+    if takes_any_data(options.config.preset) and not options.unconditional:
+        changes["label_dim"] = dataset.label_dim
+    changes |= {"dropout": options.dropout, "label_dropout": options.label_dropout}
+    return replace(network, **_switches(options), **changes)
+
+
+def measured_sigma(dataset: Dataset, /) -> float:
+    """The standard deviation of the data as a network sees them, over a thousand samples."""
+    some = np.linspace(0, len(dataset) - 1, min(len(dataset), 1000)).astype(np.int64)
+    images, _, _ = prepared(Reading(Subset(dataset, some), seed=0)(0, len(some)), dataset.format, label_dim=0)
+    return round(float(images.std(dtype=np.float64)), 4)
 
 
 def _read_plan(path: Path) -> SnapshotPlan:
@@ -177,12 +225,12 @@ def _check_unchanged(options: TrainOptions, dataset: Dataset, previous: TrainCon
                 f"{name} must stay {_text(was)} when a run is resumed, got {_text(wanted)}: "
                 "leave it out, or choose another --outdir"
             )
-    before, now = asdict(previous)["data_summary"], asdict(DataSummary.of(dataset))
-    for name, was in before.items():
-        if now[name] != was:
+    before, now = previous.data_summary, DataSummary.of(dataset)
+    for name in vars(now) if before is not None else ():
+        if (got := getattr(now, name)) != (was := getattr(before, name)):
             raise InputError(
-                f"data must be the same as when the run began, got {name} {now[name]} for {was} in {previous.data}: "
-                "restore them, or choose another --outdir"
+                f"data must be the same as when the run began, got {name} {_text(got)} for {_text(was)} in "
+                f"{previous.data}: restore them, or choose another --outdir"
             )
 
 
@@ -193,7 +241,12 @@ def _fixed_options(options: TrainOptions, previous: TrainConfig) -> Iterator[tup
             if field.name not in (*FREE, "hyper"):
                 yield flag(field.name), getattr(before, field.name), getattr(now, field.name)
     network = previous.network
-    yield "--preset", previous.preset, options.preset
+    if options.preset not in (AUTO, previous.preset):
+        yield "--preset", previous.preset, options.preset
+    chosen = options.network.chosen()
+    for name, of_network in NETWORK_FIELDS.items():
+        if chosen.get(of_network, "auto") != "auto":
+            yield flag(name), getattr(network, of_network), chosen[of_network]
     yield "--data", previous.data, data_spec(options, previous)
     yield "--dropout", network.dropout, options.dropout
     yield "--label-dropout", network.label_dropout, options.label_dropout

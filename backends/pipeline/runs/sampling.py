@@ -4,37 +4,40 @@ Noise and labels are drawn on the host, so a seed gives the same image in every 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 
-from backends.pipeline.checkpoints.atomic import write_atomically, write_bytes
+from backends.pipeline.checkpoints.atomic import write_bytes
 from backends.pipeline.checkpoints.reconstruct import reconstruct
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, snapshot_name
 from backends.pipeline.checkpoints.sources import Source
-from backends.pipeline.data.datasets import to_uint8
+from backends.pipeline.data.datasets import Dataset, open_dataset
 from backends.pipeline.data.labels import check_labels, one_hot
 from backends.pipeline.data.seeds import churn_noise, noise
 from backends.pipeline.data.seeds import labels as seeded_labels
 from backends.ports import Network, OpenSampler
+from edm2_core.codec import PIXELS, Codec, DataFormat
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, parameter_count
 from edm2_core.sampler import noise_levels
 
+from . import outputs
 from .command_line import flag, parse_seeds
 from .folder import Run, newest
 from .options import SampleOptions
-from .pictures import save_grid, save_images
+from .pictures import visible
 from .progress import Progress
 
-_IN_GRID = 100  # images
 _RECORD = "samples.json"
+OpenDecoder = Callable[[str, str | None, bool], "outputs.Decode"]
+"""(an autoencoder's name or folder, device, only if it is on this machine) -> latents to images."""
 _SOLVER = ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", "guide_interval")
 
 
@@ -42,7 +45,8 @@ _SOLVER = ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_nois
 class Job:
     """Everything that determines the images.
 
-    ``labels``: class ids, int64 [number of seeds], -1 without labels. ``solver``: options of
+    ``labels``: class ids, int64 [number of seeds], -1 without labels; or label vectors, float32 [number of seeds,
+    label_dim]. ``conditions``: of seeds, those of the images, as the network sees them. ``solver``: options of
     :func:`edm2_core.sampler.sample`, and ``guide_interval``.
     """
 
@@ -51,10 +55,37 @@ class Job:
     guidance: float = 1.0
     seeds: Sequence[int]
     labels: np.ndarray
+    conditions: "Conditions | None" = None
     solver: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def format(self) -> DataFormat:
+        """What the samples are; 8-bit images where the snapshot does not say."""
+        return self.snapshot.data or DataFormat()
 
-def run_sampling(options: SampleOptions, open_sampler: OpenSampler, *, prog: str) -> None:
+
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions of seeds, or their label vectors: seed s has those of sample s, modulo their number."""
+
+    dataset: Dataset
+
+    def __call__(self, seeds: Sequence[int], /) -> np.ndarray:
+        """The conditions, float32 [n, channels, height, width]."""
+        codec = self.dataset.format.condition or PIXELS
+        return codec.encode(self.dataset.condition(self._indices(seeds)))
+
+    def labels(self, seeds: Sequence[int], /) -> np.ndarray:
+        """The label vectors, float32 [n, label_dim]."""
+        return self.dataset.labels(self._indices(seeds))
+
+    def _indices(self, seeds: Sequence[int]) -> np.ndarray:
+        return np.array([seed % len(self.dataset) for seed in seeds], np.int64)
+
+
+def run_sampling(
+    options: SampleOptions, open_sampler: OpenSampler, *, prog: str, open_decoder: OpenDecoder | None = None
+) -> None:
     """Sample with ``options``, write the images, and print the network, the guide and the paths.
 
     Raises:
@@ -62,38 +93,51 @@ def run_sampling(options: SampleOptions, open_sampler: OpenSampler, *, prog: str
     """
     if options.batch < 1:
         raise InputError(f"--batch must be at least 1, got {options.batch}: 64 is the default")
-    snapshot, origin, folder = _network(options, train=f"{prog.removesuffix('sample')}train")
-    job = _job(options, snapshot)
+    network = find_network(options, train=f"{prog.removesuffix('sample')}train")
+    snapshot = network.snapshot
+    job = _job(options, network)
+    decoder = _decoder(options, job.format.codec, open_decoder)
+    kind = options.format or ("png" if decoder or job.format.codec.stored == "uint8" else "npz")
     channels = snapshot.required_config().img_channels
-    if options.format == "png" and channels not in (1, 3):
+    if kind == "png" and decoder is None and job.format.codec.stored == "uint8" and channels not in (1, 3):
         raise InputError(f"PNG images must be grey or RGB, got {channels} channels: use --format npz")
-    print(f"network  {origin}: {_describe(snapshot)}")
+    print(f"network  {network.origin}: {_describe(snapshot)}")
     if job.guidance != 1:
         print(f"guide    {options.guide or 'the same network without its label'}, weight {job.guidance:g}")
-    outdir = options.outdir or _default_folder(options, folder)
-    if options.format == "png":
+    if options.label is not None and job.format.classes and job.format.classes[job.labels[0]] != str(job.labels[0]):
+        print(f"class    {job.labels[0]}, {job.format.classes[job.labels[0]]}")
+    outdir = options.outdir or _default_folder(options, network.folder)
+    if kind == "png":
         _claim(outdir, _settings(options, snapshot))
-    images = sample_images(job, open_sampler, batch=options.batch, shown=True)
-    for path in _write(options.format, outdir, job, images):
+    finish = outputs.finish(kind, job.format, None if kind == "latents" else decoder)
+    images = sample_images(job, open_sampler, batch=options.batch, shown=True, finish=finish)
+    for path in outputs.write(kind, outdir, images, labels=job.labels, seeds=job.seeds):
         print(f"wrote    {path}")
 
 
-def sample_images(job: Job, open_sampler: OpenSampler, *, batch: int, shown: bool = False) -> np.ndarray:
-    """Images, uint8 [n, channels, height, width], one per seed of ``job``, sampled in batches of ``batch``."""
+def sample_images(
+    job: Job, open_sampler: OpenSampler, *, batch: int, shown: bool = False, finish: outputs.Finish | None = None
+) -> np.ndarray:
+    """Samples [n, channels, height, width], one per seed of ``job``, in batches of ``batch``.
+
+    ``finish`` makes an output of float32 samples of the network; None: pictures, uint8 with 1 or 3 channels.
+    """
     config = job.snapshot.required_config()
-    shape = (config.img_channels, config.img_resolution, config.img_resolution)
+    shape = (config.img_channels, *config.image_size)
     sampler = open_sampler(config, job.snapshot.params, guide=job.guide)
-    images = np.empty((len(job.seeds), *shape), np.uint8)
-    with Progress(total=len(images), shown=shown) as progress:
-        for part in _parts(len(images), batch):
+    made = []
+    with Progress(total=len(job.seeds), shown=shown) as progress:
+        for part in _parts(len(job.seeds), batch):
             seeds, labels = job.seeds[part], job.labels[part]
-            rows = one_hot(labels, config.label_dim) if config.label_dim else None
+            rows = labels if labels.ndim == 2 else one_hot(labels, config.label_dim) if config.label_dim else None
+            given: dict[str, Any] = {} if job.conditions is None else {"condition": job.conditions(seeds)}
             churn = (churn_noise(seeds, shape, step=step) for step in count())
-            samples = sampler(noise(seeds, shape), rows, guidance=job.guidance, churn_noise=churn, **job.solver)
-            images[part] = to_uint8(samples)
+            options = {**job.solver, **given, "guidance": job.guidance, "churn_noise": churn}
+            samples = sampler(noise(seeds, shape), rows, **options)
+            made.append(visible(samples, job.format) if finish is None else finish(samples))
             progress.advance(len(seeds))
             progress.report()
-    return images
+    return np.concatenate(made)
 
 
 def _parts(total: int, batch: int) -> Iterator[slice]:
@@ -135,12 +179,26 @@ def average_of(sources: Sequence[Source], sigma_rel: float | None, /) -> tuple[S
     return snapshot, length, False
 
 
-def _network(options: SampleOptions, *, train: str) -> tuple[Snapshot, str, Path]:
-    """(the network, a description of its origin, the folder for its samples)."""
+@dataclass(frozen=True)
+class FoundNetwork:
+    """A network, its origin in words, the folder for its samples, and the run it is of, if that is known."""
+
+    snapshot: Snapshot
+    origin: str
+    folder: Path
+    run: Run | None = None
+
+
+def find_network(options: SampleOptions, *, train: str) -> FoundNetwork:
+    """The network that ``options`` name: a snapshot, an average of a run, of the newest run, or the shipped one.
+
+    Raises:
+        InputError: no such run, network or length.
+    """
     if options.net is not None:
         if options.run is not None or options.sigma_rel is not None:
             raise InputError("--net excludes --run and --sigma-rel, got one of them too: give --run instead of --net")
-        return load_snapshot(options.net), str(options.net), Path("samples")
+        return FoundNetwork(load_snapshot(options.net), str(options.net), Path("samples"))
     if options.sigma_rel is not None:
         Length.of(options.sigma_rel)
     run = Run(newest(train=train) if options.run is None else options.run)
@@ -151,21 +209,25 @@ def _network(options: SampleOptions, *, train: str) -> tuple[Snapshot, str, Path
         )
     snapshot, length, is_stored = average_of(sources, options.sigma_rel)
     origin = "stored" if is_stored else f"reconstructed from {len(sources)} snapshots"
-    return snapshot, f"{run.path} ({origin})", run.samples_path / Path(snapshot_name(snapshot.nimg, length)).stem
+    folder = run.samples_path / Path(snapshot_name(snapshot.nimg, length)).stem
+    return FoundNetwork(snapshot, f"{run.path} ({origin})", folder, run)
 
 
 # ---- the job
 
 
-def _job(options: SampleOptions, snapshot: Snapshot) -> Job:
-    config, guidance = snapshot.required_config(), options.guidance
+def _job(options: SampleOptions, network: FoundNetwork) -> Job:
+    snapshot, guidance = network.snapshot, options.guidance
+    config = snapshot.required_config()
     if options.guide is not None and guidance == 1:
         raise InputError(f"--guide needs a guidance weight other than 1, got {options.guide} alone: add --guidance 2")
     guide = None if options.guide is None else _guide(options.guide, config)
     if guidance != 1 and guide is None and not config.label_dim:
         raise InputError("--guidance of a network without labels needs a guide, got none: name one with --guide")
     seeds = parse_seeds(options.seeds)
-    labels = _labels(options.label, seeds, config.label_dim)
+    given = _given(options, network)
+    vectors = given is not None and config.label_dim > 0 and given.dataset.vectors
+    labels = given.labels(seeds) if given and vectors else _labels(options.label, seeds, snapshot)
     check_labels(config, guide and guide[0], labels, guidance)
     return Job(
         snapshot=snapshot,
@@ -173,8 +235,32 @@ def _job(options: SampleOptions, snapshot: Snapshot) -> Job:
         guidance=guidance,
         seeds=seeds,
         labels=labels,
+        conditions=given if config.cond_channels else None,
         solver=_solver(options),
     )
+
+
+def _given(options: SampleOptions, network: FoundNetwork) -> Conditions | None:
+    """The conditions and label vectors of the options or of the run; None for a network that takes neither."""
+    config, run = network.snapshot.required_config(), None if network.run is None else network.run.config()
+    vectors = run is not None and run.data_summary is not None and run.data_summary.vectors
+    if not config.cond_channels and not (options.data or (vectors and config.label_dim)):
+        return None
+    data = options.data or (run.data if run is not None else None)
+    condition = options.condition or (run.condition if run is not None else None)
+    if config.cond_channels and condition is None:
+        raise InputError("a network with conditions needs --condition, got none: name images or arrays")
+    if config.cond_channels and not (options.data or vectors):
+        data = condition  # only the conditions are needed
+    dataset = open_dataset(
+        str(data), condition=condition if config.cond_channels else None, format=network.snapshot.data
+    )
+    need = (config.cond_channels, *(config.image_size if config.cond_channels else dataset.shape[1:]))
+    if (got := (dataset.cond_channels, *dataset.shape[1:])) != need:
+        raise InputError(f"--condition must be of shape {need}, got {got} in {condition}: make it fit the network")
+    if vectors and dataset.label_dim != config.label_dim:
+        raise InputError(f"--data must have label vectors of {config.label_dim}, got {dataset.label_dim} in {data}")
+    return Conditions(dataset)
 
 
 def _guide(path: Path, config: NetworkConfig) -> Network:
@@ -183,19 +269,24 @@ def _guide(path: Path, config: NetworkConfig) -> Network:
     for name in ("img_resolution", "img_channels"):
         if (got := getattr(guide, name)) != (need := getattr(config, name)):
             raise InputError(f"--guide must make images of the same shape, got {name} {got} for {need}: choose another")
-    if guide.label_dim not in (0, config.label_dim):
-        raise InputError(f"--guide must have no classes or {config.label_dim}, got {guide.label_dim}: choose another")
+    for name, what in (("label_dim", "classes"), ("cond_channels", "condition")):
+        if (got := getattr(guide, name)) not in (0, need := getattr(config, name)):
+            raise InputError(f"--guide must have no {what} or {need}, got {got}: choose another")
     return guide, snapshot.params
 
 
-def _labels(label: int | None, seeds: Sequence[int], label_dim: int) -> np.ndarray:
+def _labels(label: str | None, seeds: Sequence[int], snapshot: Snapshot) -> np.ndarray:
+    label_dim = snapshot.required_config().label_dim
     if label is not None and not label_dim:
         raise InputError(f"--class needs a network with labels, got {label} for one without: leave it out")
     if label is None:
         return labels_of_seeds(seeds, label_dim)
-    if not 0 <= label < label_dim:
-        raise InputError(f"--class must be from 0 to {label_dim - 1}, got {label}: choose one of these")
-    return np.full(len(seeds), label, np.int64)
+    names = snapshot.data.classes if snapshot.data else ()
+    number = names.index(label) if label in names else int(label) if label.isdecimal() else -1
+    if not 0 <= number < label_dim:
+        known = f" or a name such as {names[0]}" if names and names[0] != "0" else ""
+        raise InputError(f"--class must be from 0 to {label_dim - 1}{known}, got {label}: choose one of these")
+    return np.full(len(seeds), number, np.int64)
 
 
 def labels_of_seeds(seeds: Sequence[int], label_dim: int, /) -> np.ndarray:
@@ -220,8 +311,8 @@ def _default_folder(options: SampleOptions, folder: Path) -> Path:
     name = folder.name
     for field_name, word in (("label", "class"), ("guidance", "guidance"), ("steps", "steps")):
         if (value := getattr(options, field_name)) != getattr(usual, field_name):
-            name += f"-{word}{value:g}"
-    rest = {n: str(getattr(options, n)) for n in (*_SOLVER, "guide", "precision")}
+            name += f"-{word}{value if isinstance(value, str) else f'{value:g}'}"
+    rest = {n: str(getattr(options, n)) for n in (*_SOLVER, "guide", "precision", "data", "condition", "vae")}
     if rest != {n: str(getattr(usual, n)) for n in rest}:
         name += f"-{crc32(json.dumps(rest).encode()):08x}"
     return folder.with_name(name)
@@ -232,7 +323,7 @@ def _settings(options: SampleOptions, snapshot: Snapshot) -> dict[str, Any]:
     network = 0
     for _, array in sorted(snapshot.params.items()):
         network = crc32(np.ascontiguousarray(array).tobytes(), network)
-    names = ("label", "steps", *_SOLVER, "guidance", "guide", "precision")
+    names = ("label", "steps", *_SOLVER, "guidance", "guide", "precision", "data", "condition", "vae")
     return {"network": f"{network:08x}", **{flag(n)[2:]: str(getattr(options, n)) for n in names}}
 
 
@@ -266,16 +357,16 @@ def _describe(snapshot: Snapshot) -> str:
     return f"{size}, {kind}, after {snapshot.nimg} images"
 
 
-def _write(kind: str, outdir: Path, job: Job, images: np.ndarray) -> list[Path]:
-    if kind == "npz":
-        path = outdir / "samples.npz"
-        seeds = np.array(job.seeds, np.int64)
-
-        def write(file: BinaryIO) -> None:
-            np.savez(file, images=images.transpose(0, 2, 3, 1), labels=job.labels, seeds=seeds)
-
-        write_atomically(path, write)
-        return [path]
-    save_images(outdir, images, [f"{seed:06d}.png" for seed in job.seeds])
-    save_grid(outdir / "grid.png", images[:_IN_GRID])
-    return [outdir / "grid.png", outdir / f"{job.seeds[0]:06d}.png ... {job.seeds[-1]:06d}.png"]
+def _decoder(options: SampleOptions, codec: Codec, open_decoder: OpenDecoder | None) -> outputs.Decode | None:
+    """What makes images of latents: the autoencoder of --vae, or the one that the snapshot names if it is at hand."""
+    if codec.vae is None and options.vae is not None:
+        raise InputError(f"--vae decodes latents, got {options.vae} for a network of {codec.stored} data: leave it out")
+    if codec.vae is None or open_decoder is None or options.format == "latents":
+        return None
+    try:
+        return open_decoder(options.vae or codec.vae, options.device, options.vae is None)
+    except InputError as error:
+        if options.vae is not None:
+            raise
+        print(f"note     samples stay latents: {error}")
+        return None

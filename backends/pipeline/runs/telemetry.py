@@ -1,6 +1,6 @@
 """Telemetry of a training step as a line of telemetry.jsonl: magnitudes by block, losses by noise level.
 
-A port makes the :class:`~backends.ports.Measurement`. Source: arXiv 2312.02696 Eq. 3 and Appendix A.6. Departure: the
+A port makes the :class:`~backends.trainer.Measurement`. Source: arXiv 2312.02696 Eq. 3 and Appendix A.6. Departure: the
 paper averages magnitudes over images and takes the maximum over features; here the maximum is over both.
 """
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.ports import Measurement
+from backends.trainer import Measurement
 from edm2_core.network import NetworkConfig, plan
 
 from .config import TrainConfig
@@ -27,8 +27,8 @@ def watched(config: NetworkConfig, /) -> dict[str, list[str]]:
 
 
 def record(config: TrainConfig, measured: Measurement, /, *, nimg: int) -> dict[str, Any]:
-    """A line of telemetry.jsonl: ``nimg`` before the step; ``blocks``, each with role, resolution, maximum and mean of
-    its activations, weights and gradients, and its relative update; ``noise``, losses by bin of noise level."""
+    """A line of telemetry.jsonl: ``nimg`` before the step; ``blocks``, each with role, height and width, maximum and
+    mean of its activations, weights and gradients, and its relative update; ``noise``, losses by bin of noise level."""
     walk = plan(config.network)
     blocks = {block.name: block for block in (*walk.encoder, *walk.decoder)}
     return {
@@ -36,7 +36,7 @@ def record(config: TrainConfig, measured: Measurement, /, *, nimg: int) -> dict[
         "blocks": {
             name: {
                 "role": "dec" if blocks[name].role == "dec" else "enc",
-                "resolution": blocks[name].resolution,
+                "size": blocks[name].size,
                 **_magnitudes(config.network, measured, weights),
             }
             for name, weights in watched(config.network).items()

@@ -7,15 +7,17 @@ the averages and the state. The result depends only on the config: stopping and 
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import SIGINT, SIGTERM
+from typing import Any
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
 from backends.pipeline.checkpoints.states import load_state, save_state
-from backends.pipeline.data.batches import Batches
-from backends.pipeline.data.datasets import Dataset, open_dataset
-from backends.ports import Machine, OpenSampler, OpenTrainer, Trainer
+from backends.pipeline.data.batches import Batches, Reading
+from backends.pipeline.data.datasets import Dataset, held_out
+from backends.ports import Machine, OpenSampler
+from backends.trainer import OpenTrainer, Trainer
 from edm2_core.ema import Length, TimedPlan
 from edm2_core.errors import InputError
 from edm2_core.ladder import LADDER
@@ -28,10 +30,11 @@ from .command_line import count_text
 from .config import DataSummary, TrainConfig
 from .exit_codes import Interrupts
 from .folder import Run, create
+from .holdout import HeldOut, Overfitting
 from .length_picture import draw_lengths
 from .options import TrainOptions
 from .progress import Progress
-from .resolve import data_spec, microbatches, resolve, with_free_options
+from .resolve import microbatches, open_data, resolve, with_free_options
 
 _MANY_EPOCHS = 10_000  # the paper's longest run on ImageNet has 1757
 
@@ -43,7 +46,7 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
         InputError: as :func:`~.resolve.resolve`; a damaged state; or a failed write.
     """
     previous = options.previous
-    dataset = open_dataset(data_spec(options, previous))
+    dataset = open_data(options, previous)
     config = resolve(options, dataset, previous)
     run = None if options.outdir is None else Run(options.outdir)
     start = _start(run, previous) if run is not None and previous is not None else 0
@@ -60,7 +63,8 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
         state = load_state(run.state_path, config.network, config.hyper.lengths)
         return _draw(run, config, dataset, state.params, open_sampler, nimg=start, prog=prog)
     trainer, picture = open_trainer(config, options.machine), not options.no_picture
-    return _train(config, dataset, trainer, open_sampler, options.outdir, start=start, picture=picture, prog=prog)[1]
+    job = Training(config, dataset, trainer, options.machine.workers)
+    return _train(job, open_sampler, options.outdir, start=start, picture=picture, prog=prog)[1]
 
 
 def train(
@@ -95,7 +99,8 @@ def train(
         return run
     trainer = open_trainer(config, machine)
     folder = None if run is None else run.path
-    finished, status = _train(config, dataset, trainer, open_sampler, folder, start=start, picture=picture, prog=prog)
+    job = Training(config, dataset, trainer, machine.workers)
+    finished, status = _train(job, open_sampler, folder, start=start, picture=picture, prog=prog)
     if status:
         raise KeyboardInterrupt
     return finished
@@ -112,10 +117,18 @@ def _start(run: Run, previous: TrainConfig) -> int:
     return run.state_nimg()
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is trained, on what, by what; and how many processes read the data."""
+
+    config: TrainConfig
+    dataset: Dataset
+    trainer: Trainer
+    workers: int = 0
+
+
 def _train(
-    config: TrainConfig,
-    dataset: Dataset,
-    trainer: Trainer,
+    job: Training,
     open_sampler: OpenSampler,
     outdir: Path | None,
     *,
@@ -124,18 +137,19 @@ def _train(
     prog: str,
 ) -> tuple[Run | None, int]:
     """The run, None in processes that do not write, and the exit status."""
+    config, dataset, trainer = job.config, job.dataset, job.trainer
     microbatches(config.hyper.batch, None, world=trainer.world)
     if outdir is not None and start:
         trainer.load_state(load_state(Run(outdir).state_path, config.network, config.hyper.lengths))
     if trainer.rank != 0:
-        if not (status := _loop(config, dataset, trainer, None)) and picture:
+        if not (status := _loop(job, None)) and picture:
             trainer.parameters()  # gathered in every process, for the picture
         return None, status
     resumed = outdir is not None and Run(outdir).exists()
     run = Run(create(outdir, dataset.name))
     run.save_config(config)
     _say_begin(run, config, trainer, resumed=resumed)
-    if status := _loop(config, dataset, trainer, run):
+    if status := _loop(job, run):
         print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.path}")
         return run, status
     if not picture:
@@ -161,29 +175,26 @@ def _draw(
     return 0
 
 
-def _loop(config: TrainConfig, dataset: Dataset, trainer: Trainer, run: Run | None) -> int:
+def _loop(job: Training, run: Run | None) -> int:
     """Train to the end; write to ``run`` unless it is None. Returns 0, or the exit status after a signal."""
-    hyper, share = config.hyper, config.hyper.batch // trainer.world
-    part, dropped = {"offset": trainer.rank * share, "count": share}, config.network.label_dropout
+    config, trainer, hyper = job.config, job.trainer, job.config.hyper
+    kept, held = held_out(job.dataset, config.holdout, seed=config.seed)
     with (
         Interrupts() as interrupts,
-        Batches(
-            dataset, start=trainer.nimg, batch=hyper.batch, seed=config.seed, label_dropout=dropped, **part
-        ) as batches,
+        _batches(job, kept) as batches,
         Progress(total=hyper.duration, start=trainer.nimg, shown=run is not None) as progress,
     ):
-        report = _Report(run, progress, trainer.nimg)
+        report = _Report(run, progress, trainer.nimg, None if held is None else HeldOut(config, held, trainer))
         snapshots = _Snapshots(config, run)
         while trainer.nimg < hyper.duration:
             before, lr = trainer.nimg, _learning_rate(config, trainer.nimg)
-            images, labels = next(batches)
-            one_hot = labels if config.network.label_dim else None
+            batch = next(batches)
             if config.telemetry and before // hyper.batch % config.telemetry == 0:
-                measurement = trainer.measured_step(images, one_hot, lr=lr)
+                measurement = trainer.measured_step(batch, lr=lr)
                 if run is not None:
                     run.append_telemetry(telemetry.record(config, measurement, nimg=before))
             else:
-                trainer.step(images, one_hot, lr=lr)
+                trainer.step(batch, lr=lr)
             nimg = trainer.nimg
             progress.advance(nimg - before)
             stop = trainer.agree(interrupts.signum is not None)
@@ -196,6 +207,24 @@ def _loop(config: TrainConfig, dataset: Dataset, trainer: Trainer, run: Run | No
             if stop:
                 return interrupts.status or 128 + SIGTERM  # another process may have received the signal
     return 0
+
+
+def _batches(job: Training, dataset: Dataset) -> Batches[Any]:
+    """This process's share of each batch, on its device."""
+    config, trainer = job.config, job.trainer
+    network, share = config.network, config.hyper.batch // trainer.world
+    reading = Reading(
+        dataset, config.seed, label_dropout=network.label_dropout, labelled=network.label_dim > 0, flip=config.flip
+    )
+    return Batches(
+        reading,
+        start=trainer.nimg,
+        batch=config.hyper.batch,
+        offset=trainer.rank * share,
+        count=share,
+        workers=job.workers,
+        place=trainer.place,
+    )
 
 
 def _crossed(interval: int | None, before: int, now: int) -> bool:
@@ -225,9 +254,10 @@ class _Snapshots:
         for length in self._due(before, now, end=end):
             average = trainer.average(length)  # in every process: they gather it together
             if self._run is not None:
-                snapshot = Snapshot(params=average, config=self._config.network, nimg=now, length=length)
+                config = self._config
+                snapshot = Snapshot(params=average, config=config.network, nimg=now, length=length, data=config.format)
                 path = self._run.snapshots_path / snapshot_name(now, length)
-                save_snapshot(path, snapshot, dtype=self._config.snapshot_dtype)
+                save_snapshot(path, snapshot, dtype=config.snapshot_dtype)
                 self._stored[path] = (now, length.value)  # names count thousands of images: one may come again
         if self._run is not None and self._plan is not None:
             stale = set(self._plan.stale(self._stored.values()))
@@ -245,7 +275,8 @@ class _Snapshots:
 class _Report:
     """Each call writes a log line and shows the loss. Log lines after ``nimg`` are dropped at construction."""
 
-    def __init__(self, run: Run | None, progress: Progress, nimg: int) -> None:
+    def __init__(self, run: Run | None, progress: Progress, nimg: int, held: HeldOut | None) -> None:
+        self._held, self._overfitting = held, Overfitting(progress.say)
         kept = run.truncate_logs(nimg) if run is not None else []
         self._run, self._progress, self._nimg = run, progress, nimg
         self._before = kept[-1]["seconds"] if kept else 0.0  # seconds of training before this start
@@ -261,10 +292,16 @@ class _Report:
             "seconds": self._before + now - self._start,
             "nonfinite": metrics["nonfinite"],
         }
-        self._nimg, self._last = nimg, now
+        said = f"loss {metrics['loss']:.4f}"
+        if self._held is not None:
+            record |= self._held.measure()
+            said += f", held out {record['holdout']:.4f}"
+        self._nimg, self._last = nimg, time.monotonic()
         if self._run is not None:
             self._run.append_log(record)
-            self._progress.report(f"loss {metrics['loss']:.4f}")
+            self._progress.report(said)
+            if self._held is not None:
+                self._overfitting(record["holdout"], nimg)
 
 
 # ---- printed messages
@@ -273,12 +310,15 @@ class _Report:
 def _say_begin(run: Run, config: TrainConfig, trainer: Trainer, *, resumed: bool) -> None:
     network, hyper, data = config.network, config.hyper, config.data_summary
     cost = f"{parameter_count(network) / 1e6:.2f} M parameters, {2 * multiply_adds(network) / 1e9:.3g} GFLOP per image"
-    labels = f"{network.label_dim} classes" if network.label_dim else "no labels"
     count = f"{data.count} images" if data is not None else "images"
-    size = f"{network.img_resolution}x{network.img_resolution}x{network.img_channels}"
+    size = f"{network.image_size[1]}x{network.image_size[0]}x{network.img_channels}"
     print(f"device   {trainer.device}" + (f", {trainer.world} processes" if trainer.world > 1 else ""))
     print(f"network  {config.preset}, {_ladder_text(network)}: {cost}, {config.precision}")
-    print(f"data     {config.data}: {count} of {size}, {labels}")
+    print(f"data     {config.data}: {count} of {size}, {_labels_text(config)}")
+    if network.cond_channels:
+        print(f"         each with a condition of {network.cond_channels} channels from {config.condition}")
+    if config.holdout:
+        print(f"         {config.holdout:.3g} of them held out: the loss on these is logged")
     print(f"run      {run.path}: {count_text(hyper.duration)} images in batches of {hyper.batch}")
     _say_epochs(config)
     if trainer.nimg:
@@ -286,6 +326,17 @@ def _say_begin(run: Run, config: TrainConfig, trainer: Trainer, *, resumed: bool
     elif resumed:
         print("resumed  at 0 images, because no state was stored yet")
     sys.stdout.flush()  # before the progress on stderr
+
+
+def _labels_text(config: TrainConfig) -> str:
+    dim, summary = config.network.label_dim, config.data_summary
+    if not dim:
+        return "no labels"
+    if summary is not None and summary.vectors:
+        return f"label vectors of length {dim}"
+    names = config.format.classes
+    shown = f" ({', '.join(names[:3])}{', ...' if dim > 3 else ''})" if names and names[0] != "0" else ""
+    return f"{dim} classes{shown}"
 
 
 def _say_epochs(config: TrainConfig) -> None:
@@ -309,7 +360,7 @@ def _say_next(run: Run, config: TrainConfig, *, prog: str) -> None:
     print("next, for example:")
     other = any(length.relative for length in config.hyper.lengths)  # a half-life alone reconstructs few lengths
     print(f"  {sample} --sigma-rel 0.15" if other else f"  {sample}")
-    if config.network.label_dim:
+    if config.network.label_dim and not (config.data_summary and config.data_summary.vectors):
         print(f"  {sample} --class 3" + " --guidance 2" * (config.network.label_dropout > 0))
     if not isinstance(config.snapshot_plan, TimedPlan):  # a timed plan ends with its run
         print(f"  {prog} --outdir {run.path} --duration {count_text(2 * config.hyper.duration)}")
