@@ -102,7 +102,8 @@ def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD, 
 
 
 # For ports that compile each network and shape for seconds. Between them: odd widths, one level and two, attention,
-# labels and none, a padded rectangle with a condition, a square, a wide filter, the ladder's last rung, and its first with normalized weights and learned uncertainty.
+# labels and none, a padded rectangle with a condition, a square, a wide filter, the ladder's last rung, and its first
+# with normalized weights and learned uncertainty.
 # Cases with central differences need networks that do not clip: the larger one does not, so that it is compiled once.
 FEW_CONFIGS = (
     NetworkConfig(

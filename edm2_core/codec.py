@@ -69,7 +69,7 @@ class Codec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], /) -> "Codec":
-        """The codec of its fields as plain values. Raises InputError, KeyError or TypeError for those of anything else."""
+        """The codec of its fields as plain values. Raises InputError, KeyError or TypeError for those of another."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise InputError(f"fields of a codec must be {', '.join(sorted(known))}, got {unknown[0]!r}")

@@ -1,13 +1,15 @@
 """python -m backends.mlx.sample: images from a trained network, of any averaging length, with any guide."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from backends.pipeline.runs.exit_codes import command
 from edm2_core.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from backends.pipeline.runs.options import SampleOptions
     from backends.ports import OpenSampler
 
@@ -24,11 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(SampleOptions, argv, prog=PROG, description="Sample with MLX; by default, the newest run.")
     if options.run is None and options.net is None and not _any_run():
         return 2
-    run_sampling(options, open_sampler(options), prog=PROG)
+    run_sampling(options, open_sampler(options), prog=PROG, open_decoder=open_decoder)
     from . import device
 
     device.report(options.device)
     return 0
+
+
+def open_decoder(name: str, device: str | None, only_local: bool) -> "Callable[[np.ndarray], np.ndarray]":
+    """See :func:`.vae.open_decoder`, which is imported where latents are decoded."""
+    from . import vae
+
+    return vae.open_decoder(name, device, only_local)
 
 
 def open_sampler(options: "SampleOptions") -> "OpenSampler":

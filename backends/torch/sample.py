@@ -1,12 +1,14 @@
 """python -m backends.torch.sample: images from a trained network, of any averaging length, with any guide."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from backends.pipeline.runs.exit_codes import command
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from backends.pipeline.runs.options import SampleOptions
     from backends.ports import OpenSampler
 
@@ -20,7 +22,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from backends.pipeline.runs.sampling import run_sampling
 
     options = parse(SampleOptions, argv, prog=PROG, description="Sample with PyTorch; by default, the newest run.")
-    run_sampling(options, open_sampler(options), prog=PROG)
+    run_sampling(options, open_sampler(options), prog=PROG, open_decoder=open_decoder)
+
+
+def open_decoder(name: str, device: str | None, only_local: bool) -> "Callable[[np.ndarray], np.ndarray]":
+    """See :func:`.vae.open_decoder`, which is imported where latents are decoded."""
+    from . import vae
+
+    return vae.open_decoder(name, device, only_local)
 
 
 def open_sampler(options: "SampleOptions") -> "OpenSampler":

@@ -86,7 +86,7 @@ def _check_data(config: TrainConfig, dataset: Dataset) -> None:
         kind = ", which are latents" if need[0] == 4 else ""
         raise InputError(
             f"preset {config.preset} must have images of {_size(need)} with {need[0]} channels{kind}, got {_size(got)} "
-            f"with {got[0]} in {dataset.name}: resize them (edm2 dataset convert) or encode them (edm2 dataset encode), or "
+            f"with {got[0]} in {dataset.name}: resize (edm2 dataset convert) or encode them (edm2 dataset encode), or "
             "leave --preset out"
         )
 
