@@ -1,4 +1,4 @@
-"""What the training loop drives: the base class of every port's trainer, with the metrics and messages that all share."""
+"""What the training loop drives: the base class of every port's trainer, and what all trainers share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence

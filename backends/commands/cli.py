@@ -13,6 +13,11 @@ COMMANDS = {  # name: (module in this package, description)
     "plan": ("plan", "which averages to store when, within a budget of files"),
     "import": ("import_official", "an official EDM2 pickle as a snapshot, executing nothing in it"),
     "ema-plot": ("ema_plot", "profiles and reconstruction error of a folder of snapshots"),
+    "dataset convert": ("dataset_convert", "a training set of pictures of any kind and size"),
+    "dataset info": ("dataset_info", "what a dataset was recognised as"),
+    "dataset stats": ("dataset_stats", "mean and standard deviation of each channel of float data"),
+    "dataset encode": ("dataset_encode", "images as latents of an autoencoder"),
+    "dataset decode": ("dataset_decode", "latents as images"),
     "report": ("report", "runs on one page: losses, magnitudes, a slider over the averaging length"),
 }
 
@@ -23,12 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(f"edm2 {__version__}\n")
         for known, (_, text) in COMMANDS.items():
-            print(f"  edm2 {known:12} {text}")
+            print(f"  edm2 {known:16} {text}")
         print("\nedm2 NAME --help lists its options")
         return 0
     if name == "--version":
         print(__version__)
         return 0
+    if words and f"{name} {words[0]}" in COMMANDS:
+        name, *words = (f"{name} {words[0]}", *words[1:])
     if name not in COMMANDS:
         raise InputError(f"edm2 must be followed by one of {', '.join(COMMANDS)}, got {name!r}: see edm2 --help")
     from backends.pipeline.runs.command_line import parse  # needs tyro, which a plain install lacks

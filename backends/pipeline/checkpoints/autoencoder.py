@@ -113,8 +113,9 @@ def _newer(name: str) -> str:
 def _config(path: Path) -> AutoencoderConfig:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name: values[field.name] for field in fields(AutoencoderConfig) if field.name in values}
-        config = AutoencoderConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
+        names = [field.name for field in fields(AutoencoderConfig) if field.name in values]
+        known: dict[str, Any] = {n: tuple(v) if isinstance(v := values[n], list) else v for n in names}
+        config = AutoencoderConfig(**known)
         if values.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             raise ValueError(f"the class {values['_class_name']}")
         if config.act_fn != "silu" or set(config.up_block_types) != {"UpDecoderBlock2D"}:

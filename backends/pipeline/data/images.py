@@ -19,7 +19,18 @@ from edm2_core.errors import InputError
 from .files import Files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error, InputError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    InputError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 """Errors of Pillow on files that are broken, or not images."""
 MAX_SIDE = 1 << 14
 _SAMPLE, _NAMED = 256, 5

@@ -46,6 +46,11 @@ class Progress:
         self._done += count
         self._bar.update(count)
 
+    def done(self, count: int, /) -> None:
+        """:meth:`advance`, then :meth:`report`."""
+        self.advance(count)
+        self.report()
+
     def report(self, note: str = "", /) -> None:
         """Show the progress, with ``note``, such as 'loss 0.51'."""
         if self._lines:
