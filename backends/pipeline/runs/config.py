@@ -61,6 +61,8 @@ class TrainConfig:
     """What the data are. Without it: recognised by what is in them."""
     condition: str | None = None
     """Data of which each sample is the image-shaped condition of one of --data, in the same order."""
+    init: str | None = None
+    """Snapshot or run to start from; its clock begins anew. Arrays of other shapes are fresh."""
     flip: bool = False
     """Mirror half of the images from left to right, each time anew."""
     holdout: float = 0.0

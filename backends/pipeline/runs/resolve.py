@@ -166,12 +166,13 @@ def microbatches(batch: int, per_device: int | None, *, world: int) -> int:
 
 
 def _fresh(options: TrainOptions, dataset: Dataset) -> TrainConfig:
-    condition = options.config.condition
+    condition, init = options.config.condition, options.config.init
     config = replace(
         options.config,
         network=_network(options, dataset),
         data=data_spec(options),
         condition=None if condition is None else str(Path(condition).absolute()),
+        init=None if init is None else str(Path(init).absolute()),
     )
     if options.snapshot_plan is not None:
         plan = _read_plan(options.snapshot_plan)

@@ -31,6 +31,7 @@ from .config import DataSummary, TrainConfig
 from .exit_codes import Interrupts
 from .folder import Run, create
 from .holdout import HeldOut, Overfitting
+from .initial import Initial, initial
 from .length_picture import draw_lengths
 from .options import TrainOptions
 from .progress import Progress
@@ -141,6 +142,9 @@ def _train(
     microbatches(config.hyper.batch, None, world=trainer.world)
     if outdir is not None and start:
         trainer.load_state(load_state(Run(outdir).state_path, config.network, config.hyper.lengths))
+    begin = initial(config) if config.init is not None and not start else None
+    if begin is not None:
+        trainer.load_state(begin.state(config))
     if trainer.rank != 0:
         if not (status := _loop(job, None)) and picture:
             trainer.parameters()  # gathered in every process, for the picture
@@ -149,6 +153,8 @@ def _train(
     run = Run(create(outdir, dataset.name))
     run.save_config(config)
     _say_begin(run, config, trainer, resumed=resumed)
+    if begin is not None:
+        _say_initial(config, begin)
     if status := _loop(job, run):
         print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.path}")
         return run, status
@@ -326,6 +332,15 @@ def _say_begin(run: Run, config: TrainConfig, trainer: Trainer, *, resumed: bool
     elif resumed:
         print("resumed  at 0 images, because no state was stored yet")
     sys.stdout.flush()  # before the progress on stderr
+
+
+def _say_initial(config: TrainConfig, begin: Initial) -> None:
+    taken = len(begin.params) - len(begin.fresh)
+    print(f"start    {taken} of {len(begin.params)} arrays from {config.init}")
+    for what, names in (("fresh", begin.fresh), ("unused", begin.unused)):
+        if names:
+            print(f"         {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}")
+    sys.stdout.flush()
 
 
 def _labels_text(config: TrainConfig) -> str:
