@@ -68,7 +68,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_digits_are_read_as_their_labels(digits: Path, sigma_rel: float) -> None:
     data = open_dataset("digits")
     everything = np.arange(len(data))
-    reader = SVC(gamma=0.001).fit(data.images(everything).reshape(len(data), -1) * (16 / 255), data.labels(everything))
+    reader = SVC(gamma=0.001).fit(data.read(everything).reshape(len(data), -1) * (16 / 255), data.labels(everything))
     made = samples(digits, "--sigma-rel", sigma_rel, "--seeds", "0-299", "--batch", 100)
     read = reader.predict(made["images"].reshape(300, -1) * (16 / 255))
     assert (read == made["labels"]).mean() >= 0.96
@@ -171,7 +171,7 @@ def mixed_sizes(folder: Path) -> None:
 
 def no_labels(folder: Path) -> None:
     (folder / "images").mkdir()
-    Image.new("L", (8, 8)).save(folder / "images" / "a.png")
+    Image.new("RGB", (64, 64)).save(folder / "images" / "a.png")
 
 
 def odd_images(folder: Path) -> None:
@@ -196,10 +196,18 @@ def nothing(folder: Path) -> None:
         (nothing, (*TRAIN, "--duration", "soon"), "--duration must be.*got 'soon'"),
         (nothing, (*TRAIN, "--device", "abacus"), "--device must be one that is here.*got abacus"),
         (nothing, (*TRAIN, "--data", "nowhere"), "nowhere"),
-        (odd_images, (*TRAIN, "--data", "images", "--unconditional"), "img_resolution must be divisible by 2.*got 9"),
-        (no_labels, (*TRAIN, "--data", "images"), "must have data with labels.*--unconditional"),
-        (mixed_sizes, (*TRAIN, "--data", "images"), "a.png.*b.png"),
-        (nothing, SAMPLE, "train"),
+        (
+            odd_images,
+            (*TRAIN, "--data", "images", "--preset", "digits"),
+            "img_resolution must be divisible by 2.*got 9",
+        ),
+        (
+            no_labels,
+            (*TRAIN, "--data", "images", "--preset", "img64-xs"),
+            "must have data with labels.*--unconditional",
+        ),
+        (mixed_sizes, (*TRAIN, "--data", "images"), r"1 of 2 that are not: images/b.png is 16x16"),
+        (nothing, (*SAMPLE, "--sigma-rel", "0.1"), "--sigma-rel needs a run.*train one"),
         (nothing, (*SAMPLE, "--net", "absent.safetensors"), "absent.safetensors"),
         (torn_snapshot, (*SAMPLE, "--net", "torn.safetensors"), "torn.safetensors"),
     ],

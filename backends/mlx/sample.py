@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from backends.pipeline.runs.exit_codes import command
-from edm2_core.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from backends.ports import OpenSampler
 
 PROG = "python -m backends.mlx.sample"
-TRAIN = "python -m backends.mlx.train"
 
 
 @command
@@ -24,8 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from backends.pipeline.runs.sampling import run_sampling
 
     options = parse(SampleOptions, argv, prog=PROG, description="Sample with MLX; by default, the newest run.")
-    if options.run is None and options.net is None and not _any_run():
-        return 2
     run_sampling(options, open_sampler(options), prog=PROG, open_decoder=open_decoder)
     from . import device
 
@@ -49,19 +45,6 @@ def open_sampler(options: "SampleOptions") -> "OpenSampler":
     port = Port(device=options.device, precision=options.precision)
     say_if_slow(port, options.precision)
     return port.sampler
-
-
-def _any_run() -> bool:
-    """Whether there is a run to sample; if not, prints two lines on how to get one."""
-    from backends.pipeline.runs.folder import newest
-
-    try:
-        newest(train=TRAIN)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        print("or copy a snapshot of any port here, from CUDA too, and give it as --net FILE", file=sys.stderr)
-        return False
-    return True
 
 
 if __name__ == "__main__":

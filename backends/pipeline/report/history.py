@@ -4,10 +4,10 @@ A long curve is thinned to buckets of equally many values. Each bucket keeps its
 of a single line stays visible.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
 
 POINTS = 240  # most points of a drawn curve; more cannot be seen on a screen
-_LOGGED = ("loss", "lr", "images_per_s", "nonfinite")
+_LOGGED = ("loss", "lr", "images_per_s", "nonfinite", "holdout")
 _KINDS = ("activation", "weight", "gradient")
 _COLUMNS = (*(f"{kind}_{part}" for kind in _KINDS for part in ("max", "mean")), "update")
 
@@ -74,23 +74,37 @@ class Telemetry:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """A run, read from its folder. ``log``: nimg, loss, lr, images_per_s and nonfinite, each float64 [lines]."""
+    """A run, read from its folder. ``log``: nimg, loss, lr, images_per_s, nonfinite and holdout, each float64 [lines].
+    ``held_out``: the loss on held-out data by noise level, float64 [lines], empty where none is held out."""
 
     run: Run
     config: TrainConfig
     log: Mapping[str, np.ndarray]
     telemetry: Telemetry | None
+    held_out: Mapping[float, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: Run, /) -> "History":
         """Raises InputError: the folder is not a run's, or its config.json is damaged."""
-        return cls(run=run, config=run.config(), log=_read_log(run), telemetry=_read_telemetry(run))
+        records = run.log()
+        return cls(
+            run=run,
+            config=run.config(),
+            log=_read_log(records),
+            telemetry=_read_telemetry(run),
+            held_out=_read_held_out(records),
+        )
 
 
-def _read_log(run: Run) -> dict[str, np.ndarray]:
-    records = run.log()
+def _read_log(records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     columns = {name: np.array([_number(record.get(name)) for record in records]) for name in _LOGGED}
     return {"nimg": np.array([record["nimg"] for record in records], np.float64), **columns}
+
+
+def _read_held_out(records: Sequence[Mapping[str, Any]]) -> dict[float, np.ndarray]:
+    rows = [dict(zip(r.get("holdout_sigma") or (), r.get("holdout_by_sigma") or (), strict=False)) for r in records]
+    levels = sorted({level for row in rows for level in row})
+    return {level: np.array([_number(row.get(level)) for row in rows]) for level in levels}
 
 
 def _read_telemetry(run: Run) -> Telemetry | None:

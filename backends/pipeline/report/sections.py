@@ -106,6 +106,7 @@ def loss(histories: Histories, canvas: Canvas, /) -> Section:
         description = f"{title} over images seen. {_ends(curves)}"
         draw = partial(draw_curves, curves=curves, colours=palette(histories))
         charts.append(canvas.chart(column, title, description, draw))
+    charts += _held_out(histories, canvas)
     text = (
         "The loss is the weighted total: lambda(sigma) / exp(u) times the mean square error, plus the learned u(sigma) "
         "(arXiv 2312.02696, Eq. 21). With learned weighting a negative loss is normal: small errors make u negative. "
@@ -114,6 +115,22 @@ def loss(histories: Histories, canvas: Canvas, /) -> Section:
     )
     missing = (f"{name} has no line of log yet." for name in histories if name not in logged)
     return Section(title="Loss and speed", text=text, body=_notes(missing) + page.charts(charts, columns=3))
+
+
+def _held_out(histories: Histories, canvas: Canvas) -> Iterator[Chart]:
+    """The loss on held-out data, and for a single run that by noise level."""
+    held = {name: history for name, history in histories.items() if history.held_out}
+    lines = {name: (history.log["nimg"], history.log["holdout"]) for name, history in held.items()}
+    charts = {"holdout": ("Held-out loss", lines)} if lines else {}
+    if len(histories) == 1 and held:
+        (history,) = held.values()
+        levels = {f"sigma {s:.2g}": (history.log["nimg"], values) for s, values in history.held_out.items()}
+        charts["holdout-by-noise"] = ("Held-out loss by noise level", levels)
+    for stem, (title, values) in charts.items():
+        curves = {label: thin(*line) for label, line in values.items()}
+        description = f"{title} over images seen: where it turns up, the network learns its own images by heart"
+        draw = partial(draw_curves, curves=curves, colours=palette(curves if stem != "holdout" else histories))
+        yield canvas.chart(stem, title, description, draw)
 
 
 def noise(histories: Histories, canvas: Canvas, /) -> Section:

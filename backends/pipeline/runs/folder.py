@@ -46,6 +46,11 @@ def create(outdir: Path | None, data_name: str) -> Path:
         raise write_error(outdir or RUNS, error) from error
 
 
+def any_run() -> bool:
+    """Whether there is a run under ``runs/``."""
+    return any(RUNS.glob("*/config.json"))
+
+
 def newest(*, train: str) -> Path:
     """The run under ``runs/`` that was last started or resumed; ``train`` is the command to suggest.
 

@@ -225,7 +225,8 @@ class SampleOptions:
     """Options of the sample command."""
 
     run: Path | None = None
-    """Run folder with the network. Without it: the newest under runs/."""
+    """Run folder with the network. Without it: the newest under runs/; without any, the network that ships with edm2.
+    """
     net: Path | None = None
     """Snapshot file with the network, instead of a run."""
     sigma_rel: float | None = None

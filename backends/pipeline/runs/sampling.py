@@ -28,9 +28,9 @@ from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, parameter_count
 from edm2_core.sampler import noise_levels
 
-from . import outputs
+from . import outputs, shipped
 from .command_line import flag, parse_seeds
-from .folder import Run, newest
+from .folder import Run, any_run, newest
 from .options import SampleOptions
 from .pictures import visible
 from .progress import Progress
@@ -201,6 +201,10 @@ def find_network(options: SampleOptions, *, train: str) -> FoundNetwork:
         return FoundNetwork(load_snapshot(options.net), str(options.net), Path("samples"))
     if options.sigma_rel is not None:
         Length.of(options.sigma_rel)
+    if options.run is None and not any_run():
+        if options.sigma_rel is not None:
+            raise InputError(f"--sigma-rel needs a run to choose from, got none under runs/: train one with {train}")
+        return FoundNetwork(load_snapshot(shipped.PATH), shipped.WHOSE, Path("samples"))
     run = Run(newest(train=train) if options.run is None else options.run)
     sources = run.snapshots(run.config().network)
     if not sources:
