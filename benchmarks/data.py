@@ -102,9 +102,9 @@ def _decode(contents: list[bytes], seconds: float) -> float:
 def opening(path: str) -> tuple[float, float]:
     """Seconds to open, and the memory of the process in MB, in a process of its own."""
     code = (
-        "import time, resource, sys; from backends.pipeline.data.datasets import open_dataset\n"
+        "import time, sys; from backends.pipeline.data.datasets import open_dataset\n"
         "s = time.perf_counter(); d = open_dataset(sys.argv[1]); t = time.perf_counter() - s\n"
-        "print(t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+        "print(t, next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) / 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
     seconds, memory = map(float, done.stdout.split())
@@ -131,7 +131,7 @@ def main(options: Options) -> None:
         for kind in ("images.zip", "images", "latents.zip"):
             for workers in (0, 1, 2):
                 got = median(partial(rate, str(folder / kind), workers, seconds), rounds)
-                ratio = "" if kind == "latents.zip" else f"{got / alone[max(workers, 1)]:.0%}"
+                ratio = "" if kind == "latents.zip" else f"{got / alone[workers or 2]:.0%}"
                 what = f"{workers}" if workers else "threads"
                 lines.append(f"| {kind} | {what} | {got:,.0f} | {ratio} |")
                 print(lines[-1], flush=True)

@@ -6,6 +6,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from PIL import Image
 
 from backends.pipeline.checkpoints.safetensors_io import write_tensors
 from backends.pipeline.data import statistics
-from backends.pipeline.data.batches import Reading, prepared, sample_indices
+from backends.pipeline.data.batches import Reading, prepared
 from backends.pipeline.data.datasets import InMemory, StoredDataset, held_out, open_dataset
+from backends.pipeline.runs.resolve import configure
+from backends.ports import Machine
 from edm2_core.codec import DataFormat
 from edm2_core.errors import InputError
 
@@ -187,8 +190,8 @@ def test_the_official_archive_of_latents_is_recognised() -> None:
     codec = dataset.format.codec
     assert (dataset.shape, dataset.label_dim, len(dataset)) == ((4, 64, 64), 3, 12)
     assert (codec.stored, codec.vae) == ("moments", "stabilityai/sd-vae-ft-mse")
-    reading = Reading(dataset, seed=0)
-    images, rows, _ = prepared(reading(0, 24), dataset.format, label_dim=3)
+    normal = np.random.default_rng(0).standard_normal((24, 4, 64, 64)).astype(np.float32)
+    images, rows, _ = prepared(Reading(dataset, seed=0)(0, 24), dataset.format, label_dim=3, normal=normal)
     assert images.std() == pytest.approx(0.5, abs=0.01)
     assert rows.sum(axis=1).tolist() == [1] * 24
 
@@ -203,22 +206,45 @@ def _latents(folder: Path, *, moments: bool, manifest: dict[str, Any] | None = N
     return folder
 
 
-def test_latents_are_drawn_anew_each_time_an_image_is_seen(folder: Path, pack: Pack) -> None:
-    """By position alone: in one call or two, in any batch."""
+@pytest.mark.parametrize("port", ["torch", "jax", "mlx"])
+def test_latents_are_drawn_anew_each_time_an_image_is_seen(folder: Path, pack: Pack, port: str) -> None:
+    """By a trainer, as a function of (seed, images seen): z of m + s z is standard normal, and independent of the
+    noise."""
+    pytest.importorskip({"mlx": "mlx.core"}.get(port, port))
     dataset = open_dataset(pack(_latents(folder, moments=True)))
     assert dataset.shape == (2, 6, 6)
-    reading = Reading(dataset, seed=3)
-    whole = reading(5, 11).images
-    np.testing.assert_array_equal(np.concatenate([reading(5, 4).images, reading(9, 7).images]), whole)
-    order = sample_indices(start=5, count=11, size=4, seed=3)
-    first, second = np.flatnonzero(order == order[0])[:2]
-    assert not np.array_equal(whole[first], whole[second])
-    mean, std = np.split(dataset.read(order), 2, axis=1)
-    normal = (whole - mean) / std
-    assert abs(normal.mean()) < 6 / normal.size**0.5
-    assert abs(normal.std() - 1) < 6 / (2 * normal.size) ** 0.5
-    encoded = dataset.format.codec.encode(whole)
-    np.testing.assert_allclose(encoded[:, 0], (whole[:, 0] - 1) / 6, rtol=1e-5, atol=1e-6)
+    network = {
+        "channel_mult": (1,),
+        "num_blocks": 1,
+        "model_channels": 8,
+        "channels_per_head": 8,
+        "attn_resolutions": (),
+    }
+    config = configure(dataset, preset_name="digits", unconditional=True, network=network, batch=64, duration=128)
+    names = {"torch": "TorchTrainer", "jax": "JaxTrainer", "mlx": "MLXTrainer"}
+    make = getattr(import_module(f"backends.{port}.trainer"), names[port])
+    trainer, again = make(config, Machine()), make(config, Machine())
+    stored = Reading(dataset, seed=0)(0, 64)
+    batches = [drawn(t, t.place(stored)) for t in (trainer, again)]
+    np.testing.assert_array_equal(batches[0][0], batches[1][0])
+    trainer.step(trainer.place(stored), lr=0.01)
+    later, _ = drawn(trainer, trainer.place(stored))
+    mean, std = np.split(stored.images, 2, axis=1)
+    zs = [(dataset.format.codec.decode(images) - mean) / std for images in (batches[0][0], later)]
+    for z in zs:
+        assert abs(z.mean()) < 6 / z.size**0.5
+        assert abs(z.std() - 1) < 6 / (2 * z.size) ** 0.5 + 1e-3
+    for other in (zs[1], batches[0][1]):
+        assert abs(np.mean(zs[0] * other)) < 6 / zs[0].size ** 0.5
+
+
+def drawn(trainer: Any, placed: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The images and the noise of the next step, [N, C, H, W]."""
+    made = trainer._draw(placed, trainer._key()) if hasattr(trainer, "_draw") else trainer._batch(placed)
+    batch = made if hasattr(made, "images") else made[0]
+    arrays = (np.asarray(batch.images), np.asarray(batch.unit_noise))
+    images, noise = (a if a.shape[1] == 2 else a.transpose(0, 3, 1, 2) for a in arrays)
+    return images, noise
 
 
 def test_plain_latents_are_those_of_the_manifest(folder: Path) -> None:

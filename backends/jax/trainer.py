@@ -95,7 +95,8 @@ class JaxTrainer(Trainer):
             return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=devices.batch_sharding(self._mesh))
 
         def image(codec: Codec, channels: int) -> jax.ShapeDtypeStruct:
-            return shared(jnp.uint8 if codec.stored == "uint8" else jnp.float32, *network.image_size, channels)
+            stored = 2 * channels if codec.stored == "moments" else channels
+            return shared(jnp.uint8 if codec.stored == "uint8" else jnp.float32, *network.image_size, stored)
 
         summary, format = config.data_summary, config.format
         vectors = summary is not None and summary.vectors
@@ -136,13 +137,16 @@ class JaxTrainer(Trainer):
 
     def _draw(self, batch: data.Batch, key: Array) -> tuple[Batch, Array]:
         """What a network sees of a batch, with noise, and a key for dropout."""
-        images, labels, condition = self._prepared(batch)
-        hyper = self._config.hyper
+        network, hyper, latent = self._config.network, self._config.hyper, None
+        if self._config.format.codec.stored == "moments":
+            shape = (len(batch.images), *network.image_size, network.img_channels)
+            latent = jax.random.normal(jax.random.split(key, 4)[3], shape)  # draw_batch takes the first three
+        images, labels, condition = self._prepared(batch, latent)
         return draw_batch(images, labels, key, P_mean=hyper.P_mean, P_std=hyper.P_std, condition=condition)
 
-    def _prepared(self, batch: data.Batch) -> tuple[Array, Array | None, Array | None]:
+    def _prepared(self, batch: data.Batch, latent: Array | None = None) -> tuple[Array, Array | None, Array | None]:
         label_dim = self._config.network.label_dim
-        return data.prepared(batch, self._config.format, label_dim=label_dim, channels=3, width=2)
+        return data.prepared(batch, self._config.format, label_dim=label_dim, channels=3, width=2, normal=latent)
 
     @property
     def _dtype(self) -> Any:

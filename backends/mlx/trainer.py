@@ -76,18 +76,24 @@ class MLXTrainer(Trainer):
         noisy, dropout = self._batch(batch)
         return measured_step(self.learner, noisy, lr=lr, dropout=dropout)
 
-    def _prepared(self, batch: data.Batch) -> tuple[mx.array, mx.array | None, mx.array | None]:
+    def _prepared(
+        self, batch: data.Batch, latent: mx.array | None = None
+    ) -> tuple[mx.array, mx.array | None, mx.array | None]:
         label_dim = self._config.network.label_dim
-        return data.prepared(batch, self._config.format, label_dim=label_dim, channels=3, width=2)
+        return data.prepared(batch, self._config.format, label_dim=label_dim, channels=3, width=2, normal=latent)
 
     def _batch(self, batch: data.Batch) -> tuple[Batch, mx.array | None]:
         """A batch with noise, and the dropout key. Noise is drawn for the whole batch and cut to this process's share:
         it does not depend on the number of processes."""
-        pixels, labels, condition = self._prepared(batch)
-        hyper, share = self._config.hyper, slice(self.rank * len(pixels), (self.rank + 1) * len(pixels))
-        (seed,) = np.random.SeedSequence([self._config.seed, self.nimg]).generate_state(1, np.uint64)
+        config, hyper, count = self._config, self._config.hyper, len(batch.images)
+        share = slice(self.rank * count, (self.rank + 1) * count)
+        seed, of_latents = np.random.SeedSequence([config.seed, self.nimg]).generate_state(2, np.uint64)
         of_sigma, of_noise, of_dropout = mx.random.split(mx.random.key(int(seed)), 3)
-        noise = mx.random.normal((hyper.batch, *pixels.shape[1:]), key=of_noise)
+        shape = (hyper.batch, *config.network.image_size, config.network.img_channels)
+        moments = config.format.codec.stored == "moments"
+        latent = mx.random.normal(shape, key=mx.random.key(int(of_latents)))[share] if moments else None
+        pixels, labels, condition = self._prepared(batch, latent)
+        noise = mx.random.normal(shape, key=of_noise)
         normal = mx.random.normal((hyper.batch, 1, 1, 1), key=of_sigma)
         sigma = noise_level(normal, P_mean=hyper.P_mean, P_std=hyper.P_std)
         # each process drops different activations

@@ -85,8 +85,8 @@ class TorchTrainer(Trainer):
                 losses.append((weight * (denoised - part.images).square()).flatten(1).mean(dim=1))
         return torch.cat(losses).cpu().numpy()
 
-    def _prepared(self, batch: data.Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return data.prepared(batch, self._config.format, label_dim=self._config.network.label_dim)
+    def _prepared(self, batch: data.Batch, latent: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return data.prepared(batch, self._config.format, label_dim=self._config.network.label_dim, normal=latent)
 
     def _batch(self, batch: data.Batch) -> Batch:
         """With noise, a function of (seed, images seen). It is drawn for the whole batch and cut to this process's
@@ -96,11 +96,14 @@ class TorchTrainer(Trainer):
         generator = torch.Generator(self._device).manual_seed(int(key[0]))
         if config.network.dropout:
             torch.manual_seed(int(key[1]) + self.rank)
-        images, labels, condition = self._prepared(batch)
+        shape = (hyper.batch, config.network.img_channels, *config.network.image_size)
         normal = torch.randn((hyper.batch, 1, 1, 1), generator=generator, device=self._device)
-        noise = torch.randn((hyper.batch, *images.shape[1:]), generator=generator, device=self._device)
+        noise = torch.randn(shape, generator=generator, device=self._device)
         sigma = noise_level(normal, P_mean=hyper.P_mean, P_std=hyper.P_std)
-        share = slice(self.rank * len(images), (self.rank + 1) * len(images))
+        share = slice(self.rank * len(batch.images), (self.rank + 1) * len(batch.images))
+        moments = config.format.codec.stored == "moments"
+        latent = torch.randn(shape, generator=generator, device=self._device)[share] if moments else None
+        images, labels, condition = self._prepared(batch, latent)
         return Batch(images, noise[share], sigma[share], labels, condition)
 
     def fetch(self, values: Sequence[Tensor], /) -> np.ndarray:

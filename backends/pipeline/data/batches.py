@@ -1,6 +1,6 @@
 """Batches of training data, in an order that is a pure function of the seed and of the number of images seen.
 
-Which labels are dropped, which images are flipped, and the noise of latents that are drawn, are such functions too.
+Which labels are dropped and which images are flipped are such functions too.
 
 Position p in the endless sequence of samples is place ``p % size`` of the permutation of epoch ``p // size``. So the
 order does not depend on batch size, prefetching, or the number of workers or processes, and a run resumes from a
@@ -27,14 +27,14 @@ from .datasets import Dataset
 from .seeds import bits
 
 _MOST_THREADS = 4
-_PART = 32  # images that a worker reads at a time
+_PART = 256  # the most images that a worker reads at a time
 Placed = TypeVar("Placed")
 
 
 class Batch(NamedTuple):
-    """``images`` as stored, uint8 or float32 [n, channels, height, width], of moments those that were drawn.
-    ``labels``: class ids, int64 [n], -1 for one that is dropped; vectors, float32 [n, label_dim]; or None.
-    ``condition`` as stored, or None. ``flipped``: bool [n], which are mirrored; None: none is."""
+    """``images`` as stored, uint8 or float32 [n, channels, height, width]; moments have twice as many channels as a
+    network sees. ``labels``: class ids, int64 [n], -1 for one that is dropped; vectors, float32 [n, label_dim]; or
+    None. ``condition`` as stored, or None. ``flipped``: bool [n], which are mirrored; None: none is."""
 
     images: Any
     labels: Any = None
@@ -52,11 +52,13 @@ def stored_batch(dataset: Dataset, indices: np.ndarray, /) -> Batch:
 
 
 def prepared(
-    batch: Batch, format: DataFormat, /, *, label_dim: int, channels: int = 1, width: int = 3
+    batch: Batch, format: DataFormat, /, *, label_dim: int, channels: int = 1, width: int = 3, normal: Any = None
 ) -> tuple[Any, Any, Any]:
     """Images, rows of labels [n, label_dim] and condition as a network sees them, float32, in the batch's library.
 
-    ``channels`` and ``width`` are the axes of images. Labels and condition are None where the batch has none.
+    ``channels`` and ``width`` are the axes of images. ``normal``, of the shape of the images, is the noise by which
+    latents are drawn from moments; None where the batch has no moments. Labels and condition are None where the batch
+    has none.
     """
 
     def image(stored: Any, codec: Any) -> Any:
@@ -68,8 +70,9 @@ def prepared(
         mirrored = xp.reshape(batch.flipped, (-1, *[1] * (values.ndim - 1)))
         return xp.where(mirrored, xp.take(values, backwards, axis=width), values)
 
+    images = batch.images if normal is None else draw_latents(batch.images, normal, axis=channels)
     condition = None if batch.condition is None else image(batch.condition, cast(Any, format.condition))
-    return image(batch.images, format.codec), label_rows(batch.labels, label_dim), condition
+    return image(images, format.codec), label_rows(batch.labels, label_dim), condition
 
 
 def label_rows(labels: Any, label_dim: int, /) -> Any:
@@ -115,14 +118,6 @@ def _flips(size: int, seed: int, epoch: int) -> np.ndarray:
     return (bits(seed, "flip", epoch).random_raw(size) >> np.uint64(63)).astype(bool)
 
 
-def latent_noise(*, start: int, count: int, shape: Sequence[int], seed: int) -> np.ndarray:
-    """The noise of which latents are drawn at these positions, float32 [count, \\*shape] of N(0, 1)."""
-    rows = np.empty((count, *shape), np.float32)
-    for offset, row in enumerate(rows):
-        np.random.Generator(bits(seed, "latent", start + offset)).standard_normal(dtype=np.float32, out=row)
-    return rows
-
-
 class Reading(NamedTuple):
     """What is read of a dataset: its order's ``seed``, whether labels are read and which share of them is dropped, and
     whether half of the images are mirrored."""
@@ -137,11 +132,8 @@ class Reading(NamedTuple):
         """The samples at the positions from ``start`` on."""
         data, part = self.dataset, {"start": start, "count": count, "size": len(self.dataset), "seed": self.seed}
         indices = sample_indices(**part)
-        images = data.read(indices)
-        if data.format.codec.stored == "moments":
-            images = draw_latents(images, latent_noise(start=start, count=count, shape=data.shape, seed=self.seed))
         return Batch(
-            images,
+            data.read(indices),
             self._labels(indices, part) if data.label_dim and self.labelled else None,
             data.condition(indices) if data.cond_channels else None,
             _at_positions(_flips, **part) if self.flip else None,
@@ -187,7 +179,7 @@ class Batches(Generic[Placed]):
         self._readers, self._read = _readers(reading, workers)
         self._gatherer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: deque[Future[Placed]] = deque()
-        for _ in range(max(prefetch, 1)):
+        for _ in range(max(prefetch, workers + 1)):
             self._read_ahead()
 
     def __iter__(self) -> Self:
@@ -224,7 +216,10 @@ class Batches(Generic[Placed]):
         self._next += self._batch
 
     def _gathered(self, parts: Sequence[Future[Batch]]) -> Placed:
-        columns = zip(*(part.result() for part in parts), strict=True)
+        first, *others = (part.result() for part in parts)
+        if not others:
+            return self._place(first)
+        columns = zip(first, *others, strict=True)
         return self._place(Batch(*(None if column[0] is None else np.concatenate(column) for column in columns)))
 
 

@@ -65,6 +65,7 @@ class EncodedImages:
 
     def __init__(self, files: Files, indices: Sequence[int]) -> None:
         self.files, self.indices = files, indices
+        self._seen: set[str] = set()  # formats of the headers that were read: Pillow tries these first
         sample = range(0, len(indices), max(len(indices) // _SAMPLE, 1))
         found = Counter(got for i in sample if isinstance(got := self._header(i), Header))
         self.header = found.most_common(1)[0][0] if found else None
@@ -111,15 +112,23 @@ class EncodedImages:
 
     def _header(self, index: int) -> Header | str:
         try:
-            with Image.open(BytesIO(self.files.read(self.indices[index]))) as image:
+            with self._open(index) as image:
+                self._seen.add(image.format or "")
                 return header(image)
         except UNREADABLE as error:
             return _reason(error)
 
+    def _open(self, index: int) -> Image.Image:
+        content = BytesIO(self.files.read(self.indices[index]))
+        try:
+            return Image.open(content, formats=tuple(self._seen) or None)
+        except UnidentifiedImageError:
+            return Image.open(content)
+
     def _pixels(self, index: int) -> np.ndarray:
         mode = "L" if self.required.channels == 1 else "RGB"
         try:
-            with Image.open(BytesIO(self.files.read(self.indices[index]))) as image:
+            with self._open(index) as image:
                 if header(image) != self.header:
                     raise self._error(list(self.faults(range(len(self)))))
                 if image.mode != mode:
@@ -160,7 +169,7 @@ class DeepImages(EncodedImages):
 
     def _values(self, index: int) -> np.ndarray:
         try:
-            with Image.open(BytesIO(self.files.read(self.indices[index]))) as image:
+            with self._open(index) as image:
                 if header(image) == self.header:
                     return np.asarray(image).astype(np.float32)
         except UNREADABLE as error:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from backends.pipeline.data.batches import Reading, prepared
-from backends.pipeline.data.datasets import DIGITS, RULE, Dataset, Subset, open_dataset
+from backends.pipeline.data.batches import prepared, stored_batch
+from backends.pipeline.data.datasets import DIGITS, RULE, Dataset, open_dataset
 from edm2_core.ema import SnapshotPlan, plan_from_json
 from edm2_core.errors import InputError
 from edm2_core.ladder import Rung, Switches
@@ -199,7 +199,7 @@ def _network(options: TrainOptions, dataset: Dataset) -> NetworkConfig:
 def measured_sigma(dataset: Dataset, /) -> float:
     """The standard deviation of the data as a network sees them, over a thousand samples."""
     some = np.linspace(0, len(dataset) - 1, min(len(dataset), 1000)).astype(np.int64)
-    images, _, _ = prepared(Reading(Subset(dataset, some), seed=0)(0, len(some)), dataset.format, label_dim=0)
+    images, _, _ = prepared(stored_batch(dataset, some), dataset.format, label_dim=0)
     return round(float(images.std(dtype=np.float64)), 4)
 
 
