@@ -22,6 +22,7 @@ from edm2_core.ema import Length, TimedPlan
 from edm2_core.errors import InputError
 from edm2_core.ladder import LADDER
 from edm2_core.network import NetworkConfig, multiply_adds, parameter_count
+from edm2_core.presets import AUTO
 from edm2_core.schedule import learning_rate
 from edm2_core.state import Arrays
 
@@ -320,6 +321,11 @@ def _say_begin(run: Run, config: TrainConfig, trainer: Trainer, *, resumed: bool
     size = f"{network.image_size[1]}x{network.image_size[0]}x{network.img_channels}"
     print(f"device   {trainer.device}" + (f", {trainer.world} processes" if trainer.world > 1 else ""))
     print(f"network  {config.preset}, {_ladder_text(network)}: {cost}, {config.precision}")
+    if config.preset == AUTO:
+        print(
+            f"auto     {network.model_channels} channels x {network.channel_mult}, dropout {network.dropout:g} and this"
+        )
+        print(f"         duration are for about {count}: change them with --channels, --dropout, --duration, ...")
     print(f"data     {config.data}: {count} of {size}, {_labels_text(config)}")
     if network.cond_channels:
         print(f"         each with a condition of {network.cond_channels} channels from {config.condition}")
