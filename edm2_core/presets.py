@@ -168,8 +168,8 @@ def takes_any_data(name: str, /) -> bool:
 def recipe(count: int, shape: tuple[int, int, int], /, *, labels: bool) -> Preset:
     """Network and hyperparameters for ``count`` images of ``shape``, channels, height and width.
 
-    The fewer images, the smaller the network and the shorter its training, with dropout; from a million on, the paper's S
-    for 800 epochs. The learning rate follows the width as the published ones do (see the module). Levels
+    The fewer images, the smaller the network and the shorter its training, with dropout; from a million on, the paper's
+    S for 800 epochs. The learning rate follows the width as the published ones do (see the module). Levels
     halve images until their shorter side is at most 8, and attend where the longer one is at most 16.
 
     Source: ours, chosen by hand.

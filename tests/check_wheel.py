@@ -33,6 +33,8 @@ def main() -> None:
     groups = {point.group for point in metadata.distribution("edm2").entry_points}
     check("edm2.ports" in groups, f"entry points of edm2.ports are missing: {groups}")
     check("pytest11" not in groups, "the suite must not load itself into every pytest run")
+    shipped = resources.files("backends.pipeline.runs").joinpath("shipped-digits.safetensors")
+    check(shipped.is_file(), "the network that ships with edm2 is missing")
     check(len(open_dataset("digits")) == 1797, "the digits are missing")
     shown = subprocess.run([Path(sys.executable).parent / "edm2"], capture_output=True, text=True).stdout
     check("edm2 reconstruct" in shown, "the command edm2 is missing")

@@ -1,15 +1,20 @@
 """Training that starts from another network takes what fits and names the rest."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
 from toy_port import PRESET, ToySampler, ToyTrainer, config_of, run_toy
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot
+from backends.pipeline.data.batches import stored_batch
+from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs.initial import initial
+from backends.ports import Machine
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
+from edm2_core.mp import force_weight_norm
 from edm2_core.network import initialize, plan
 
 pytestmark = pytest.mark.usefixtures("toy")
@@ -68,3 +73,25 @@ def test_a_network_of_which_nothing_fits_is_refused():
         initial(config)
     with pytest.raises(InputError, match="gone"):
         initial(replace(config, init="gone.safetensors"))
+
+
+@pytest.mark.parametrize("port", ["torch", "jax", "mlx"])
+def test_only_the_weights_that_are_named_are_trained(port):
+    """The others are the first ones, forced onto their spheres; a state and averages have them too."""
+    pytest.importorskip({"mlx": "mlx.core"}.get(port, port))
+    config = config_of(preset="toy", data="digits", train=("unet.dec.*", "unet.out_gain"), batch=16)
+    names = {"torch": "TorchTrainer", "jax": "JaxTrainer", "mlx": "MLXTrainer"}
+    trainer = getattr(import_module(f"backends.{port}.trainer"), names[port])(config, Machine(device="cpu"))
+    for _ in range(4):  # gains are 0 at first, and so are the gradients behind them
+        trainer.step(trainer.place(stored_batch(open_dataset("digits"), np.arange(16))), lr=0.01)
+    first, table, state = initialize(config.network, seed=0), plan(config.network).parameters, trainer.state()
+    for name, array in first.items():
+        forced = force_weight_norm(array.astype(np.float64)) if table[name].normalized else array
+        stays = np.allclose(state.params[name], forced, rtol=0, atol=1e-3)  # forcing again moves by eps
+        assert stays == (not name.startswith("unet.dec.") and name != "unet.out_gain"), name
+    assert state.moments1.keys() == {name for name in first if table[name].trained}
+
+
+def test_a_pattern_that_names_no_weight_is_refused():
+    with pytest.raises(InputError, match=r"--train must match names of weights, .*got 'unet\.decoder"):
+        config_of(preset="toy", data="digits", train=("unet.decoder.*",))

@@ -52,6 +52,8 @@ def test_latents_are_decoded_as_diffusers_does(tmp_path: Path, port: str, kind: 
         wanted = vae.decode(torch.from_numpy(latents)).sample.numpy()
     got = import_module(f"backends.{port}.vae").open_decoder(str(tmp_path))(latents)
     assert (got.shape, got.dtype) == (wanted.shape, np.float32)
+    with pytest.raises(InputError, match="must decode its own latents, got 3 channels for 4: name theirs with --vae"):
+        import_module(f"backends.{port}.vae").open_decoder(str(tmp_path))(latents[:, :3])
     assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
@@ -82,6 +84,8 @@ def test_moments_are_mean_and_standard_deviation(tmp_path: Path) -> None:
     with torch.inference_mode():
         wanted = vae.encode(torch.from_numpy(images)).latent_dist
     moments = open_encoder(str(tmp_path))(images)
+    with pytest.raises(InputError, match="sides divisible by 2, got 12x7: convert them first"):
+        open_encoder(str(tmp_path))(images[:, :, :7])
     np.testing.assert_allclose(moments, np.concatenate([wanted.mean, wanted.std], axis=1), rtol=1e-5, atol=1e-6)
 
 

@@ -6,7 +6,7 @@ normalization; gradients made finite; Adam; averages of the stored weights, afte
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -100,6 +100,7 @@ def make_step(
     loss_scaling: float = 1.0,
     microbatch: int | None = None,
     summarize: Callable[[Tree], Any] | None = None,
+    frozen: Collection[str] = (),
 ) -> Step:
     """A pure ``step(state, batch, key, **extra) -> (state, metrics)``, to be jitted with the state donated.
 
@@ -114,6 +115,7 @@ def make_step(
         force: applied to the trained parameters as the step begins.
         loss_scaling: the loss is multiplied and its gradients divided by it: keeps float16 gradients above underflow.
         microbatch: images per forward pass; larger batches accumulate gradients in a scan.
+        frozen: keys of the parameters that are not trained: their gradients are 0.
         summarize: a function of the gradients that the optimizer receives; its result is ``Metrics.gradients``.
 
     ``key`` is that of dropout, or None. Source: SPEC STEP, Eq. 21.
@@ -145,6 +147,8 @@ def make_step(
         gradients = jax.tree.map(lambda g: g / loss_scaling, gradients)
         nonfinite = sum(jnp.sum(~jnp.isfinite(g)) for g in jax.tree.leaves(gradients))
         gradients = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0), gradients)
+        if frozen:
+            gradients = {name: jnp.zeros_like(g) if name in frozen else g for name, g in gradients.items()}
         extra = {"t_delta": len(batch.images), **extra}
         updates, opt_state = optimizer.update(gradients, state.opt_state, params, **extra)
         metrics = Metrics(loss / batch.images.size, jnp.asarray(nonfinite), summarize(gradients) if summarize else None)
@@ -202,7 +206,7 @@ def make_network_step(
 ) -> Step:
     """:func:`make_step` of the EDM2 network; activations in ``dtype``, parameters float32. Called with ``lr=``.
 
-    ``options``: ``loss_scaling``, ``microbatch`` and ``summarize``.
+    ``options``: ``loss_scaling``, ``microbatch``, ``frozen`` and ``summarize``.
     """
     return make_step(
         network_denoiser(config, dtype),

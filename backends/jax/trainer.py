@@ -114,6 +114,7 @@ class JaxTrainer(Trainer):
             network,
             **hyper.of_step,
             microbatch=self._microbatch,
+            frozen=self._config.frozen,
             dtype=self._dtype,
             summarize=partial(summarize_rows, network) if self._config.telemetry else None,
         )

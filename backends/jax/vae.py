@@ -72,6 +72,7 @@ def open_decoder(
         run = jax.jit(partial(_decode, vae.config))
 
     def apply(latents: np.ndarray) -> np.ndarray:
+        vae.config.check_latents(latents)
         with jax.default_matmul_precision(devices.SAMPLING_MATMUL):
             images: list[Any] = [to_nchw(run(arrays, to_nhwc(part[None]))) for part in latents]
         return np.concatenate(images)

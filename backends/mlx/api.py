@@ -69,7 +69,7 @@ def sample(
         labels: one-hot [N, label_dim], or None.
         guide: another denoiser of such data; None: the network itself without its label, if it was trained with
             label dropout.
-        options: ``guidance`` and ``guide_interval`` of :func:`backends.ports.sample`; and those of
+        options: ``condition``, ``guidance`` and ``guide_interval`` of :func:`backends.ports.sample`; and those of
             :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas``, ``callback`` and ``churn_noise``.
 
     Raises:

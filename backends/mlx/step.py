@@ -11,7 +11,7 @@ On a GPU each part is compiled, with the state that it changes named. Nothing is
 except what gradient accumulation needs; then everything is, so that no graph outlives its step.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -91,6 +91,7 @@ class Learner:
         sigma_rels: lengths of the averages.
         loss_scaling: factor on the loss while gradients are computed; keeps float16 gradients from underflow.
         microbatch: images per forward pass; larger batches accumulate gradients. Default: the whole batch.
+        frozen: names of the weights that are not trained: their gradients are 0.
         processes: the processes that share each batch, each with an equal part. Default: this one alone.
     """
 
@@ -103,9 +104,10 @@ class Learner:
         loss_scaling: float = 1.0,
         microbatch: int | None = None,
         processes: Processes | None = None,
+        frozen: Collection[str] = (),
     ):
         self.network, self.loss_scaling, self.microbatch = network, loss_scaling, microbatch
-        self.processes = processes or Processes()
+        self.processes, self.frozen = processes or Processes(), frozenset(frozen)
         self.optimizer = optimizers.Adam(0.0, betas=list(betas), eps=1e-8, bias_correction=True)
         self.optimizer.init(network.trainable_parameters())
         self.ema = PowerEMA(network, sigma_rels=sigma_rels)
@@ -159,7 +161,8 @@ class Learner:
         """Gradients without the loss scaling, infinities and NaN replaced by 0, and how many there were."""
         finite = {name: mx.isfinite(g) for name, g in gradients.items()}
         count = mx.stack([mx.sum(~there) for there in finite.values()]).sum()
-        return {name: mx.where(finite[name], g / self.loss_scaling, 0) for name, g in gradients.items()}, count
+        kept = {name: mx.where(finite[name], g / self.loss_scaling, 0) for name, g in gradients.items()}
+        return {name: mx.zeros_like(g) if name in self.frozen else g for name, g in kept.items()}, count
 
     def _apply_adam(self, gradients: Gradients) -> None:
         self.optimizer.update(self.network, tree_unflatten(list(gradients.items())))

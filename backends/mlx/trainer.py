@@ -42,6 +42,7 @@ class MLXTrainer(Trainer):
             **hyper.of_step,
             microbatch=machine.batch_per_device,
             processes=self._processes,
+            frozen=config.frozen,
         )
 
     @property

@@ -68,6 +68,7 @@ def open_decoder(
         run = MLXOperations(vae.config, {key: to_native(array) for key, array in vae.arrays.items()})
 
     def apply(latents: np.ndarray) -> np.ndarray:
+        vae.config.check_latents(latents)
         with mx.stream(place):
             return np.concatenate([to_canonical(decode(vae.config, run, to_native(part[None]))) for part in latents])
 

@@ -48,6 +48,9 @@ class TorchTrainer(Trainer):
             world=self.world,
         )
 
+        for name in config.frozen:
+            self.learner.weights[name].register_hook(torch.zeros_like)  # Adam then never moves it
+
     @property
     def nimg(self) -> int:
         return self.learner.nimg

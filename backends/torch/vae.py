@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.pipeline.checkpoints.autoencoder import local_folder, read_autoencoder
+from backends.pipeline.checkpoints.autoencoder import AutoencoderConfig, local_folder, read_autoencoder
 from edm2_core.errors import InputError
 
 from . import device as devices
@@ -23,10 +23,11 @@ def open_decoder(
     Raises:
         InputError: as :func:`_load`.
     """
-    vae, place = _load(name, device, only_local)
+    vae, place, config = _load(name, device, only_local)
 
     @torch.inference_mode()
     def decode(latents: np.ndarray) -> np.ndarray:
+        config.check_latents(latents)
         with devices.full_precision():
             images = [vae.decode(part[None]).sample for part in torch.from_numpy(latents).to(place)]
         return torch.cat(images).float().cpu().numpy()
@@ -41,10 +42,11 @@ def open_encoder(name: str, device: str | None = None, /) -> Callable[[np.ndarra
     Raises:
         InputError: as :func:`_load`.
     """
-    vae, place = _load(name, device, False)
+    vae, place, config = _load(name, device, False)
 
     @torch.inference_mode()
     def encode(images: np.ndarray) -> np.ndarray:
+        config.check_images(images)
         with devices.full_precision():
             moments = vae.encode(torch.from_numpy(images).to(place)).latent_dist
         return torch.cat([moments.mean, moments.std], dim=1).float().cpu().numpy()
@@ -52,14 +54,14 @@ def open_encoder(name: str, device: str | None = None, /) -> Callable[[np.ndarra
     return encode
 
 
-def _load(name: str, device: str | None, only_local: bool) -> tuple[Any, torch.device]:
+def _load(name: str, device: str | None, only_local: bool) -> tuple[Any, torch.device, AutoencoderConfig]:
     """Raises InputError: no such autoencoder, one that cannot be read, or diffusers is not installed."""
     folder = local_folder(name, only_local=only_local)
-    read_autoencoder(folder)  # its errors are one line each
+    config = read_autoencoder(folder).config  # its errors are one line each
     try:
         from diffusers import AutoencoderKL
     except ModuleNotFoundError as error:
         raise InputError("latents are decoded by diffusers, got none installed: pip install diffusers") from error
     place = devices.choose(device)
     vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32)
-    return vae.to(place).eval(), place
+    return vae.to(place).eval(), place, config

@@ -40,6 +40,22 @@ class AutoencoderConfig:
         """How many times an image is as high and wide as its latent."""
         return 1 << len(self.block_out_channels) - 1
 
+    def check_latents(self, latents: np.ndarray, /) -> None:
+        """Raise InputError unless ``latents`` [N, C, h, w] have the channels that the decoder takes."""
+        if latents.shape[1] != self.latent_channels:
+            raise InputError(
+                f"an autoencoder must decode its own latents, got {latents.shape[1]} channels for "
+                f"{self.latent_channels}: name theirs with --vae"
+            )
+
+    def check_images(self, images: np.ndarray, /) -> None:
+        """Raise InputError unless ``images`` [N, 3, H, W] have sides that the encoder divides evenly."""
+        height, width = images.shape[2:]
+        if height % self.scale or width % self.scale:
+            raise InputError(
+                f"images to encode must have sides divisible by {self.scale}, got {width}x{height}: convert them first"
+            )
+
 
 @dataclass(frozen=True)
 class Autoencoder:

@@ -6,6 +6,7 @@ overrides them, the command line overrides the preset (:mod:`.options`, :mod:`.r
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -15,7 +16,7 @@ from edm2_core import __version__
 from edm2_core.codec import DataFormat
 from edm2_core.ema import SnapshotPlan, StorageDtype, TimedPlan, plan_from_json
 from edm2_core.errors import InputError
-from edm2_core.network import NetworkConfig
+from edm2_core.network import NetworkConfig, plan
 from edm2_core.presets import Hyperparameters, Ki, Mi
 
 FORMAT = 1
@@ -63,6 +64,8 @@ class TrainConfig:
     """Data of which each sample is the image-shaped condition of one of --data, in the same order."""
     init: str | None = None
     """Snapshot or run to start from; its clock begins anew. Arrays of other shapes are fresh."""
+    train: tuple[str, ...] = ()
+    """Patterns of the weights that are trained, such as 'unet.dec.*'; the others stay. Without it: all."""
     flip: bool = False
     """Mirror half of the images from left to right, each time anew."""
     holdout: float = 0.0
@@ -90,6 +93,12 @@ class TrainConfig:
     def format(self) -> DataFormat:
         """Codec, condition and classes of the data; 8-bit images where nothing is known of them."""
         return DataFormat() if self.data_summary is None else self.data_summary.format
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the weights that stay as they are, but for forced normalization."""
+        names = [name for name, parameter in plan(self.network).parameters.items() if parameter.trained]
+        return frozenset(name for name in names if self.train and not any(fnmatchcase(name, p) for p in self.train))
 
     def intervals_filled(self) -> "TrainConfig":
         """This config with defaults of ``checkpoint`` and ``status``, which depend on the duration, filled in."""
@@ -126,6 +135,7 @@ class TrainConfig:
             if values.get("snapshot_plan") is not None:
                 plan = plan_from_json(json.dumps(values["snapshot_plan"]), name=f"{name}: plan")
                 values |= {"snapshot_plan": plan, "snapshot_dtype": plan.dtype}
+            values["train"] = _tuple(values.get("train", ()))
             hyper = {f.name: _tuple(values.pop(f.name)) for f in fields(Hyperparameters) if f.name in values}
             if not hyper.get("sigma_rels", True):
                 del hyper["sigma_rels"]  # the file has [] beside a half-life

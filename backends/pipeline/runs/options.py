@@ -5,6 +5,7 @@ rung), then all.
 """
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -154,7 +155,8 @@ def parse_train(argv: Sequence[str] | None = None, *, prog: str, description: st
     Raises:
         InputError: as :func:`parse`; an unknown preset; a damaged run; or options that exclude each other.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    words = [re.sub("^--batch-gpu(?=$|=)", "--batch-per-device", word) for word in given]  # the official spelling
     default = _defaults(words, prog=prog)
     options = parse(TrainOptions, words, prog=prog, description=description, default=default)
     _check_exclusive(flags_given(words))

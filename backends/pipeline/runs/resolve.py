@@ -1,5 +1,6 @@
 """The config of a run, made from options, data and the run that is resumed; checks what a resumed run may change."""
 
+import fnmatch
 import json
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -13,7 +14,7 @@ from backends.pipeline.data.datasets import DIGITS, RULE, Dataset, open_dataset
 from edm2_core.ema import SnapshotPlan, plan_from_json
 from edm2_core.errors import InputError
 from edm2_core.ladder import Rung, Switches
-from edm2_core.network import NetworkConfig
+from edm2_core.network import NetworkConfig, plan
 from edm2_core.presets import AUTO, Hyperparameters, on_rung, preset, takes_any_data
 
 from .command_line import flag
@@ -135,6 +136,11 @@ def resolve(options: TrainOptions, dataset: Dataset, previous: TrainConfig | Non
         _check_unchanged(options, dataset, previous)
         config = with_free_options(previous, options.config)
     microbatches(config.hyper.batch, options.machine.batch_per_device, world=1)
+    for pattern in config.train:
+        if not fnmatch.filter(plan(config.network).parameters, pattern):
+            raise InputError(
+                f"--train must match names of weights, such as 'unet.dec.*', got {pattern!r}: none matches"
+            )
     return config
 
 
