@@ -90,3 +90,22 @@ def test_photographs_from_pictures_to_a_report(port: str, capsys: pytest.Capture
     assert "48 images, 12 classes" in said
     assert "photographs/samples/000023.png" in said or Path("photographs/samples/000023.png").exists()
     assert Path("photographs/run/report/report.html").exists()
+
+
+def test_the_report_samples_with_the_run_s_own_conditions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says so where they are gone."""
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    from backends.commands.cli import main as edm2
+
+    rng = np.random.default_rng(0)
+    np.save("fields.npy", rng.standard_normal((12, 2, 8, 8)).astype(np.float32))
+    np.save("fields-labels.npy", rng.standard_normal((12, 2)).astype(np.float32))
+    np.save("given.npy", rng.standard_normal((12, 1, 8, 8)).astype(np.float32))
+    run("torch", "train", f"--data fields.npy --condition given.npy --outdir run {TWICE}")
+    words = ["report", "run", "--port", "torch", "--steps", "2", "--seeds", "0-1", "--sigma-rels", "0.10"]
+    assert edm2(words) == 0
+    assert "data:image" in Path("run/report/report.html").read_text()
+    Path("given.npy").unlink()
+    assert edm2(words) == 0
+    assert "which does not exist" in Path("run/report/report.html").read_text()

@@ -252,6 +252,10 @@ def _open(path: Path, kind: Kind | None, codec: Codec | None) -> StoredDataset:
     name, spec = path.resolve().name if path.is_dir() else path.stem, str(path.absolute())
     make = partial(StoredDataset, name, spec)
     if path.is_file() and path.suffix.lower() in _ONE_ARRAY:
+        if kind not in (None, "arrays"):
+            raise InputError(
+                f"--data-format {kind} must be files of a sample each, got one array, {path}: leave it out"
+            )
         items, labels = _one_array(path)
         if items.dtype == np.uint8 and items.shape[0] in (1, 3):
             return make(items, _named(codec or PIXELS, labels), labels)

@@ -14,6 +14,7 @@ import numpy as np
 
 from backends.pipeline.checkpoints.combination import Combination
 from backends.pipeline.runs.config import TrainConfig
+from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.pictures import save_rows
 from backends.pipeline.runs.progress import Progress
 from backends.ports import OpenSampler
@@ -194,7 +195,9 @@ def lengths(histories: Histories, canvas: Canvas, sampling: Sampling, /) -> Sect
             combinations[name] = combine(history, sampling.sigma_rels)
         except InputError as error:
             notes.append(f"{name}: {error}.")
-    strips, how = _sample(combinations, sampling, notes) if combinations else ({}, "")
+    strips, how = (
+        _sample(combinations, {n: h.run for n, h in histories.items()}, sampling, notes) if combinations else ({}, "")
+    )
     for name, own in strips.items():
         canvas.rows("lengths" if len(histories) == 1 else f"lengths-{name}", own)
     errors = {name: reconstruction_error(**made.arguments(_ERRORS_AT)) for name, made in combinations.items()}
@@ -210,7 +213,7 @@ def lengths(histories: Histories, canvas: Canvas, sampling: Sampling, /) -> Sect
 
 
 def _sample(
-    combinations: Mapping[str, Combination], sampling: Sampling, notes: list[str]
+    combinations: Mapping[str, Combination], runs: Mapping[str, Run], sampling: Sampling, notes: list[str]
 ) -> tuple[dict[str, list[Strip]], str]:
     """Each run's strips, and how they were made; reasons why there are none are appended to ``notes``."""
     if sampling.open_port is None:
@@ -229,7 +232,7 @@ def _sample(
             total = len(traditional(chosen)) + len(chosen.sigma_rels)
             with Progress(total=total, unit="averages") as progress:
                 strips[name] = []
-                for strip in draw_strips(chosen, open_sampler, seeds=sampling.seeds, steps=sampling.steps):
+                for strip in draw_strips(chosen, runs[name], open_sampler, seeds=sampling.seeds, steps=sampling.steps):
                     strips[name].append(strip)
                     progress.advance(1)
                 progress.report()

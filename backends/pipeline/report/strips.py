@@ -14,8 +14,9 @@ from backends.pipeline.checkpoints.reconstruct import averages
 from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.checkpoints.sources import Source
 from backends.pipeline.runs.exit_codes import missing_framework
+from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.options import SampleOptions
-from backends.pipeline.runs.sampling import Job, labels_of_seeds, sample_images
+from backends.pipeline.runs.sampling import job_of_run, sample_images
 from backends.ports import OpenSampler
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
@@ -31,7 +32,7 @@ _BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Strip:
-    """The images of one average, uint8 [n, channels, height, width], and their class ids, -1 without labels."""
+    """The images of one average, uint8 [n, 1 or 3, height, width], and their class ids, -1 without classes."""
 
     length: Length
     caption: str
@@ -83,23 +84,19 @@ def _latest(sources: Sequence[Source]) -> list[Source]:
 
 
 def draw_strips(
-    combination: Combination, open_sampler: OpenSampler, *, seeds: Sequence[int], steps: int
+    combination: Combination, run: Run, open_sampler: OpenSampler, *, seeds: Sequence[int], steps: int
 ) -> Iterator[Strip]:
     """A strip for each traditional average, then for each length of ``combination``, short to long, one by one.
 
     Raises:
-        InputError: images that are neither grey nor RGB, or damaged files.
+        InputError: damaged files, or conditions that are no longer where the run had them.
     """
-    config = combination.config
-    assert config  # Run.snapshots returns averages of the run's network
-    if (channels := config.img_channels) not in (1, 3):
-        raise InputError(f"pictures must be grey or RGB, got {channels} channels: latents must be decoded elsewhere")
-    labels = labels_of_seeds(seeds, config.label_dim)
 
     def strip(snapshot: Snapshot, length: Length, made: str) -> Strip:
-        job = Job(snapshot=snapshot, seeds=seeds, labels=labels, solver={"num_steps": steps})
+        job = job_of_run(snapshot, run, seeds=seeds, solver={"num_steps": steps})
         images = sample_images(job, open_sampler, batch=_BATCH)
-        return Strip(length=length, caption=f"{length}, {made}", images=images, labels=labels)
+        ids = job.labels if job.labels.ndim == 1 else np.full(len(seeds), -1)
+        return Strip(length=length, caption=f"{length}, {made}", images=images, labels=ids)
 
     for source in traditional(combination):
         yield strip(source.load(), source.length, "stored")

@@ -220,6 +220,20 @@ def find_network(options: SampleOptions, *, train: str) -> FoundNetwork:
 # ---- the job
 
 
+def job_of_run(snapshot: Snapshot, run: Run, *, seeds: Sequence[int], solver: Mapping[str, Any]) -> Job:
+    """The samples of ``seeds`` by an average of a run, with the conditions and label vectors of its data.
+
+    Raises:
+        InputError: the data are not where the run had them.
+    """
+    given = _given(SampleOptions(), FoundNetwork(snapshot, "", run.samples_path, run))
+    config = snapshot.required_config()
+    vectors = given is not None and config.label_dim > 0 and given.dataset.vectors
+    labels = given.labels(seeds) if given and vectors else labels_of_seeds(seeds, config.label_dim)
+    conditions = given if config.cond_channels else None
+    return Job(snapshot=snapshot, seeds=seeds, labels=labels, conditions=conditions, solver=solver)
+
+
 def _job(options: SampleOptions, network: FoundNetwork) -> Job:
     snapshot, guidance = network.snapshot, options.guidance
     config = snapshot.required_config()
