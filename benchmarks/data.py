@@ -22,13 +22,16 @@ from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import tyro
-from PIL import Image
+from PIL import Image, ImageOps
 
 from backends.pipeline.data.batches import Batch, Batches, Reading
+from backends.pipeline.data.convert import convert, open_source
 from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.data.files import Zip
+from backends.pipeline.data.transforms import Settings
 
 BATCH = 256
+SMALL = Settings(size=(64, 64), transform="center-crop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class Options:
     """PNG of 64x64 in the .zip and in the folder."""
     latents: int = 2_000
     """Latents of 64x64x4, as moments."""
+    photographs: int = 3_000
+    """JPEG of 512x384 that are converted to 64x64."""
     seconds: float = 4.0
     """Time to read for."""
     rounds: int = 3
@@ -99,6 +104,42 @@ def _decode(contents: list[bytes], seconds: float) -> float:
     return count / passed
 
 
+def make_photographs(folder: Path, count: int) -> Path:
+    """JPEG of 512x384, as convert finds them."""
+    rng, photographs = np.random.default_rng(1), folder / "photographs"
+    photographs.mkdir()
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        coarse.resize((512, 384), Image.Resampling.BICUBIC).save(photographs / f"{i:06d}.jpg", quality=90)
+    return photographs
+
+
+def converting(photographs: Path, workers: int) -> float:
+    """Images a second of edm2 dataset convert, start of its processes included."""
+    source, start = open_source(photographs), time.perf_counter()
+    with TemporaryDirectory() as out:
+        convert(source, Path(out, "data.zip"), SMALL, workers=workers)
+    return len(source.indices) / (time.perf_counter() - start)
+
+
+def resizing(photographs: Path, workers: int, seconds: float) -> float:
+    """Images a second that Pillow alone decodes, cuts, resizes and encodes, of contents in memory."""
+    contents = [path.read_bytes() for path in sorted(photographs.iterdir())[:200]]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_resize, [contents[:8]] * workers, [0.01] * workers))
+        return sum(pool.map(_resize, [contents] * workers, [seconds] * workers))
+
+
+def _resize(contents: list[bytes], seconds: float) -> float:
+    start, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - start) < seconds:
+        with Image.open(BytesIO(contents[count % len(contents)])) as image, BytesIO() as out:
+            made = ImageOps.fit(image, (64, 64), Image.Resampling.LANCZOS)
+            made.save(out, format="PNG", compress_level=0)
+        count += 1
+    return count / passed
+
+
 def opening(path: str) -> tuple[float, float]:
     """Seconds to open, and the memory of the process in MB, in a process of its own."""
     code = (
@@ -135,6 +176,17 @@ def main(options: Options) -> None:
                 what = f"{workers}" if workers else "threads"
                 lines.append(f"| {kind} | {what} | {got:,.0f} | {ratio} |")
                 print(lines[-1], flush=True)
+        photographs = make_photographs(folder, options.photographs)
+        lines += [
+            "",
+            "| `edm2 dataset convert`, workers | images/s | of Pillow alone on as many cores |",
+            "| --- | --- | --- |",
+        ]
+        for workers in (1, 2):
+            got = median(partial(converting, photographs, workers), rounds)
+            own = median(partial(resizing, photographs, workers, seconds), rounds)
+            lines.append(f"| {workers} | {got:,.0f} | {got / own:.0%} |")
+            print(lines[-1], flush=True)
         lines += ["", "| opening | seconds | MB in all |", "| --- | --- | --- |"]
         for kind in ("images.zip", "images", "latents.zip"):
             pairs = [opening(str(folder / kind)) for _ in range(options.rounds)]

@@ -1,7 +1,12 @@
 """The order of samples is a pure function of (seed, images seen)."""
 
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,3 +182,53 @@ def test_closing_ends_the_thread_and_the_iteration() -> None:
     batches.close()
     assert threading.active_count() == before
     assert list(batches) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_is_the_same_whoever_reads_it(workers: int) -> None:
+    reading = Reading(open_dataset("digits"), 3, label_dropout=0.2, flip=True)
+    with Batches(reading, start=5, batch=600, offset=100, count=300, workers=workers) as batches:
+        got = [next(batches) for _ in range(3)]
+    for step, batch in enumerate(got):
+        for one, other in zip(batch, reading(105 + 600 * step, 300), strict=True):
+            assert (one is other is None) or np.array_equal(one, other)
+
+
+def test_workers_end_with_the_process_that_they_serve() -> None:
+    """Also where that is killed, and cannot tell them."""
+    code = (
+        "import multiprocessing, time\n"
+        "from backends.pipeline.data.batches import Batches, Reading\n"
+        "from backends.pipeline.data.datasets import open_dataset\n"
+        "if __name__ == '__main__':\n"
+        "    batches = Batches(Reading(open_dataset('digits'), 0), start=0, batch=8, workers=1)\n"
+        "    next(batches)\n"
+        "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "script.py").write_text(code)
+        process = subprocess.Popen([sys.executable, "script.py"], cwd=folder, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        worker = Path("/proc", process.stdout.readline().strip())
+        if not worker.exists():
+            pytest.skip("no /proc to see processes in")
+        process.kill()
+        process.communicate()
+        end = time.monotonic() + 30
+        while worker.exists() and "Z" not in (worker / "stat").read_text().split()[2]:
+            assert time.monotonic() < end, "the worker lives on"
+            time.sleep(0.1)
+
+
+def test_mirrored_images_are_half_of_them_by_position_alone() -> None:
+    digits = open_dataset("digits")
+    reading = Reading(digits, 0, flip=True)
+    batch, later = reading(0, 1797), reading(1797, 1797)
+    assert abs(batch.flipped.sum() - 1797 / 2) < 5 * (1797 / 4) ** 0.5
+    assert not np.array_equal(batch.flipped, later.flipped)
+    np.testing.assert_array_equal(np.concatenate([reading(3, 5).flipped, reading(8, 9).flipped]), batch.flipped[3:17])
+    images, _, _ = prepared(batch, digits.format, label_dim=10)
+    plain, _, _ = prepared(batch._replace(flipped=None), digits.format, label_dim=10)
+    for image, whole, mirrored in zip(images, plain, batch.flipped, strict=True):
+        np.testing.assert_array_equal(image, whole[..., ::-1] if mirrored else whole)

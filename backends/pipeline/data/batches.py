@@ -8,13 +8,11 @@ position alone. A batch is handed out as it is stored, 8-bit pixels and class id
 network sees, in any framework, where the batch is then.
 """
 
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import lru_cache
-from signal import SIG_IGN, SIGINT, signal
 from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
@@ -25,6 +23,7 @@ from edm2_core.loss import drop_labels
 
 from .datasets import Dataset
 from .seeds import bits
+from .workers import process_pool
 
 _MOST_THREADS = 4
 _PART = 256  # the most images that a worker reads at a time
@@ -157,8 +156,7 @@ class Batches(Generic[Placed]):
     ``batch``, or ``count`` for a process that trains on the samples from ``offset`` on of each batch: it reads no
     others. An error while reading ahead is raised when its batch is requested, and ends the iteration.
 
-    ``workers`` processes read, or threads of this one for 0. Processes import the main module anew, as those of
-    :mod:`multiprocessing` do, so a script that uses them must guard its own calls by ``__name__ == "__main__"``.
+    ``workers`` processes read (:func:`~.workers.process_pool`), or threads of this one for 0.
     """
 
     def __init__(
@@ -228,13 +226,10 @@ def _readers(reading: Reading, workers: int) -> tuple[Executor, Callable[[int, i
     if not workers:
         threads = min(_MOST_THREADS, os.cpu_count() or 1)
         return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="reader"), reading.__call__
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of a framework's threads
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(reading,))
-    return pool, _in_process
+    return process_pool(workers, _keep, reading), _in_process
 
 
-def _begin(reading: Reading) -> None:
-    signal(SIGINT, SIG_IGN)  # Ctrl-C reaches every process: the one that trains decides
+def _keep(reading: Reading) -> None:
     global _reading
     _reading = reading
 

@@ -6,15 +6,13 @@ goes on where it was. The output has the same bytes whatever the number of worke
 
 import hashlib
 import json
-import multiprocessing
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
 from typing import BinaryIO
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
@@ -26,6 +24,7 @@ from .files import Files, Zip, is_hidden, open_files
 from .images import SUFFIXES, UNREADABLE
 from .tables import is_table, open_table
 from .transforms import Settings, transformed
+from .workers import process_pool
 
 CHUNK = 256
 _NAMED = 10
@@ -159,16 +158,14 @@ def _pool(source: Source, settings: Settings, workers: int) -> Iterator[Submit]:
 
         yield at_once
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _begin, (source, settings)) as pool:
+    with process_pool(workers, _keep, source, settings) as pool:
         try:
             yield lambda span, path: pool.submit(_in_process, span, path)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _begin(source: Source, settings: Settings) -> None:
-    signal(SIGINT, SIG_IGN)  # Ctrl-C reaches every process: the first one ends the others
+def _keep(source: Source, settings: Settings) -> None:
     global _job
     _job = source, settings
 
