@@ -214,7 +214,8 @@ def test_workers_end_with_the_process_that_they_serve() -> None:
         if not worker.exists():
             pytest.skip("no /proc to see processes in")
         process.kill()
-        process.communicate()
+        process.stdout.close()
+        process.wait()
         end = time.monotonic() + 30
         while worker.exists() and "Z" not in (worker / "stat").read_text().split()[2]:
             assert time.monotonic() < end, "the worker lives on"
