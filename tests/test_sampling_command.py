@@ -272,9 +272,12 @@ def test_what_cannot_be_sampled_is_refused_before_sampling(run, options, message
     assert "\n" not in str(caught.value)
 
 
-def test_without_any_run_the_train_command_is_named():
+def test_without_any_run_the_shipped_network_is_sampled(capsys):
+    """But not another length of its average: for that there must be a run."""
+    sample(seeds="0-1")
+    assert "the network that ships with edm2" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"train one with python -m backends\.toy\.train"):
-        sample()
+        sample(sigma_rel=0.05)
 
 
 def test_a_run_without_snapshots_says_how_to_get_some(run):

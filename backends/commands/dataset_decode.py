@@ -6,6 +6,7 @@ from backends.pipeline.runs.progress import Progress
 from edm2_core.errors import InputError
 
 from .dataset_encode import Options as Options
+from .dataset_encode import autoencoders
 
 
 def run(options: Options) -> None:
@@ -18,9 +19,7 @@ def run(options: Options) -> None:
     name = options.vae or dataset.format.codec.vae
     if name is None:
         raise InputError(f"data to decode must be latents, got others in {options.source}: they need no decoding")
-    from backends.torch.vae import open_decoder  # PyTorch takes seconds to import
-
-    decoder = open_decoder(name, options.device)
+    decoder = autoencoders().open_decoder(name, options.device)
     with Progress(total=len(dataset)) as progress:
         decode(dataset, options.dest, decoder, batch=options.batch, progress=progress.done)
     print(f"wrote     {options.dest}: {len(dataset)} images")

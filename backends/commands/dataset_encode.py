@@ -1,7 +1,9 @@
 """edm2 dataset encode: images as latents of an autoencoder."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -28,6 +30,11 @@ class Options:
     """Device to compute on. Without it: the fastest available."""
 
 
+def autoencoders() -> Any:
+    """The port that encodes and decodes here, imported late because PyTorch takes seconds."""
+    return import_module("backends.torch.vae")
+
+
 def run(options: Options) -> None:
     """Write the latents and say what they are.
 
@@ -37,9 +44,7 @@ def run(options: Options) -> None:
     if options.vae is None:
         raise InputError("--vae must name an autoencoder, got none: stabilityai/sd-vae-ft-mse is that of the paper")
     dataset = open_dataset(options.source)
-    from backends.torch.vae import open_encoder  # PyTorch takes seconds to import
-
-    encoder = open_encoder(options.vae, options.device)
+    encoder = autoencoders().open_encoder(options.vae, options.device)
     with Progress(total=len(dataset)) as progress:
         made = encode(dataset, options.dest, encoder, name=options.vae, batch=options.batch, progress=progress.done)
     print(f"wrote     {options.dest}: {len(dataset)} latents of {made.encoder}")
