@@ -72,6 +72,16 @@ def test_16_bits_become_8() -> None:
     np.testing.assert_array_equal(made.ravel(), np.arange(256))
 
 
+def test_dark_pictures_of_16_bits_are_scaled_like_bright_ones() -> None:
+    assert one(Image.fromarray(np.full((16, 16), 200, np.uint16)), Settings(grey=True)).max() == 1
+
+
+@pytest.mark.parametrize("values", [np.full((8, 8), 1e4, np.float32), np.full((8, 8), np.nan, np.float32)])
+def test_floats_outside_the_range_of_pixels_are_faults(values: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="values outside 0 to 255"):
+        one(Image.fromarray(values), suffix="tif")
+
+
 def test_transparency_lies_over_the_background() -> None:
     clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
     assert one(clear).max() == 0
@@ -115,6 +125,7 @@ def test_transforms_cut_scale_and_pad_as_they_say() -> None:
     [
         ({"transform": "fit"}, "--transform fit needs a --resolution"),
         ({"transform": "center-crop-dhariwal", "size": (16, 8)}, "makes squares, got 16x8"),
+        ({"transform": "center-crop-wide", "size": (8, 16)}, "at least the height, got 8x16"),
         ({"background": "nowhere"}, "--background must be a colour .* got 'nowhere'"),
     ],
 )
@@ -180,6 +191,68 @@ def test_all_broken_pictures_are_named_at_once_or_left_out() -> None:
     assert (made.count, len(made.faults)) == (5, 2)
     dataset = open_dataset("out.zip")
     assert dataset.labels(np.arange(5)).tolist() == [0, 0, 0, 1, 1]
+
+
+def test_a_picture_that_was_mended_is_converted_again() -> None:
+    folder = pictures()
+    bad, content = folder / "cat" / "000.png", (folder / "cat" / "000.png").read_bytes()
+    bad.write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"1 of 5 that are not: in/cat/000\.png is not an image that Pillow can read"):
+        convert(open_source(folder), Path("out.zip"), SQUARE)
+    bad.write_bytes(content)
+    assert convert(open_source(folder), Path("out.zip"), SQUARE).count == 5
+
+
+def test_without_a_resolution_all_must_have_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 2)
+    folder = pictures(count=4)
+    Image.new("RGB", (9, 7)).save(folder / "dog" / "001.png")
+    with pytest.raises(InputError, match=r"1 of 4 .*001\.png is 9x7, not 40x30 as the first: .* a --transform"):
+        convert(open_source(folder), Path("out.zip"), Settings())
+    made = convert(open_source(folder), Path("out.zip"), Settings(), skip_broken=True)
+    assert (made.count, len(made.faults), open_dataset("out.zip").shape) == (3, 1, (3, 30, 40))
+
+
+def test_where_all_are_broken_nothing_is_written() -> None:
+    Path("in").mkdir()
+    Path("in", "a.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"1 of 1 that are not: .* nothing else is left"):
+        convert(open_source(Path("in")), Path("out.zip"), SQUARE, skip_broken=True)
+    assert not Path("out.zip").exists()
+
+
+def test_a_folder_that_no_conversion_made_is_left_alone() -> None:
+    source = open_source(pictures())
+    for name in ("a", "b"):
+        Path(f"{name}.zip.partial").mkdir()
+    Path("a.zip.partial", "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"a\.zip\.partial, which must be new"):
+        convert(source, Path("a.zip"), SQUARE)
+    assert Path("a.zip.partial", "thesis.txt").read_text() == "mine"
+    Path("c.zip.partial").write_text("mine")
+    with pytest.raises(InputError, match="which must be new"):
+        convert(source, Path("c.zip"), SQUARE)
+    assert convert(source, Path("b.zip"), SQUARE).count == 5
+
+
+def test_links_and_names_that_lead_out_are_refused() -> None:
+    inside = pictures() / "cat" / "000.png"
+    Path("linked").mkdir()
+    Path("linked", "a.png").symlink_to(inside.absolute())
+    with pytest.raises(InputError, match=r"linked/a\.png"):
+        open_source(Path("linked"))
+    with zipfile.ZipFile("climbing.zip", "w") as file:
+        file.writestr("../up.png", inside.read_bytes())
+    with pytest.raises(InputError, match=r"got '\.\./up\.png'"):
+        open_source(Path("climbing.zip"))
+
+
+@pytest.mark.parametrize("words", [["--max-images", "0"], ["--max-images", "-1"], ["--workers", "0"]])
+def test_counts_below_one_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    pictures()
+    assert main(["dataset", "convert", "in", "out.zip", "--resolution", "16", "--transform", "fit", *words]) == 2
+    assert "must be at least 1, got" in capsys.readouterr().err
+    assert not Path("out.zip").exists()
 
 
 def test_sizes_that_differ_are_named_where_no_transform_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ goes on where it was. The output has the same bytes whatever the number of worke
 
 import hashlib
 import json
+import os
 import shutil
+import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -15,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
+
+from PIL import UnidentifiedImageError
 
 from backends.pipeline.checkpoints.atomic import write_atomically, write_bytes
 from edm2_core.errors import InputError
@@ -27,6 +31,7 @@ from .transforms import Settings, transformed
 from .workers import process_pool
 
 CHUNK = 256
+RECORD = "edm2-convert-settings"
 _NAMED = 10
 
 
@@ -59,13 +64,29 @@ class Source:
         text = json.dumps([CHUNK, asdict(settings), str(self.files.path), [self.files.names[i] for i in self.indices]])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def version(self, span: range) -> str:
+        """A short text that changes with the files of ``span``: a picture that was mended is converted again."""
+        stored = [_stored(self.files, self.indices[number]) for number in span]
+        seen = [(file.st_size, file.st_mtime_ns, file.st_ctime_ns) for file in stored]
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+
+def _stored(files: Files, index: int) -> os.stat_result:
+    """Of a file in a folder, or of the archive or table that holds it."""
+    try:
+        return (files.path / files.names[index]).stat()
+    except (OSError, ValueError):  # ValueError: a name in an archive that no file can have
+        return files.path.stat()
+
 
 def open_source(path: Path, /, *, max_images: int | None = None) -> Source:
     """The pictures under ``path``, of any size, the first ``max_images`` by name.
 
     Raises:
-        InputError: nothing there, no pictures, or labels that do not fit.
+        InputError: nothing there, no pictures, none wanted, or labels that do not fit.
     """
+    if max_images is not None and max_images < 1:
+        raise InputError(f"max_images must be at least 1, got {max_images}: leave it out to convert all")
     if not path.exists():
         raise InputError(f"a source must exist, got {path}: check the path")
     if is_table(path):
@@ -94,48 +115,60 @@ def convert(
     ``progress`` is told how many pictures were done. With ``workers`` above 1, that many processes decode.
 
     Raises:
-        InputError: ``dest`` exists; or pictures that are broken, or of another size without a transform, all named at
-            once, unless ``skip_broken``.
+        InputError: ``dest`` exists, or a folder of that name with .partial that no conversion made; ``workers`` below
+            1; pictures that are broken, or of another size without a transform, all named at once, unless
+            ``skip_broken``; or no picture is left.
     """
+    if workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}: 1 converts in this process")
     if dest.exists():
         raise InputError(f"the output must be new, got {dest}, which exists: choose another name, or remove it")
     partial = dest.with_name(f"{dest.name}.partial")
     _claim(partial, source.digest(settings))
     everything = range(len(source.indices))
     spans = [everything[start : start + CHUNK] for start in everything[::CHUNK]]
+    paths = [partial / f"{span.start:08d}-{source.version(span)}.zip" for span in spans]
     with _pool(source, settings, workers) as submit:
-        _in_order(spans, partial, submit, progress, ahead=2 * workers)
-    chunks = [Zip(_chunk(partial, span)) for span in spans]
-    faults = tuple(fault for chunk in chunks for fault in _faults(chunk))
-    if faults and not skip_broken:
-        raise _broken(faults, len(source.indices))
-    count = _assemble(chunks, dest, source)
+        _in_order(spans, paths, submit, progress, ahead=2 * workers)
+    chunks = [Zip(path) for path in paths]
+    size = settings.size or _first_size(chunks)
+    faults = tuple(fault for chunk in chunks for fault in _faults(chunk, source, settings, size))
+    if len(faults) == len(source.indices) or (faults and not skip_broken):
+        raise _broken(faults, len(source.indices), skip_broken=skip_broken)
+    count = _assemble(chunks, dest, source, None if settings.size else size)
     shutil.rmtree(partial)
     return Converted(count, faults)
 
 
 def _claim(partial: Path, digest: str) -> None:
-    """Make the folder of chunks; those of other settings are removed."""
-    record = partial / "settings"
-    if partial.exists() and (not record.exists() or record.read_text() != digest):
+    """Make the folder of chunks; those of other settings are removed, anything else is left alone."""
+    record = partial / RECORD
+    if partial.is_dir() and record.is_file():
+        if record.read_text() == digest:
+            return
         shutil.rmtree(partial)
+    elif partial.exists() and not _is_just_begun(partial):
+        raise InputError(
+            f"unfinished work goes to {partial}, which must be new, got something that no conversion made: rename it, "
+            "or choose another output"
+        )
     write_bytes(record, digest.encode())
 
 
-def _chunk(partial: Path, span: range) -> Path:
-    return partial / f"{span.start:08d}.zip"
+def _is_just_begun(partial: Path) -> bool:
+    """Whether a conversion was killed before it had stored its settings."""
+    return partial.is_dir() and all(path.name.startswith(f".{RECORD}.") for path in partial.iterdir())
 
 
 Submit = Callable[[range, Path], "Future[int]"]
 
 
 def _in_order(
-    spans: Sequence[range], partial: Path, submit: Submit, progress: Callable[[int], None], *, ahead: int
+    spans: Sequence[range], paths: Sequence[Path], submit: Submit, progress: Callable[[int], None], *, ahead: int
 ) -> None:
     """Make the chunks that are missing, ``ahead`` of them at a time."""
     running: deque[Future[int]] = deque()
-    for span in spans:
-        path = _chunk(partial, span)
+    for span, path in zip(spans, paths, strict=True):
         if path.exists():
             progress(len(span))
             continue
@@ -187,40 +220,63 @@ def _make_chunk(source: Source, settings: Settings, span: range, path: Path) -> 
                 try:
                     chunk.writestr(f"{number:08d}.png", transformed(source.files.read(index), settings))
                 except UNREADABLE as error:
-                    reason = " ".join(str(error).split()) or type(error).__name__
-                    fault = Fault(f"{source.files.path}/{source.files.names[index]}", reason)
-                    chunk.writestr(f"{number:08d}.fault", json.dumps(asdict(fault)))
+                    chunk.writestr(f"{number:08d}.fault", _reason(error))
 
     write_atomically(path, write)
     return len(span)
 
 
-def _faults(chunk: Zip) -> Iterator[Fault]:
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own message shows a Python object
+        return "is not an image that Pillow can read"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _faults(chunk: Zip, source: Source, settings: Settings, size: tuple[int, int] | None) -> Iterator[Fault]:
     for index, name in enumerate(chunk.names):
+        where = f"{source.files.path}/{source.files.names[source.indices[int(name[:8])]]}"
         if name.endswith(".fault"):
-            yield Fault(**json.loads(bytes(chunk.read(index))))
+            yield Fault(where, bytes(chunk.read(index)).decode())
+        elif settings.size is None and (found := _png_size(chunk.read(index))) != size:
+            of_first = "" if size is None else f", not {size[0]}x{size[1]} as the first"
+            yield Fault(where, f"is {found[0]}x{found[1]}{of_first}: name a --resolution and a --transform")
 
 
-def _broken(faults: Sequence[Fault], count: int) -> InputError:
+def _first_size(chunks: Sequence[Zip]) -> tuple[int, int] | None:
+    """Width and height of the first picture that is not broken."""
+    whole = ((c, i) for c in chunks for i, name in enumerate(c.names) if name.endswith(".png"))
+    first = next(whole, None)
+    return None if first is None else _png_size(first[0].read(first[1]))
+
+
+def _png_size(content: bytes | memoryview) -> tuple[int, int]:
+    width, height = struct.unpack_from(">II", content, 16)  # the header comes first
+    return width, height
+
+
+def _broken(faults: Sequence[Fault], count: int, *, skip_broken: bool) -> InputError:
     named = "; ".join(f"{fault.name} {fault.reason}" for fault in faults[:_NAMED])
     more = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
     return InputError(
         f"pictures must be whole and of the wanted size, got {len(faults)} of {count} that are not: {named}{more}: "
-        "mend them, or leave them out with --skip-broken"
+        + ("mend them, for nothing else is left" if skip_broken else "mend them, or leave them out with --skip-broken")
     )
 
 
-def _assemble(chunks: Sequence[Zip], dest: Path, source: Source) -> int:
-    """The output of all chunks. Returns the number of pictures."""
+def _assemble(chunks: Sequence[Zip], dest: Path, source: Source, size: tuple[int, int] | None) -> int:
+    """The output of all chunks; pictures of another ``size``, where one is given, are left out. Returns how many."""
     labels: list[list[object]] = []
 
     def pictures() -> Iterator[tuple[str, bytes | memoryview]]:
         for chunk in chunks:
             for index, name in enumerate(chunk.names):
-                if name.endswith(".png"):
+                if not name.endswith(".png"):
+                    continue
+                content = chunk.read(index)
+                if size is None or _png_size(content) == size:
                     official = f"{len(labels) // 1000:05d}/img{len(labels):08d}.png"
                     labels.append([official, _label(source.labels, int(name[:8]))])
-                    yield official, chunk.read(index)
+                    yield official, content
 
     write_set(dest, pictures(), lambda: {MANIFEST: _manifest(labels, source.labels)})
     return len(labels)

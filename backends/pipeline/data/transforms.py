@@ -24,7 +24,7 @@ class Settings:
     channel instead of three. ``background``: the colour beneath transparent pixels and around fitted pictures.
 
     Raises:
-        InputError: a transform without a size, an unknown colour, or a square that is asked of a rectangle.
+        InputError: a transform without a size, or one that cannot make this size; an unknown colour.
     """
 
     size: tuple[int, int] | None = None
@@ -38,6 +38,11 @@ class Settings:
         if self.transform == "center-crop-dhariwal" and self.size is not None and self.size[0] != self.size[1]:
             raise InputError(
                 f"center-crop-dhariwal makes squares, got {self.size[0]}x{self.size[1]}: use center-crop for rectangles"
+            )
+        if self.transform == "center-crop-wide" and self.size is not None and self.size[1] > self.size[0]:
+            raise InputError(
+                f"center-crop-wide needs a width of at least the height, got {self.size[0]}x{self.size[1]}: use "
+                "center-crop for upright pictures"
             )
         try:
             ImageColor.getrgb(self.background)
@@ -60,19 +65,28 @@ def transformed(content: bytes | memoryview, settings: Settings, /) -> bytes:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(BytesIO(content))
     with image:
-        flat = _flat(ImageOps.exif_transpose(image), settings)
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # older Pillow: I
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode == "F" or upright.mode.startswith("I"):
+        upright = _grey_of_8_bits(upright, deep=deep)
+    flat = _flat(upright, settings)
     sized = _sized(flat, settings)
     with BytesIO() as file:
         sized.save(file, format="PNG", compress_level=0)
         return file.getvalue()
 
 
+def _grey_of_8_bits(image: Image.Image, *, deep: bool) -> Image.Image:
+    """Of integers or floats in one channel. ``deep``: their range is that of 16 bits, however dark the picture is."""
+    values = np.asarray(image).astype(np.float64)
+    deep = deep or (image.mode == "I" and values.max(initial=0) > 255)
+    if not ((values >= 0) & (values <= (65535 if deep else 255))).all():  # so are nan
+        raise ValueError(f"values outside 0 to {65535 if deep else 255}")
+    return Image.fromarray((values / 257 if deep else values).round().astype(np.uint8))
+
+
 def _flat(image: Image.Image, settings: Settings) -> Image.Image:
     """In RGB or grey, without transparency."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
-        deep = image.mode.startswith("I") and values.max(initial=0) > 255
-        image = Image.fromarray((values / 257 if deep else values).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         above = image.convert("RGBA")
         image = Image.new("RGBA", image.size, settings.background)
