@@ -101,11 +101,12 @@ def sampled(config: NetworkConfig, *, evaluations: int, gain: float, guidance: f
 def adam(gradient: np.ndarray, root: np.ndarray, *, lr: float, error: float) -> np.ndarray:
     """How far one step of Adam may be off, element by element: lr x the error of m / (sqrt(v) + 1e-8).
 
-    ``error`` is that of the gradient in Frobenius norm, spread evenly over its elements; divided by ``root``, the
-    step's sqrt(v) + 1e-8, twice since m and v both carry it, and no more than 2: where the gradient is smaller than
-    its error (exactly zero, for the queries of a single pixel), the sign of the step is free.
+    ``error`` is that of the gradient in Frobenius norm, spread evenly over its elements, of which each may be off by
+    three times as much: the few whose root is smallest make up most of the sum, so it does not average over many.
+    Divided by ``root``, the step's sqrt(v) + 1e-8, twice since m and v both carry it, and no more than 2: where the
+    gradient is smaller than its error (exactly zero, for the queries of a single pixel), the sign of the step is free.
     """
-    return lr * np.minimum(2.0, 2 * error / sqrt(max(gradient.size, 1)) / root)
+    return lr * np.minimum(2.0, 2 * 3 * error / sqrt(max(gradient.size, 1)) / root)
 
 
 def mean_square(samples: int, *, kurtosis: float = 3.0) -> float:

@@ -21,7 +21,8 @@ def initialize(config: NetworkConfig, /, *, seed: int) -> dict[str, np.ndarray]:
     """
 
     def draw(name: str, parameter: Parameter) -> np.ndarray:
-        generator = np.random.Generator(np.random.Philox(key=[seed, crc32(name.encode())]))
+        key = np.array([seed, crc32(name.encode())], np.uint64)  # a list of both becomes floats from 2^63 on
+        generator = np.random.Generator(np.random.Philox(key=key))
         (shape, turn), single = (parameter.shape, np.float32(2 * np.pi)), np.float32
         half = shape[0] // 2 + shape[0] % 2 if shape else 0
         match parameter.init:
