@@ -162,7 +162,8 @@ def main(options: Options) -> None:
         "# How fast batches come", "",
         f"`python -m benchmarks.data`: {options.images} PNG of 64x64 and {options.latents} latents of 64x64x4 stored",
         f"as moments, in batches of {BATCH}, on {cores} cores; medians of {options.rounds} runs.",
-        "", "| data | workers | images/s | of Pillow alone on as many cores |", "| --- | --- | --- | --- |",
+        "", "| data | workers | images/s | of Pillow alone on as many cores (threads: on two) |",
+        "| --- | --- | --- | --- |",
     ]  # fmt: skip
     with TemporaryDirectory() as name:
         folder = Path(name)
