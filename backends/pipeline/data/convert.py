@@ -86,7 +86,7 @@ def open_source(path: Path, /, *, max_images: int | None = None) -> Source:
         InputError: nothing there, no pictures, none wanted, or labels that do not fit.
     """
     if max_images is not None and max_images < 1:
-        raise InputError(f"max_images must be at least 1, got {max_images}: leave it out to convert all")
+        raise InputError(f"--max-images must be at least 1, got {max_images}: leave it out to convert all")
     if not path.exists():
         raise InputError(f"a source must exist, got {path}: check the path")
     if is_table(path):
@@ -120,7 +120,7 @@ def convert(
             ``skip_broken``; or no picture is left.
     """
     if workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}: 1 converts in this process")
+        raise InputError(f"--workers must be at least 1, got {workers}: 1 converts in this process")
     if dest.exists():
         raise InputError(f"the output must be new, got {dest}, which exists: choose another name, or remove it")
     partial = dest.with_name(f"{dest.name}.partial")
