@@ -97,10 +97,6 @@ class Codec:
         shape[axis] = len(numbers)
         return from_host(np.array(numbers, np.float64).reshape(shape), like=like)
 
-    def fits(self, channels: int, /) -> bool:
-        """Whether there are numbers for data of so many channels."""
-        return len(self.mean) in (1, channels)
-
 
 PIXELS = Codec()
 """8-bit images."""

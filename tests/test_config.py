@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from toy_port import config_of, train_options
 
@@ -252,3 +254,28 @@ def test_a_damaged_config_json_is_one_line_that_names_it(change, message):
 def test_a_config_json_cut_short_is_refused(text):
     with pytest.raises(InputError, match=r"runs/x/config\.json must be the config of a run"):
         TrainConfig.from_json(text, name="runs/x/config.json")
+
+
+def test_a_config_file_is_the_base_label_dropout_included():
+    source = config_of(label_dropout=0.2, lr=0.03)
+    Run("first").save_config(source)
+    made = config_of(config="first/config.json", data="digits")
+    assert (made.network, made.hyper, made.preset) == (source.network, source.hyper, "custom")
+
+
+def test_a_run_goes_on_by_the_command_that_began_it_wherever_its_files_are():
+    np.save("given.npy", np.random.default_rng(0).standard_normal((4, 1, 16, 16)).astype(np.float32))
+    np.save("x.npy", np.random.default_rng(1).standard_normal((4, 3, 16, 16)).astype(np.float32))
+    Path("net.json").write_text(
+        '{"model_channels": 8, "channels_per_head": 8, "channel_mult": [1, 2], "num_blocks": 1}'
+    )
+    words = {"data": "x.npy", "condition": "given.npy", "config": "net.json", "channels": 16}
+    pair = open_dataset("x.npy", condition="given.npy")
+    before = config_of(pair, **words)
+    Run("run").save_config(before)
+    assert config_of(pair, previous=before, outdir="run", **words) == before
+    Path("net.json").write_text('{"model_channels": 8, "channels_per_head": 8, "channel_mult": [1], "num_blocks": 1}')
+    with pytest.raises(
+        InputError, match="--config must stay the network of the run when a run is resumed, got another"
+    ):
+        config_of(pair, previous=before, outdir="run", **words)

@@ -108,6 +108,17 @@ def test_float_arrays_of_every_kind_are_the_same_data(folder: Path, kind: str) -
     assert dataset.label_dim == (4 if kind in ("npz", "safetensors") else 0)
 
 
+def test_bytes_are_pixels_only_where_they_may_be_pictures(folder: Path) -> None:
+    """Of other channels they are numbers like any others, float32 when they are read."""
+    values = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 4), dtype=np.uint8)
+    for channels, stored, dtype in ((5, "float32", np.float32), (3, "uint8", np.uint8)):
+        np.save(folder / "a.npy", values[:, :channels])
+        dataset = open_dataset(folder / "a.npy")
+        read = dataset.read(np.arange(6))
+        assert (dataset.format.codec.stored, read.dtype) == (stored, dtype)
+        np.testing.assert_array_equal(read, values[:, :channels])
+
+
 def test_statistics_beside_the_data_are_used_and_those_of_other_data_refused(folder: Path) -> None:
     path = folder / "fields.npy"
     np.save(path, _fields())
@@ -245,6 +256,17 @@ def drawn(trainer: Any, placed: Any) -> tuple[np.ndarray, np.ndarray]:
     arrays = (np.asarray(batch.images), np.asarray(batch.unit_noise))
     images, noise = (a if a.shape[1] == 2 else a.transpose(0, 3, 1, 2) for a in arrays)
     return images, noise
+
+
+def test_latents_of_more_channels_than_rows_are_not_turned(folder: Path) -> None:
+    """Whatever their sizes; of other arrays the last axis is that of channels only where it is the shortest."""
+    np.save(folder / "a.npy", np.random.default_rng(0).standard_normal((16, 9, 8)))
+    manifest = {"encoder": "mine", "moments": False, "mean": [0] * 16, "std": [1] * 16}
+    (folder / "latents.json").write_text(json.dumps(manifest))
+    assert open_dataset(folder).shape == (16, 9, 8)
+    for shape, wanted in (((5, 16, 8, 8), (16, 8, 8)), ((5, 8, 6, 5), (5, 8, 6)), ((5, 3, 8, 8), (3, 8, 8))):
+        np.save(folder.parent / "a.npy", np.random.default_rng(0).standard_normal(shape))
+        assert open_dataset(folder.parent / "a.npy").shape == wanted
 
 
 def test_plain_latents_are_those_of_the_manifest(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Float arrays as data: one array of all samples, or a file for each.
 
-Axes are [N, C, H, W], or [N, H, W, C] where the last is shorter than the second, or [N, H, W] of one channel; those of
-a file are the same without N.
+Axes are [N, C, H, W], or [N, H, W, C] where the last is the shortest of the three, or [N, H, W] of one channel; those
+of a file are the same without N. ``edm2 dataset info`` shows what was understood.
 """
 
 import mmap
@@ -46,7 +46,7 @@ def channels_first(array: np.ndarray, /, *, axes: int = _AXES) -> np.ndarray:
     """A view of samples [..., C, H, W] of an array with one of the axes above, ``axes`` of which belong to a sample."""
     if array.ndim == axes - 1:
         return array[..., None, :, :]
-    if array.shape[-1] < array.shape[-3]:
+    if array.shape[-1] < min(array.shape[-3:-1]):
         return np.moveaxis(array, -1, -3)
     return array
 
@@ -63,7 +63,7 @@ class OneArray:
         self.path, self._part = path, part
         self._array = channels_first(array, axes=4)
         self.shape: tuple[int, int, int] = self._array.shape[1:]
-        self.dtype = array.dtype
+        self.pixels = array.dtype == np.uint8 and self.shape[0] in (1, 3)
 
     def __len__(self) -> int:
         return len(self._array)
@@ -78,15 +78,16 @@ class OneArray:
         return f"{self.path}, sample {index}"
 
     def read(self, indices: np.ndarray, /) -> np.ndarray:
-        """uint8 if the array is, else float32, [n, C, H, W]."""
-        return np.ascontiguousarray(self._array[indices], np.uint8 if self.dtype == np.uint8 else np.float32)
+        """uint8 of 8-bit images, grey or RGB, else float32, [n, C, H, W]."""
+        return np.ascontiguousarray(self._array[indices], np.uint8 if self.pixels else np.float32)
 
 
 class ArrayFiles:
-    """A sample in each of the .npy files at ``indices`` of ``files``, as float32 [C, H, W]."""
+    """A sample in each of the .npy files at ``indices`` of ``files``, as float32 [C, H, W]. ``always_first``: arrays
+    are [C, H, W] whatever their sizes, as latents are."""
 
-    def __init__(self, files: Files, indices: Sequence[int]) -> None:
-        self.files, self.indices = files, indices
+    def __init__(self, files: Files, indices: Sequence[int], *, always_first: bool = False) -> None:
+        self.files, self.indices, self._always_first = files, indices, always_first
         self.shape: tuple[int, int, int] = self._array(0).shape
 
     def __len__(self) -> int:
@@ -115,7 +116,7 @@ class ArrayFiles:
                 f"an array of a sample must be [C, H, W], [H, W, C] or [H, W], got shape {array.shape} in "
                 f"{self.where(index)}: reshape it"
             )
-        return channels_first(array)
+        return array if self._always_first and array.ndim == _AXES else channels_first(array)
 
 
 def arrays_in(path: Path, /) -> dict[str, np.ndarray]:

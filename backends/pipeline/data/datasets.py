@@ -23,7 +23,7 @@ from .file_labels import MANIFEST, Labels, read_labels
 from .files import Files, is_hidden, open_files
 from .images import SUFFIXES, DeepImages, EncodedImages
 from .seeds import bits
-from .statistics import standardized
+from .statistics import Items, standardized
 from .tables import is_table, open_table
 
 Kind = Literal["images", "arrays", "latents", "table"]
@@ -76,16 +76,6 @@ class Dataset(Protocol):
     def condition(self, indices: np.ndarray, /) -> np.ndarray:
         """The conditions, as stored: [n, cond_channels, height, width]. Call it only if ``cond_channels`` is not 0."""
         ...
-
-
-class Items(Protocol):
-    """Stored samples, without labels: ``shape`` is theirs, ``where`` says where one is stored."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]: ...
-    def __len__(self) -> int: ...
-    def where(self, index: int, /) -> str: ...
-    def read(self, indices: np.ndarray, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -257,7 +247,7 @@ def _open(path: Path, kind: Kind | None, codec: Codec | None) -> StoredDataset:
                 f"--data-format {kind} must be files of a sample each, got one array, {path}: leave it out"
             )
         items, labels = _one_array(path)
-        if items.dtype == np.uint8 and items.shape[0] in (1, 3):
+        if items.pixels:
             return make(items, _named(codec or PIXELS, labels), labels)
         return make(items, _named(codec or standardized(items, path), labels), labels)
     if kind == "table" or (kind is None and is_table(path)):
@@ -266,8 +256,7 @@ def _open(path: Path, kind: Kind | None, codec: Codec | None) -> StoredDataset:
     if not path.is_dir() and path.suffix.lower() not in (".zip", ".tar"):
         raise InputError(f"data must be {RULE}, got '{path}', which is none of these: check the path")
     files = open_files(path)
-    found = _by_kind(files, kind, path)
-    kind, indices = found
+    kind, indices = _by_kind(files, kind, path)
     labels = read_labels(files, indices)
     if kind == "images":
         images = EncodedImages(files, indices)
@@ -275,7 +264,7 @@ def _open(path: Path, kind: Kind | None, codec: Codec | None) -> StoredDataset:
             return make(images, _named(codec or PIXELS, labels), labels)
         deep = DeepImages(files, indices)
         return make(deep, _named(codec or standardized(deep, path), labels), labels)
-    arrays = ArrayFiles(files, indices)
+    arrays = ArrayFiles(files, indices, always_first=kind == "latents")
     if kind == "latents":
         return make(arrays, _named(codec or latents.codec_of(files, arrays.shape), labels), labels)
     return make(arrays, _named(codec or standardized(arrays, path), labels), labels)

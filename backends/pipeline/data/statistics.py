@@ -18,7 +18,9 @@ from edm2_core.errors import InputError
 _AT_A_TIME = 1 << 24  # bytes
 
 
-class Stored(Protocol):
+class Items(Protocol):
+    """Stored samples, without labels: ``shape`` is theirs, ``where`` says where one is stored."""
+
     @property
     def shape(self) -> tuple[int, int, int]: ...
     def __len__(self) -> int: ...
@@ -47,7 +49,7 @@ class Statistics:
         return Codec.standardizing(self.mean, self.std)
 
 
-def measure(items: Stored, /) -> Statistics:
+def measure(items: Items, /) -> Statistics:
     """The statistics of all of ``items``.
 
     Sums are in float64, of differences from the first sample's means, so that a large mean costs no digits.
@@ -76,13 +78,13 @@ def measure(items: Stored, /) -> Statistics:
     return Statistics(len(items), items.shape, *(tuple(map(float, column)) for column in columns))
 
 
-def _parts(items: Stored) -> Iterator[np.ndarray]:
+def _parts(items: Items) -> Iterator[np.ndarray]:
     some = max(1, _AT_A_TIME // (4 * int(np.prod(items.shape))))
     for start in range(0, len(items), some):
         yield np.arange(start, min(start + some, len(items)))
 
 
-def _check_finite(items: Stored, indices: np.ndarray, values: np.ndarray) -> None:
+def _check_finite(items: Items, indices: np.ndarray, values: np.ndarray) -> None:
     finite = np.isfinite(values)
     if finite.all():
         return
@@ -105,7 +107,7 @@ def save(statistics: Statistics, data: Path, /) -> Path:
     return path
 
 
-def standardized(items: Stored, data: Path, /) -> Codec:
+def standardized(items: Items, data: Path, /) -> Codec:
     """The codec that standardizes ``items``: by the statistics stored beside ``data``, or measured now.
 
     Raises:

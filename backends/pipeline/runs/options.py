@@ -160,7 +160,19 @@ def parse_train(argv: Sequence[str] | None = None, *, prog: str, description: st
     default = _defaults(words, prog=prog)
     options = parse(TrainOptions, words, prog=prog, description=description, default=default)
     _check_exclusive(flags_given(words))
-    return options
+    config = options.config
+    config = replace(config, condition=_absolute(config.condition), init=_absolute(config.init))
+    return replace(options, preset=_plain(options.preset), config=config)
+
+
+def _absolute(path: str | None) -> str | None:
+    """As the config records it, wherever the command runs."""
+    return None if path is None else str(Path(path).absolute())
+
+
+def _plain(name: str) -> str:
+    """The name of a preset, which the official tools spell edm2-img512-xs."""
+    return name.removeprefix("edm2-")
 
 
 def _check_exclusive(names: set[str]) -> None:
@@ -187,7 +199,14 @@ def _defaults(words: Sequence[str], *, prog: str) -> TrainOptions:
     if "sigma_rels" in flags_given(words):
         hyper = replace(hyper, half_life=None)  # the half-life of CONFIG A is only a default
     config = TrainConfig(preset=name, network=base.network, hyper=hyper)
-    return TrainOptions(preset=choice.preset, ladder=choice.ladder, dropout=base.network.dropout, config=config)
+    network = base.network
+    return TrainOptions(
+        preset=choice.preset,
+        ladder=choice.ladder,
+        dropout=network.dropout,
+        label_dropout=network.label_dropout,
+        config=config,
+    )
 
 
 def _base(choice: _Choice) -> tuple[str, Preset]:
@@ -195,9 +214,9 @@ def _base(choice: _Choice) -> tuple[str, Preset]:
     if choice.config_file is not None:
         if choice.preset != AUTO:
             raise InputError(f"--config and --preset exclude each other, got {choice.preset} too: give one of them")
-        return CUSTOM, _preset_in(choice.config_file)
+        return CUSTOM, preset_in(choice.config_file)
     if choice.preset != AUTO:
-        name = choice.preset.removeprefix("edm2-")  # the official spelling
+        name = _plain(choice.preset)
         return name, preset(name)
     if choice.data in (None, DIGITS):
         return DIGITS, preset(DIGITS)
@@ -205,7 +224,8 @@ def _base(choice: _Choice) -> tuple[str, Preset]:
     return AUTO, recipe(len(dataset), dataset.shape, labels=dataset.label_dim > 0)
 
 
-def _preset_in(path: Path) -> Preset:
+def preset_in(path: Path, /) -> Preset:
+    """The network and hyperparameters in a config.json, or in JSON of a network's fields. Raises InputError."""
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)

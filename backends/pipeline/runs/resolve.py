@@ -19,7 +19,7 @@ from edm2_core.presets import AUTO, Hyperparameters, on_rung, preset, takes_any_
 
 from .command_line import flag
 from .config import DataSummary, TrainConfig
-from .options import NETWORK_FIELDS, TrainOptions
+from .options import NETWORK_FIELDS, TrainOptions, preset_in
 
 FREE = ("duration", "status", "checkpoint", "telemetry")
 """Fields that a resumed run may change."""
@@ -172,13 +172,10 @@ def microbatches(batch: int, per_device: int | None, *, world: int) -> int:
 
 
 def _fresh(options: TrainOptions, dataset: Dataset) -> TrainConfig:
-    condition, init = options.config.condition, options.config.init
     config = replace(
         options.config,
         network=_network(options, dataset),
         data=data_spec(options),
-        condition=None if condition is None else str(Path(condition).absolute()),
-        init=None if init is None else str(Path(init).absolute()),
     )
     if options.snapshot_plan is not None:
         plan = _read_plan(options.snapshot_plan)
@@ -254,6 +251,9 @@ def _fixed_options(options: TrainOptions, previous: TrainConfig) -> Iterator[tup
     for name, of_network in NETWORK_FIELDS.items():
         if chosen.get(of_network, "auto") != "auto":
             yield flag(name), getattr(network, of_network), chosen[of_network]
+    if options.config_file is not None:
+        same = _with_file(options, network) == network
+        yield "--config", "the network of the run", "the network of the run" if same else "another"
     yield "--data", previous.data, data_spec(options, previous)
     yield "--dropout", network.dropout, options.dropout
     yield "--label-dropout", network.label_dropout, options.label_dropout
@@ -264,6 +264,15 @@ def _fixed_options(options: TrainOptions, previous: TrainConfig) -> Iterator[tup
         yield f"--switches {name}", getattr(network.switches, name), value
     if options.snapshot_plan is not None:
         yield "--snapshot-plan", _plan_text(previous.snapshot_plan), _plan_text(_read_plan(options.snapshot_plan))
+
+
+def _with_file(options: TrainOptions, network: NetworkConfig) -> NetworkConfig:
+    """The network in the file of --config with what the options and the data changed in that of the run."""
+    assert options.config_file is not None
+    of_data = ("img_resolution", "img_channels", "cond_channels", "label_dim")
+    changed = {*of_data, "dropout", "label_dropout", *options.network.chosen()}
+    given = preset_in(options.config_file).network
+    return replace(given, **_switches(options), **{name: getattr(network, name) for name in changed})
 
 
 def _plan_text(plan: SnapshotPlan | None) -> str:
