@@ -1,6 +1,7 @@
 """Fixtures of several test files, and how tests are divided over processes."""
 
 import pytest
+from data_files import as_folder, as_zip
 from toy_port import PRESET
 from xdist.scheduler import LoadScopeScheduling
 
@@ -29,6 +30,20 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setitem(PRESETS, "toy", PRESET)
     return tmp_path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder for data."""
+    path = tmp_path / "data"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture(params=[as_folder, as_zip], ids=["folder", "zip"])
+def pack(request):
+    """What leaves a folder as it is, or makes a .zip of it."""
+    return request.param
 
 
 @pytest.fixture

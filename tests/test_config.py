@@ -272,6 +272,7 @@ def test_a_run_goes_on_by_the_command_that_began_it_wherever_its_files_are():
     words = {"data": "x.npy", "condition": "given.npy", "config": "net.json", "channels": 16}
     pair = open_dataset("x.npy", condition="given.npy")
     before = config_of(pair, **words)
+    assert before.condition == str(Path("given.npy").absolute())
     Run("run").save_config(before)
     assert config_of(pair, previous=before, outdir="run", **words) == before
     Path("net.json").write_text('{"model_channels": 8, "channels_per_head": 8, "channel_mult": [1], "num_blocks": 1}')

@@ -15,6 +15,7 @@ from backends.pipeline.data.convert import convert, open_source
 from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.data.encode import decode, encode
 from backends.pipeline.data.transforms import Settings, transformed
+from edm2_core.codec import SD_LATENTS
 from edm2_core.errors import InputError
 
 SQUARE = Settings(size=(16, 16), transform="center-crop")
@@ -302,6 +303,20 @@ class Half:
     @staticmethod
     def decode(latents: np.ndarray) -> np.ndarray:
         return ((latents - 1) / 10).repeat(2, axis=2).repeat(2, axis=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("stabilityai/sd-vae-ft-mse", True), ("/a/sd-vae-ft-mse", True), ("b", False)]
+)
+def test_the_latents_of_stable_diffusion_get_their_published_statistics(name: str, published: bool) -> None:
+    """Also of a copy on the disk; others their own."""
+    convert(open_source(pictures()), Path("images.zip"), SQUARE)
+
+    def encoder(images: np.ndarray) -> np.ndarray:
+        return Half.encode(images)[:, [0, 1, 2, 0, 3, 4, 5, 3]]
+
+    manifest = encode(open_dataset("images.zip"), Path("latents.zip"), encoder, name=name)
+    assert ((manifest.mean, manifest.std) == SD_LATENTS) == published
 
 
 def test_images_become_latents_and_images_again() -> None:

@@ -1,16 +1,15 @@
 """A dataset gives the pixels and labels of its files, or says in one line which file is wrong."""
 
 import json
-import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from data_files import Pack, as_zip, refused, write
 from PIL import Image
 
 from backends.pipeline.data import images
@@ -19,41 +18,6 @@ from backends.pipeline.runs.pictures import visible
 from edm2_core.codec import PIXELS, DataFormat
 from edm2_core.errors import InputError
 
-Pack = Callable[[Path], Path]
-
-
-def _as_folder(folder: Path) -> Path:
-    return folder
-
-
-def _as_zip(folder: Path) -> Path:
-    return Path(shutil.make_archive(str(folder.parent / "packed"), "zip", folder))
-
-
-@pytest.fixture(params=[_as_folder, _as_zip], ids=["folder", "zip"])
-def pack(request: pytest.FixtureRequest) -> Pack:
-    return request.param
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "data"
-    path.mkdir()
-    return path
-
-
-def _write(path: Path, *, size: tuple[int, int] = (8, 8), mode: str = "RGB", seed: int = 0) -> np.ndarray:
-    """Writes random pixels and returns them as [H, W] or [H, W, C]."""
-    bands = len(Image.new(mode, (1, 1)).getbands())
-    pixels = (
-        np.random.default_rng(seed)
-        .integers(0, 256, (size[1], size[0], bands), dtype=np.uint8)
-        .squeeze(2 if bands == 1 else ())
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.frombytes(mode, size, pixels.tobytes()).save(path)
-    return pixels
-
 
 def _label(folder: Path, content: Any) -> None:
     (folder / "dataset.json").write_text(content if isinstance(content, str) else json.dumps(content))
@@ -61,12 +25,6 @@ def _label(folder: Path, content: Any) -> None:
 
 def _all(dataset: Dataset) -> np.ndarray:
     return dataset.read(np.arange(len(dataset)))
-
-
-def _refused(path: Path, match: str) -> None:
-    with pytest.raises(InputError, match=match) as caught:
-        open_dataset(str(path))
-    assert "\n" not in str(caught.value)
 
 
 def test_the_digits_are_those_of_scikit_learn() -> None:
@@ -96,7 +54,7 @@ def test_values_beyond_the_range_are_clipped_and_those_not_finite_are_0() -> Non
 
 
 def test_images_come_from_any_depth_ordered_by_name(folder: Path, pack: Pack) -> None:
-    pixels = {name: _write(folder / name, seed=i) for i, name in enumerate(["b/2.png", "a.PNG", "b/10.bmp"])}
+    pixels = {name: write(folder / name, seed=i) for i, name in enumerate(["b/2.png", "a.PNG", "b/10.bmp"])}
     (folder / "notes.txt").write_text("no image")
     dataset = open_dataset(str(pack(folder)))
     assert (dataset.shape, dataset.label_dim, len(dataset)) == ((3, 8, 8), 0, 3)
@@ -108,14 +66,14 @@ def test_images_come_from_any_depth_ordered_by_name(folder: Path, pack: Pack) ->
 
 
 def test_a_dataset_is_called_as_its_folder_or_zip(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _write(folder / "1.png")
+    write(folder / "1.png")
     monkeypatch.chdir(folder)
     assert open_dataset(".").name == "data"
-    assert open_dataset(str(_as_zip(folder))).name == "packed"
+    assert open_dataset(str(as_zip(folder))).name == "packed"
 
 
 def test_hidden_files_are_left_out(folder: Path, pack: Pack) -> None:
-    _write(folder / "1.png")
+    write(folder / "1.png")
     for name in ("._1.png", ".trash/2.png", "__MACOSX/1.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"no image")
@@ -125,7 +83,7 @@ def test_hidden_files_are_left_out(folder: Path, pack: Pack) -> None:
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1"])
 def test_grey_stays_one_channel_and_all_else_becomes_rgb_without_alpha(folder: Path, mode: str) -> None:
     if mode == "P":
-        colours = _write(folder / "1.png", mode="RGB")
+        colours = write(folder / "1.png", mode="RGB")
         with Image.open(folder / "1.png") as image:
             paletted = image.quantize(64)  # 64 pixels, so none changes
         paletted.save(folder / "1.png", transparency=bytes([0, 128]))
@@ -134,7 +92,7 @@ def test_grey_stays_one_channel_and_all_else_becomes_rgb_without_alpha(folder: P
         Image.frombytes("1", (8, 8), bytes([0b10000001] * 8)).save(folder / "1.png")
         expected = np.tile(np.array([255, 0, 0, 0, 0, 0, 0, 255]), (1, 8, 1))
     else:
-        pixels = _write(folder / "1.png", mode=mode).reshape(8, 8, -1)
+        pixels = write(folder / "1.png", mode=mode).reshape(8, 8, -1)
         expected = pixels[..., : 3 if mode.startswith("RGB") else 1].transpose(2, 0, 1)
     dataset = open_dataset(str(folder))
     assert dataset.shape[0] == len(expected)
@@ -142,8 +100,8 @@ def test_grey_stays_one_channel_and_all_else_becomes_rgb_without_alpha(folder: P
 
 
 def test_opening_reads_no_pixels(folder: Path, pack: Pack) -> None:
-    _write(folder / "1.png", size=(64, 64))
-    _write(folder / "2.png", size=(64, 64))
+    write(folder / "1.png", size=(64, 64))
+    write(folder / "2.png", size=(64, 64))
     content = (folder / "2.png").read_bytes()
     (folder / "2.png").write_bytes(content[: len(content) // 2])
     dataset = open_dataset(str(pack(folder)))
@@ -157,7 +115,7 @@ def test_opening_reads_no_pixels(folder: Path, pack: Pack) -> None:
 
 def test_threads_may_share_a_dataset(folder: Path, pack: Pack) -> None:
     for i in range(20):
-        _write(folder / f"{i:02d}.png", size=(32, 32), seed=i)
+        write(folder / f"{i:02d}.png", size=(32, 32), seed=i)
     dataset = open_dataset(str(pack(folder)))
     whole = _all(dataset)
     orders = [np.random.default_rng(i).permutation(20) for i in range(16)]
@@ -168,7 +126,7 @@ def test_threads_may_share_a_dataset(folder: Path, pack: Pack) -> None:
 
 def test_labels_follow_the_files(folder: Path, pack: Pack) -> None:
     for name in ("a.png", "cat/b.png", "c.png"):
-        _write(folder / name)
+        write(folder / name)
     _label(folder, {"labels": [["c.png", 0], ["cat/b.png", 6], ["gone.png", 99], ["a.png", 2]]})
     dataset = open_dataset(str(pack(folder)))
     assert dataset.label_dim == 7
@@ -178,7 +136,7 @@ def test_labels_follow_the_files(folder: Path, pack: Pack) -> None:
 
 
 def test_null_labels_are_none(folder: Path, pack: Pack) -> None:
-    _write(folder / "a.png")
+    write(folder / "a.png")
     _label(folder, {"labels": None})
     dataset = open_dataset(str(pack(folder)))
     assert dataset.label_dim == 0
@@ -211,34 +169,34 @@ def test_null_labels_are_none(folder: Path, pack: Pack) -> None:
     ids=str,
 )
 def test_a_malformed_table_of_labels_is_refused(folder: Path, content: Any, fault: str) -> None:
-    _write(folder / "a.png")
+    write(folder / "a.png")
     if isinstance(content, str):
         (folder / "dataset.json").write_bytes(content.encode(errors="surrogateescape"))
     else:
         _label(folder, content)
-    _refused(folder, rf"dataset\.json must be .*, got .*{fault}.*: correct the file, or remove it")
+    refused(folder, rf"dataset\.json must be .*, got .*{fault}.*: correct the file, or remove it")
 
 
 def test_a_table_of_labels_that_names_too_few_classes_is_refused(folder: Path) -> None:
-    _write(folder / "a.png")
+    write(folder / "a.png")
     _label(folder, {"labels": [["a.png", 1]], "classes": ["one"]})
-    _refused(folder, "classes must be named all, got 1 names for 2 classes")
+    refused(folder, "classes must be named all, got 1 names for 2 classes")
 
 
 def test_vectors_are_labels_too(folder: Path, pack: Pack) -> None:
     for name in ("a.png", "b.png"):
-        _write(folder / name)
+        write(folder / name)
     _label(folder, {"labels": [["b.png", [0.5, 2, -1]], ["a.png", [1, 0, 3]]]})
     dataset = open_dataset(str(pack(folder)))
     assert (dataset.label_dim, dataset.vectors) == (3, True)
     assert dataset.labels(np.array([1, 0])).tolist() == [[0.5, 2, -1], [1, 0, 3]]
     _label(folder, {"labels": [["b.png", [0.5, 2]], ["a.png", [1, 0, 3]]]})
-    _refused(folder, "labels of lengths 2, 3")
+    refused(folder, "labels of lengths 2, 3")
 
 
 def test_folders_are_classes_in_alphabetical_order(folder: Path, pack: Pack) -> None:
     for name in ("dog/2.png", "cat/1.png", "dog/1.png", "ant/7.png"):
-        _write(folder / name)
+        write(folder / name)
     dataset = open_dataset(str(pack(folder)))
     assert (dataset.label_dim, dataset.format.classes) == (3, ("ant", "cat", "dog"))
     assert dataset.labels(np.arange(4)).tolist() == [0, 1, 2, 2]
@@ -248,13 +206,13 @@ def test_folders_are_classes_in_alphabetical_order(folder: Path, pack: Pack) -> 
 def test_other_folders_are_none(folder: Path, names: tuple[str, str]) -> None:
     """Those of the official layout, of more levels, or beside files."""
     for name in names:
-        _write(folder / name)
+        write(folder / name)
     assert open_dataset(folder).label_dim == 0
 
 
 def test_webdataset_s_classes_lie_beside_the_images(folder: Path) -> None:
     for i, label in enumerate((2, 0, 1)):
-        _write(folder / f"{i}.png", seed=i)
+        write(folder / f"{i}.png", seed=i)
         (folder / f"{i}.cls").write_text(str(label))
     for name, members in (("a.tar", (2,)), ("b.tar", (0, 1))):
         with tarfile.open(folder.parent / name, "w") as tar:
@@ -271,30 +229,30 @@ def test_webdataset_s_classes_lie_beside_the_images(folder: Path) -> None:
     assert both.labels(np.arange(3)).tolist() == [1, 2, 0]
     np.testing.assert_array_equal(both.read(np.arange(3)), open_dataset(folder).read(np.array([2, 0, 1])))
     (folder / "1.cls").unlink()
-    _refused(folder, r"1\.png must have its class in a \.cls beside it, got none")
+    refused(folder, r"1\.png must have its class in a \.cls beside it, got none")
 
 
 def test_what_does_not_exist_is_refused(tmp_path: Path) -> None:
-    _refused(tmp_path / "gone", "^data must be digits, or a folder, .*, got '.*gone', which does not exist: ")
-    _refused(tmp_path / "gone.zip", "which does not exist")
+    refused(tmp_path / "gone", "^data must be digits, or a folder, .*, got '.*gone', which does not exist: ")
+    refused(tmp_path / "gone.zip", "which does not exist")
     (tmp_path / "file.rar").write_bytes(b"")
-    _refused(tmp_path / "file.rar", "which is none of these")
+    refused(tmp_path / "file.rar", "which is none of these")
 
 
 def test_data_without_images_is_refused(folder: Path, pack: Pack) -> None:
     (folder / "notes.txt").write_text("no image")
     path = pack(folder)
-    _refused(path, rf"^data must hold images \(\.png .*\), got none in {path}: ")
+    refused(path, rf"^data must hold images \(\.png .*\), got none in {path}: ")
 
 
 def test_all_faults_are_named_at_once(folder: Path, pack: Pack) -> None:
     """Also those that opening did not see, as soon as one is read."""
     for i in range(4):
-        _write(folder / f"{i}.png")
-    _write(folder / "4.png", size=(16, 12))
-    _write(folder / "5.png", mode="L")
+        write(folder / f"{i}.png")
+    write(folder / "4.png", size=(16, 12))
+    write(folder / "5.png", mode="L")
     (folder / "6.png").write_bytes(b"no image")
-    _refused(
+    refused(
         pack(folder),
         r"^images must all be like most of them, 8x8 colour, got 3 of 7 that are not: .*4\.png is 16x12 colour; "
         r".*5\.png is 8x8 grey; .*6\.png is not an image that Pillow can read: make them alike",
@@ -304,16 +262,16 @@ def test_all_faults_are_named_at_once(folder: Path, pack: Pack) -> None:
 def test_faults_beyond_the_sample_are_found_when_they_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "_SAMPLE", 2)
     for i in range(6):
-        _write(folder / f"{i}.png")
+        write(folder / f"{i}.png")
     for name in ("1.png", "5.png"):
-        _write(folder / name, mode="L")
+        write(folder / name, mode="L")
     dataset = open_dataset(folder)
     with pytest.raises(InputError, match=r"2 of 6 that are not: .*1\.png is 8x8 grey; .*5\.png is 8x8 grey: "):
         dataset.read(np.array([0, 1]))
 
 
 def test_images_may_be_wider_than_high(folder: Path) -> None:
-    _write(folder / "1.png", size=(8, 6))
+    write(folder / "1.png", size=(8, 6))
     assert open_dataset(folder).shape == (3, 6, 8)
 
 
@@ -330,15 +288,15 @@ def test_images_of_16_bits_are_floats(folder: Path) -> None:
 
 
 def test_links_out_of_a_folder_and_names_out_of_an_archive_are_refused(folder: Path) -> None:
-    _write(folder / "1.png")
-    _write(folder.parent / "secret.png")
+    write(folder / "1.png")
+    write(folder.parent / "secret.png")
     (folder / "2.png").symlink_to(folder / "1.png")
     assert len(open_dataset(folder)) == 2
     (folder / "3.png").symlink_to(folder.parent / "secret.png")
-    _refused(folder, r"^links in a folder of data must lead to files in it, got .*3\.png to .*secret\.png: ")
+    refused(folder, r"^links in a folder of data must lead to files in it, got .*3\.png to .*secret\.png: ")
     with zipfile.ZipFile(folder.parent / "x.zip", "w") as file:
         file.write(folder / "1.png", "../1.png")
-    _refused(folder.parent / "x.zip", r"^names in .*x\.zip must stay within it, got '\.\./1\.png': ")
+    refused(folder.parent / "x.zip", r"^names in .*x\.zip must stay within it, got '\.\./1\.png': ")
 
 
 def test_a_file_that_unpacks_to_more_than_it_says_is_refused(folder: Path) -> None:
@@ -350,42 +308,42 @@ def test_a_file_that_unpacks_to_more_than_it_says_is_refused(folder: Path) -> No
         at = content.index(place) + offset
         content[at : at + 4] = (100).to_bytes(4, "little")
     path.write_bytes(content)
-    _refused(path, "1 of 1 that are not: .*cannot be read .*more content than it declares")
+    refused(path, "1 of 1 that are not: .*cannot be read .*more content than it declares")
 
 
 def test_an_absurdly_large_image_is_refused_unread(folder: Path) -> None:
     Image.new("1", (20000, 8)).save(folder / "1.png")
-    _refused(folder, "images must be at most 16384 pixels wide and high, got 20000x8 grey")
+    refused(folder, "images must be at most 16384 pixels wide and high, got 20000x8 grey")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"], ids=["empty", "text", "signature alone"])
 def test_a_file_that_is_no_image_is_refused_and_named(folder: Path, pack: Pack, content: bytes) -> None:
-    _write(folder / "1.png")
+    write(folder / "1.png")
     (folder / "2.png").write_bytes(content)
-    _refused(pack(folder), r"got 1 of 2 that are not: .*2\.png (is not an image|cannot be read)")
+    refused(pack(folder), r"got 1 of 2 that are not: .*2\.png (is not an image|cannot be read)")
 
 
 def test_a_broken_zip_is_refused_and_named(folder: Path) -> None:
-    _write(folder / "1.png")
-    path = _as_zip(folder)
+    write(folder / "1.png")
+    path = as_zip(folder)
     path.write_bytes(path.read_bytes()[:-30])
-    _refused(path, rf"^data must be readable, got 'not a zip that can be read: no directory' from {path}: ")
+    refused(path, rf"^data must be readable, got 'not a zip that can be read: no directory' from {path}: ")
 
 
 def test_a_zip_with_a_damaged_member_names_it(folder: Path) -> None:
     path = folder / "data.zip"
-    _write(folder / "1.png", size=(64, 64))
+    write(folder / "1.png", size=(64, 64))
     with zipfile.ZipFile(path, "w") as file:
         file.write(folder / "1.png", "1.png")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
     path.write_bytes(content)
-    _refused(path, r"data\.zip/1\.png cannot be read .*content that does not match its checksum")
+    refused(path, r"data\.zip/1\.png cannot be read .*content that does not match its checksum")
 
 
 def test_a_file_that_changes_size_afterwards_is_refused(folder: Path) -> None:
-    _write(folder / "1.png")
+    write(folder / "1.png")
     dataset = open_dataset(str(folder))
-    _write(folder / "1.png", size=(4, 4))
+    write(folder / "1.png", size=(4, 4))
     with pytest.raises(InputError, match=r"1\.png is 4x4 colour"):
         dataset.read(np.array([0]))

@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_files import Pack, as_zip, refused, write
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from backends.pipeline.checkpoints.safetensors_io import write_tensors
 from backends.pipeline.data import statistics
@@ -24,48 +22,6 @@ from backends.pipeline.runs.resolve import configure
 from backends.ports import Machine
 from edm2_core.codec import DataFormat
 from edm2_core.errors import InputError
-
-Pack = Callable[[Path], Path]
-
-
-def _as_folder(folder: Path) -> Path:
-    return folder
-
-
-def _as_zip(folder: Path) -> Path:
-    return Path(shutil.make_archive(str(folder.parent / "packed"), "zip", folder))
-
-
-@pytest.fixture(params=[_as_folder, _as_zip], ids=["folder", "zip"])
-def pack(request: pytest.FixtureRequest) -> Pack:
-    return request.param
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "data"
-    path.mkdir()
-    return path
-
-
-def _write(path: Path, *, size: tuple[int, int] = (8, 8), mode: str = "RGB", seed: int = 0) -> np.ndarray:
-    """Writes random pixels and returns them as [H, W] or [H, W, C]."""
-    bands = len(Image.new(mode, (1, 1)).getbands())
-    pixels = (
-        np.random.default_rng(seed)
-        .integers(0, 256, (size[1], size[0], bands), dtype=np.uint8)
-        .squeeze(2 if bands == 1 else ())
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.frombytes(mode, size, pixels.tobytes()).save(path)
-    return pixels
-
-
-def _refused(path: Path, match: str) -> None:
-    with pytest.raises(InputError, match=match) as caught:
-        open_dataset(str(path))
-    assert "\n" not in str(caught.value)
-
 
 # ---- float arrays
 
@@ -97,7 +53,7 @@ def test_float_arrays_of_every_kind_are_the_same_data(folder: Path, kind: str) -
         case _:
             for i, field in enumerate(fields):
                 np.save(folder / f"{i:02d}.npy", field)
-            path = folder if kind == "files" else _as_zip(folder)
+            path = folder if kind == "files" else as_zip(folder)
     dataset = open_dataset(path)
     assert (dataset.shape, len(dataset), dataset.format.codec.stored) == ((3, 4, 6), 12, "float32")
     np.testing.assert_array_equal(dataset.read(np.array([3, 0, 11])), fields[[3, 0, 11]])
@@ -126,9 +82,9 @@ def test_statistics_beside_the_data_are_used_and_those_of_other_data_refused(fol
     statistics.save(replace(measured, mean=(1.0, 2.0, 3.0)), path)
     assert open_dataset(path).format.codec.mean == (1, 2, 3)
     np.save(path, _fields(13))
-    _refused(path, r"statistics must be those of the data, 13 of \[3, 4, 6\], got 12 of \[3, 4, 6\]")
+    refused(path, r"statistics must be those of the data, 13 of \[3, 4, 6\], got 12 of \[3, 4, 6\]")
     statistics.stored_path(path).write_text("{")
-    _refused(path, "must be what edm2 dataset stats wrote")
+    refused(path, "must be what edm2 dataset stats wrote")
 
 
 def test_a_large_mean_costs_no_digits(folder: Path) -> None:
@@ -143,7 +99,7 @@ def test_a_value_that_is_not_finite_is_named_by_file_and_place(folder: Path) -> 
     fields[2, 1, 3, 4] = np.nan
     for i, field in enumerate(fields):
         np.save(folder / f"{i}.npy", field)
-    _refused(folder, r"^data must be finite, got nan in .*2\.npy, channel 1, row 3, column 4: ")
+    refused(folder, r"^data must be finite, got nan in .*2\.npy, channel 1, row 3, column 4: ")
 
 
 @pytest.mark.parametrize(
@@ -159,18 +115,18 @@ def test_a_value_that_is_not_finite_is_named_by_file_and_place(folder: Path) -> 
 )
 def test_arrays_that_are_no_data_are_refused(folder: Path, array: np.ndarray, message: str) -> None:
     np.save(folder / "a.npy", array)
-    _refused(folder / "a.npy", message)
+    refused(folder / "a.npy", message)
 
 
 def test_nothing_in_an_array_file_is_executed(folder: Path) -> None:
     np.save(folder / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    _refused(folder / "a.npy", "data must be readable, got .*")
+    refused(folder / "a.npy", "data must be readable, got .*")
 
 
 def test_arrays_of_two_shapes_are_refused(folder: Path) -> None:
     np.save(folder / "1.npy", np.ones((3, 4, 6)))
     np.save(folder / "2.npy", np.ones((3, 4, 7)))
-    _refused(folder, r"arrays of data must have one shape, got \(3, 4, 7\) in .*2\.npy for \(3, 4, 6\) in .*1\.npy")
+    refused(folder, r"arrays of data must have one shape, got \(3, 4, 7\) in .*2\.npy for \(3, 4, 6\) in .*1\.npy")
 
 
 def test_labels_of_an_array_may_be_vectors(folder: Path) -> None:
@@ -179,13 +135,13 @@ def test_labels_of_an_array_may_be_vectors(folder: Path) -> None:
     dataset = open_dataset(folder / "a.npy")
     assert (dataset.label_dim, dataset.vectors) == (5, True)
     np.save(folder / "a-labels.npy", np.ones(11, np.int64))
-    _refused(folder / "a.npy", r"labels must be 12 whole numbers \[N\] or vectors")
+    refused(folder / "a.npy", r"labels must be 12 whole numbers \[N\] or vectors")
 
 
 def test_two_kinds_in_one_folder_are_refused_unless_one_is_chosen(folder: Path) -> None:
-    _write(folder / "1.png")
+    write(folder / "1.png")
     np.save(folder / "1.npy", _fields()[0])
-    _refused(folder, r"data must be of one kind, got 1 images and 1 \.npy")
+    refused(folder, r"data must be of one kind, got 1 images and 1 \.npy")
     assert open_dataset(folder, kind="images").shape == (3, 8, 8)
     assert open_dataset(folder, kind="arrays").shape == (3, 4, 6)
 
@@ -287,7 +243,7 @@ def test_plain_latents_are_those_of_the_manifest(folder: Path) -> None:
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(folder: Path, manifest: Any, message: str) -> None:
-    _refused(_latents(folder, moments=False, manifest=manifest), message)
+    refused(_latents(folder, moments=False, manifest=manifest), message)
 
 
 def test_latents_without_a_manifest_are_refused(folder: Path) -> None:
@@ -303,7 +259,7 @@ def test_latents_without_a_manifest_are_refused(folder: Path) -> None:
 def test_tables_of_hugging_face_are_images_with_labels_and_names(folder: Path, kind: str) -> None:
     pa = pytest.importorskip("pyarrow")
     for i in range(3):
-        _write(folder / f"{i}.png", seed=i)
+        write(folder / f"{i}.png", seed=i)
     rows = [{"bytes": (folder / f"{i}.png").read_bytes(), "path": f"{i}.png"} for i in range(3)]
     names = {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}
     table = pa.table({"image": rows, "label": [1, 0, 1]}).replace_schema_metadata(

@@ -44,9 +44,10 @@ def run(options: Options) -> None:
     if options.vae is None:
         raise InputError("--vae must name an autoencoder, got none: stabilityai/sd-vae-ft-mse is that of the paper")
     dataset = open_dataset(options.source)
-    encoder = autoencoders().open_encoder(options.vae, options.device)
+    name = str(Path(options.vae).absolute()) if Path(options.vae).is_dir() else options.vae
+    encoder = autoencoders().open_encoder(name, options.device)
     with Progress(total=len(dataset)) as progress:
-        made = encode(dataset, options.dest, encoder, name=options.vae, batch=options.batch, progress=progress.done)
+        made = encode(dataset, options.dest, encoder, name=name, batch=options.batch, progress=progress.done)
     print(f"wrote     {options.dest}: {len(dataset)} latents of {made.encoder}")
     print(f"mean      {' '.join(f'{value:.4g}' for value in made.mean)}")
     print(f"std       {' '.join(f'{value:.4g}' for value in made.std)}")

@@ -53,8 +53,8 @@ def encode(
             progress(len(indices))
 
     def manifest() -> latents.Manifest:
-        statistics = SD_LATENTS if name == latents.OFFICIAL_ENCODER else measured.statistics()
-        return latents.Manifest(name, True, *statistics)
+        official = Path(name).name == Path(latents.OFFICIAL_ENCODER).name and measured.channels == len(SD_LATENTS[0])
+        return latents.Manifest(name, True, *(SD_LATENTS if official else measured.statistics()))
 
     def manifests() -> dict[str, bytes]:
         return {
@@ -102,6 +102,10 @@ class _Moments:
 
     def __init__(self) -> None:
         self._count, self._sum, self._squares = 0, np.zeros(0), np.zeros(0)
+
+    @property
+    def channels(self) -> int:
+        return len(self._sum)
 
     def add(self, moments: np.ndarray) -> None:
         mean, std = np.split(moments.astype(np.float64), 2, axis=1)
