@@ -322,10 +322,7 @@ def _say_begin(run: Run, config: TrainConfig, trainer: Trainer, *, resumed: bool
     print(f"device   {trainer.device}" + (f", {trainer.world} processes" if trainer.world > 1 else ""))
     print(f"network  {config.preset}, {_ladder_text(network)}: {cost}, {config.precision}")
     if config.preset == AUTO:
-        print(
-            f"auto     {network.model_channels} channels x {network.channel_mult}, dropout {network.dropout:g} and this"
-        )
-        print(f"         duration are for about {count}: change them with --channels, --dropout, --duration, ...")
+        print(f"auto     what no option names, such as --channels or --duration, is chosen for {count}")
     print(f"data     {config.data}: {count} of {size}, {_labels_text(config)}")
     if network.cond_channels:
         print(f"         each with a condition of {network.cond_channels} channels from {config.condition}")
