@@ -153,3 +153,9 @@ def test_options_that_exclude_each_other_are_named(argv):
     first, second = (word for word in argv.split() if word.startswith("--"))
     with pytest.raises(InputError, match=f"^({first} and {second}|{second} and {first}) exclude each other"):
         train(*argv.split())
+
+
+def test_official_spellings_are_understood():
+    options = train("--batch-gpu=8", "--preset", "edm2-img512-xs", "--data", "x")
+    assert (options.machine.batch_per_device, options.preset, options.config.preset) == (8, "img512-xs", "img512-xs")
+    assert train("--batch-gpu", "2Ki").machine.batch_per_device == 2048
