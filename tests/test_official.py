@@ -5,121 +5,31 @@ import copyreg
 import io
 import os
 import pickle
-import sys
-import types
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from official_files import CONFIG, NAME, PARAMS, latents, network, thing, write
 
 from backends.commands.cli import main
-from backends.pipeline.checkpoints.official import LICENCE, read_official
+from backends.pipeline.checkpoints.official import LICENCE, images_seen, read_official
 from backends.pipeline.checkpoints.snapshots import load_snapshot
+from backends.pipeline.runs.networks import stored_network
+from edm2_core.codec import SD_LATENTS, Codec, DataFormat
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
-from edm2_core.network import NetworkConfig, initialize
+from edm2_core.network import initialize
 
 torch = pytest.importorskip("torch", reason="official pickles hold PyTorch's storages")
-
-NAME = "edm2-test-xs-0016777-0.050.pkl"
-CONFIG = NetworkConfig(
-    img_resolution=8,
-    img_channels=3,
-    label_dim=5,
-    model_channels=8,
-    channel_mult=(1, 2),
-    num_blocks=1,
-    attn_resolutions=(4,),
-    channels_per_head=4,
-    logvar_channels=6,
-    dropout=0.1,
-)
-PARAMS = initialize(CONFIG, seed=3)
-
-
-@contextmanager
-def official_modules():
-    """Modules of the names that official pickles refer to, while one is written."""
-    persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
-
-    def _reconstruct_persistent_obj(meta):
-        raise AssertionError("executed")
-
-    class EasyDict(dict):
-        def __getattr__(self, name):
-            try:
-                return self[name]
-            except KeyError:
-                raise AttributeError(name) from None
-
-        def __setattr__(self, name, value):
-            self[name] = value
-
-    _reconstruct_persistent_obj.__module__, EasyDict.__module__ = persistence.__name__, util.__name__
-    _reconstruct_persistent_obj.__qualname__, EasyDict.__qualname__ = "_reconstruct_persistent_obj", "EasyDict"
-    persistence._reconstruct_persistent_obj, util.EasyDict = _reconstruct_persistent_obj, EasyDict
-    fakes = {"torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence}
-    fakes |= {"dnnlib": types.ModuleType("dnnlib"), "dnnlib.util": util}
-    sys.modules.update(fakes)
-    try:
-        yield persistence, util
-    finally:
-        for name in fakes:
-            del sys.modules[name]
-
-
-def network(params=PARAMS, config=CONFIG, dtype=torch.float32, class_name="Precond", **attributes):
-    """Nested modules with these parameters that pickle as the official network does."""
-    persistence, util = sys.modules["torch_utils.persistence"], sys.modules["dnnlib.util"]
-
-    class Persistent(torch.nn.Module):
-        class_name = "MPConv"
-
-        def __reduce__(self):
-            meta = util.EasyDict(type="class", version=6, module_src="raise SystemExit", class_name=self.class_name)
-            meta.state = self.__dict__
-            return persistence._reconstruct_persistent_obj, (meta,), None
-
-    def put(module, path, array):
-        first, _, rest = path.partition(".")
-        if rest:
-            if first not in module._modules:
-                module.add_module(first, torch.nn.ModuleDict() if first in ("enc", "dec") else Persistent())
-            put(module._modules[first], rest, array)
-        elif path.endswith(("freqs", "phases")):
-            module.register_buffer(path, torch.from_numpy(array))
-        else:
-            module.register_parameter(path, torch.nn.Parameter(torch.from_numpy(array).to(dtype)))
-
-    top = Persistent()
-    top.class_name = class_name
-    for name, array in params.items():
-        put(top, name, array)
-    top.img_resolution, top.img_channels, top.label_dim = config.img_resolution, config.img_channels, config.label_dim
-    top.sigma_data, top.use_fp16 = config.sigma_data, True
-    top._init_kwargs = util.EasyDict(use_fp16=True, logvar_channels=config.logvar_channels)
-    unet = top._modules["unet"]
-    unet.class_name = "UNet"
-    names = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "channels_per_head", "dropout")
-    unet._init_kwargs = util.EasyDict({name: getattr(config, name) for name in names}, unknown_option=3)
-    for name, value in attributes.items():
-        setattr(top, name, value)
-    return top
-
-
-def write(path, make, **others):
-    """A file as published, with what ``make`` returns called ema."""
-    with official_modules() as (_, util), open(path, "wb") as file:
-        pickle.dump({"ema": make(), "dataset_kwargs": util.EasyDict(path="x"), "loss_fn": None, **others}, file)
-    return path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 def test_a_network_comes_out_as_it_went_in(tmp_path, dtype):
     path = write(tmp_path / NAME, lambda: network(dtype=getattr(torch, dtype)))
     read = read_official(path)
-    assert (read.nimg, read.length, read.config) == (16777000, Length.of(0.05), CONFIG)
+    assert (read.nimg, read.length, read.config) == (16384 * 1024, Length.of(0.05), CONFIG)
+    assert read.data == DataFormat()
     assert read.params.keys() == PARAMS.keys()
     for name, array in PARAMS.items():
         wanted = array if name.endswith(("freqs", "phases")) else torch.from_numpy(array).to(getattr(torch, dtype))
@@ -127,11 +37,9 @@ def test_a_network_comes_out_as_it_went_in(tmp_path, dtype):
         assert np.array_equal(read.params[name], np.asarray(torch.as_tensor(wanted).float()))
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_every_protocol_is_read(tmp_path, protocol):
-    path = tmp_path / NAME
-    with official_modules(), open(path, "wb") as file:
-        pickle.dump({"ema": network()}, file, protocol=protocol)
+    path = write(tmp_path / NAME, network, protocol=protocol)
     assert np.array_equal(read_official(path).params["unet.out_conv.weight"], PARAMS["unet.out_conv.weight"])
 
 
@@ -141,13 +49,83 @@ def test_the_command_writes_a_snapshot_and_names_the_licence(tmp_path, capsys):
     said = capsys.readouterr().out
     assert LICENCE in said
     assert "CC BY-NC-SA" in said
-    made = load_snapshot(tmp_path / "0016777-0.050.safetensors")
+    made = load_snapshot(path.with_suffix(".safetensors"))
     assert made.config == CONFIG
     assert main(["import", str(path)]) == 2
     assert "--out must be a new file" in capsys.readouterr().err
     assert main(["import", str(path), "--out", str(tmp_path / "b"), "--nimg", "1Mi", "--sigma-rel", "0.1"]) == 0
     made = load_snapshot(tmp_path / "b")
     assert (made.nimg, made.length) == (1 << 20, Length.of(0.1))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_encoder_of_latents_becomes_their_codec(tmp_path, older):
+    config = replace(CONFIG, img_channels=4)
+    path = tmp_path / NAME
+    write(path, lambda: network(initialize(config, seed=1), config), encoder=latents, protocol=2 if older else None)
+    if older:  # the names of NumPy before version 2
+        name = b"cnumpy._core.multiarray\n"
+        assert name in path.read_bytes()
+        path.write_bytes(path.read_bytes().replace(name, b"cnumpy.core.multiarray\n"))
+    codec = read_official(path).data.codec
+    assert (codec.stored, codec.vae) == ("moments", "stabilityai/sd-vae-ft-mse")
+    official = Codec.standardizing(*SD_LATENTS)
+    assert codec.mean == pytest.approx(official.mean, rel=1e-6)
+    assert codec.scale == pytest.approx(official.scale, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: thing("StabilityVAEEncoder", scale=np.ones(4), bias=np.ones(4)), "4 scales for 3 channels"),
+        (lambda: thing("StabilityVAEEncoder", bias=np.ones(4)), "an encoder with scale and bias"),
+        (lambda: thing("StabilityVAEEncoder", scale=np.array([None] * 3), bias=np.ones(3)), "dtype 'O8'"),
+        (lambda: thing("OwnEncoder"), "an encoder of pixels or of Stability's latents, got OwnEncoder"),
+    ],
+)
+def test_an_encoder_that_cannot_be_ours_is_refused(tmp_path, make, message):
+    path = write(tmp_path / NAME, network, encoder=make)
+    with pytest.raises(InputError, match=message) as caught:
+        read_official(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kimg", "images"),
+    [(2147483, 1 << 31), (1879048, 1792 << 20), (939524, 896 << 20), (0, 0), (1, 1024), (127, 127000)],
+)
+def test_images_are_a_multiple_of_1024_where_there_is_one(kimg, images):
+    """As official names are made: thousands of images, rounded down. None of 127000 to 127999 is such a multiple."""
+    assert images_seen(kimg) == images
+    assert images // 1000 == kimg
+
+
+def test_a_pickle_beside_its_import_counts_once_and_hides_no_other(tmp_path, capsys):
+    paths = [write(tmp_path / f"network-snapshot-{kimg:07d}-0.050.pkl", network) for kimg in (8000, 16000, 24000)]
+    assert main(["import", str(paths[1])]) == 0
+    assert main(["reconstruct", str(tmp_path), "--sigma-rels", "0.07", "--at", "24000512"]) == 0
+    assert "files     3, from time 8000512 to 24000512" in capsys.readouterr().out
+
+
+def test_networks_of_one_name_but_for_their_kind_are_imported_side_by_side(tmp_path):
+    for name in ("edm2-img64-s-0016777-0.050", "edm2-img64-xs-uncond-0016777-0.050"):
+        assert main(["import", str(write(tmp_path / f"{name}.pkl", network))]) == 0
+        assert (tmp_path / f"{name}.safetensors").exists()
+
+
+def test_a_network_is_named_by_a_pickle_or_a_folder_of_pickles(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for kimg in (0, 8000, 16000):
+        write(folder / f"network-snapshot-{kimg:07d}-0.050.pkl", network)
+        write(folder / f"network-snapshot-{kimg:07d}-0.100.pkl", network)
+    for name in ("training-state-0016000.pt", "training_options.json", "stats.jsonl", "log.txt"):
+        (folder / name).write_bytes(b"{}")
+    assert stored_network(folder).length == Length.of(0.1)
+    assert stored_network(folder, sigma_rel=0.07).length == Length.of(0.07)
+    file = write(tmp_path / "guide.pkl", network)
+    assert (stored_network(file).length, stored_network(file).nimg) == (None, 0)
+    assert np.array_equal(stored_network(file).params["unet.out_gain"], PARAMS["unet.out_gain"])
 
 
 def test_a_folder_of_pickles_is_reconstructed_from(tmp_path, capsys):
@@ -158,7 +136,7 @@ def test_a_folder_of_pickles_is_reconstructed_from(tmp_path, capsys):
     assert main(["reconstruct", str(tmp_path), "--sigma-rels", "0.07", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
     assert "left out  network-snapshot-0000000-0.050.pkl, network-snapshot-0000000-0.100.pkl: time 0" in out
-    assert "files     4, from time 8000000 to 16000000" in out
+    assert "files     4, from time 8000512 to 16000000" in out
     made = load_snapshot(tmp_path / "reconstructed" / "0016000-0.070.safetensors")
     assert np.allclose(made.params["unet.out_conv.weight"], PARAMS["unet.out_conv.weight"], rtol=2e-3, atol=2e-3)
 

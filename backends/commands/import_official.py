@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 
 from backends.pipeline.checkpoints.official import LICENCE, read_official
-from backends.pipeline.checkpoints.snapshots import save_snapshot, snapshot_name
+from backends.pipeline.checkpoints.snapshots import save_snapshot
 from edm2_core.errors import InputError
 from edm2_core.network import parameter_count
 
@@ -18,7 +18,7 @@ class Options:
     source: tyro.conf.Positional[Path]
     """The pickle, such as edm2-img512-s-2147483-0.130.pkl."""
     out: Path | None = None
-    """Snapshot to write. Without it: beside the pickle, named by time and length."""
+    """Snapshot to write. Without it: beside the pickle, under its name."""
     nimg: int | None = None
     """Images seen in training. Without it: taken from the pickle's name."""
     sigma_rel: float | None = None
@@ -33,7 +33,7 @@ def run(options: Options) -> None:
     """
     snapshot = read_official(options.source, nimg=options.nimg, sigma_rel=options.sigma_rel)
     assert snapshot.length is not None, "official files are averages"
-    path = options.out or options.source.with_name(snapshot_name(snapshot.nimg, snapshot.length))
+    path = options.out or options.source.with_suffix(".safetensors")
     if path.exists():
         raise InputError(f"--out must be a new file, got {path}, which exists: choose another")
     save_snapshot(path, snapshot)

@@ -41,15 +41,18 @@ class FoundFile:
 def find_files(folder: Path, pattern: str | None, /) -> list[FoundFile]:
     """The weights in a run, in any folder, or in the folders of checkpoints in it, of which ``pattern`` selects some.
 
-    A single file beside folders of checkpoints is one of theirs: the last, of some trainers.
+    A single file beside folders of checkpoints is one of theirs: the last, of some trainers. Of an official pickle and
+    the snapshot that was imported from it, beside it, the snapshot is taken; other pickles are taken too.
 
     Raises:
         InputError: none, files of several kinds, or checkpoints with several weights of which none is selected.
     """
     folder = folder / "snapshots" if (folder / "snapshots").is_dir() else folder
     paths = _weights_in(folder)
+    imported = {path.stem for path in paths if path.suffix == ".safetensors"}
+    paths = [path for path in paths if path.suffix != ".pkl" or path.stem not in imported]
     kinds = Counter(_whole(path).suffix for path in paths)
-    if len(kinds) > 1:
+    if len(kinds) > 1 and kinds.keys() != {".pkl", ".safetensors"}:
         seen = " and ".join(f"{count} {suffix}" for suffix, count in sorted(kinds.items()))
         raise InputError(f"files of a folder must be of one kind, got {seen} in {folder}: move the others away")
     files = [FoundFile(_whole(path).stem, path) for path in paths]

@@ -1,7 +1,7 @@
-"""Reading pickles of official EDM2 networks: nothing in them is executed, and no array is copied.
+"""Reading pickles of official EDM2 networks and statistics: nothing in them is executed, and no weight is copied.
 
 The names in a pickle decide which code runs while it is read: here each allowed name stands for an inert function or
-class of this module (:data:`_ALLOWED`), and any other name ends the reading.
+class of this module (:data:`ALLOWED`), and any other name ends the reading.
 
 A storage is a file of PyTorch's own inside the pickle, as bytes. The unpickler asks for large bytes one by one; it is
 given memory that holds only their place in the file, so that arrays can be read from there when they are needed.
@@ -57,6 +57,37 @@ class Stored:
     values: np.ndarray | None = None
 
 
+class Values:
+    """An array of NumPy: ``array`` is set while it is read."""
+
+    def __init__(self, file: "_InPlace") -> None:
+        self._file = file
+        self.array = np.empty(0)
+
+    def __setstate__(self, state: tuple[Any, tuple[int, ...], "_DType", bool, bytes]) -> None:
+        _, shape, dtype, fortran, data = state
+        if not isinstance(data, bytes):
+            raise ValueError("an array of objects")
+        flat = np.frombuffer(self._file.whole(data), dtype.dtype)
+        count, _ = _contiguous(tuple(shape))
+        if count != flat.size:
+            raise ValueError("an array of another length than it says")
+        self.array = flat.reshape(shape, order="F" if fortran else "C")
+
+
+class _DType:
+    """A dtype of NumPy, by its code: numbers only."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not re.fullmatch("[fiub][1248]|b1", code):
+            raise ValueError(f"an array of dtype {code!r:.20}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
 class _EasyDict(dict[str, Any]):
     """A dict; attributes that a pickle sets on it have no effect."""
 
@@ -90,6 +121,10 @@ class _InPlace:
         view[: len(mark)] = mark
         return end - at
 
+    def whole(self, data: bytes) -> bytes:
+        """Bytes that were read, or that were left in their place."""
+        return self.at(_place(data), len(data)) if data.startswith(_MARK) else data
+
     def at(self, start: int, length: int) -> bytes:
         """Bytes from another place."""
         here = self._file.tell()
@@ -106,19 +141,28 @@ class _Unpickler(pickle.Unpickler):
         self._methods = {
             ("torch.storage", "_load_from_bytes"): self._storage,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+            ("numpy.core.multiarray", "_reconstruct"): self._array,
+            ("numpy.core.multiarray", "scalar"): self._scalar,
         }
 
     def find_class(self, module: str, name: str, /) -> Any:
-        allowed = _ALLOWED | self._methods
-        if (module, name) not in allowed:
+        older = module.replace("numpy._core", "numpy.core")  # the name before NumPy 2
+        allowed = ALLOWED | self._methods
+        if (older, name) not in allowed:
             raise _Refused(f"{module}.{name}")
-        return allowed[module, name]
+        return allowed[older, name]
+
+    def _array(self, *_: Any) -> Values:
+        return Values(self._file)
+
+    def _scalar(self, dtype: _DType, data: bytes) -> Any:
+        return np.frombuffer(self._file.whole(data), dtype.dtype, 1)[0].item()
 
     def _storage(self, archive: bytes) -> Stored:
         if not archive.startswith(_MARK):
             entry = _entry(archive[:_HEADER], 0, len(archive))
             return Stored(entry, np.frombuffer(archive, DTYPES[entry.dtype], entry.size, entry.offset))
-        at = int.from_bytes(archive[len(_MARK) : len(_MARK) + 8], "little")
+        at = _place(archive)
         return Stored(_entry(self._file.at(at, _HEADER), at, len(archive)))
 
     def _tensor(self, storage: Stored, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Stored:
@@ -141,6 +185,10 @@ class _Unpickler(pickle.Unpickler):
         return Stored(Entry(entry.dtype, size, 0), copy.reshape(-1))
 
 
+def _place(mark: bytes) -> int:
+    return int.from_bytes(mark[len(_MARK) : len(_MARK) + 8], "little")
+
+
 @lru_cache
 def _contiguous(size: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     """The number of elements of an array, and its strides if it is contiguous."""
@@ -161,7 +209,22 @@ def _entry(header: bytes, at: int, length: int) -> Entry:
     return entry
 
 
-_ALLOWED = {
+def _bytes(text: str, encoding: str = "latin1") -> bytes:
+    """Bytes in pickles of protocol 2."""
+    if encoding != "latin1":
+        raise ValueError("bytes in another encoding")
+    return text.encode("latin1")
+
+
+def _device(*words: Any) -> str:
+    return ":".join(map(str, words))
+
+
+class _Inert:
+    """A class that is only named, as in the arguments of ``_reconstruct``."""
+
+
+ALLOWED: dict[tuple[str, str], Any] = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _module,
     ("dnnlib.util", "EasyDict"): _EasyDict,
     ("collections", "OrderedDict"): OrderedDict,
@@ -169,11 +232,18 @@ _ALLOWED = {
     ("__builtin__", "set"): set,
     ("torch.nn.modules.container", "ModuleDict"): Module,
     ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch", "Size"): tuple,
+    ("torch", "device"): _device,
+    **{("torch", name): name for name in ("float16", "bfloat16", "float32", "float64", "int64", "uint8")},
+    ("numpy", "ndarray"): _Inert,
+    ("numpy", "dtype"): _DType,
+    ("_codecs", "encode"): _bytes,
 }
+"""What names in a pickle stand for, besides the unpickler's methods; names of NumPy are those before version 2."""
 
 
 def load(path: Path, /) -> Any:
-    """What the pickle at ``path`` holds: plain values, :class:`Module` and :class:`Stored`.
+    """What the pickle at ``path`` holds: plain values, :class:`Module`, :class:`Stored` and :class:`Values`.
 
     Raises:
         InputError: no such file, a name in it that is not allowed, or a damaged file.
