@@ -53,6 +53,11 @@ def switches() -> st.SearchStrategy[dict[str, Any]]:
     return st.one_of(alone, st.fixed_dictionaries({"ladder": rungs}, optional=values))
 
 
+def _whole_heads(channels: int, per_head: int) -> bool:
+    heads = channels // per_head
+    return heads > 0 and channels % heads == 0
+
+
 @st.composite
 def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD, ladder: Any = None) -> NetworkConfig:
     """Small networks: odd widths, up to three levels, rectangles, padding, conditions, attention on and off, labels or
@@ -72,8 +77,8 @@ def configs(draw: Any, *, labels: bool | None = None, narrowest: int = FORWARD, 
     channels = draw(st.integers(max(5, narrowest + 1), 10))
     mult = tuple(draw(st.permutations((1, 2, 1.5)))[:levels])
     widths = [int(channels * m) for m in mult]
-    common = [d for d in range(narrowest, 11) if not any(width % d for width in widths)]
-    deepest = [d for d in range(narrowest, 21) if widths[-1] % d == 0]
+    common = [d for d in range(narrowest, 11) if all(_whole_heads(width, d) for width in widths)]
+    deepest = [d for d in range(narrowest, 21) if _whole_heads(widths[-1], d)]
     resolutions = {max(smallest) << level for level in (range(levels) if common else (0,))}
     return NetworkConfig(
         img_resolution=size,

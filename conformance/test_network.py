@@ -43,7 +43,7 @@ BASE = NetworkConfig(img_resolution=8, img_channels=1, model_channels=16, channe
         ({"img_channels": 1.5}, r"img_channels must be a whole number .* got 1.5"),
         ({"label_dim": -1}, r"label_dim must be a whole number >= 0, got -1"),
         ({"channel_mult": ()}, r"channel_mult must be one or more positive numbers, got \(\)"),
-        ({"channels_per_head": 10}, r"divisible by channels_per_head, got 16 at 8x8 with 10 per head"),
+        ({"channels_per_head": 10}, r"equal heads of at least channels_per_head, got 32 at 4x4 with 10 per head"),
         ({"channels_per_head": 32, "attn_resolutions": (8,)}, r"got 16 at 8x8 with 32 per head"),
         ({"resample_filter": (1, 2, 1)}, r"resample_filter must be an even number of finite taps"),
         ({"resample_filter": (1, inf)}, r"resample_filter must be an even number of finite taps"),
@@ -113,7 +113,9 @@ def test_attention_is_where_the_config_says(config: NetworkConfig) -> None:
     for block in (*plan(config).encoder, *plan(config).decoder):
         chosen = max(block.size) in config.attn_resolutions and "_block" in block.name
         assert bool(block.heads) == (chosen or block.name.endswith("_in0"))
-        assert not block.heads or block.heads * config.channels_per_head == block.out_channels
+        if block.heads:
+            assert block.heads == block.out_channels // config.channels_per_head
+            assert block.out_channels % block.heads == 0
 
 
 class Read(dict[str, Any]):

@@ -246,8 +246,9 @@ def _check(config: NetworkConfig) -> None:
     rule(config.emb_channels >= 1, "channel_mult_emb", "positive", "leave it out for the widest level's width")
     for level, (channels, size) in enumerate(zip(config.level_channels, config.level_sizes, strict=True)):
         attends = config.attends(size) or level == halvings
-        if attends and channels % config.channels_per_head:
+        heads = channels // config.channels_per_head
+        if attends and (not heads or channels % heads):
             raise InputError(
-                f"channels of a level with attention must be divisible by channels_per_head, got {channels} at "
-                f"{size[0]}x{size[1]} with {config.channels_per_head} per head: change one of the two"
+                "channels of a level with attention must make one or more equal heads of at least channels_per_head, "
+                f"got {channels} at {size[0]}x{size[1]} with {config.channels_per_head} per head: change one of the two"
             )
