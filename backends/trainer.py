@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from backends.pipeline.runs.team import Team
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.state import Arrays, State
@@ -41,13 +42,14 @@ class Measurement:
 class Trainer(ABC):
     """A network in training, in one of ``world`` processes. All processes must make the same calls in the same order.
 
-    A port defines the abstract methods and sets ``rank``, ``world`` and ``device`` (a description). Noise is drawn on
-    the device as a function of (seed, images seen), independent of the number of processes. Batches are those that
-    :meth:`place` made of this process's share.
+    A port defines the abstract methods and sets ``rank``, ``world``, ``team`` and ``device`` (a description). Noise is
+    drawn on the device as a function of (seed, images seen), independent of the number of processes. Batches are those
+    that :meth:`place` made of this process's share.
     """
 
     rank: int = 0
     world: int = 1
+    team: Team = Team()
     device: str
 
     def __init__(self) -> None:
@@ -82,6 +84,11 @@ class Trainer(ABC):
         losses, nonfinite = (self.fetch(values) for values in zip(*self._metrics, strict=True))
         self._metrics = []
         return {"loss": self.mean_over_processes(float(losses.mean())), "nonfinite": int(nonfinite.sum())}
+
+    def settle(self) -> None:
+        """Wait for the device to end the last step."""
+        if self._metrics:
+            self.fetch(self._metrics[-1])
 
     def agree(self, stop: bool, /) -> bool:
         """Whether ``stop`` is true in any process."""

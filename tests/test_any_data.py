@@ -66,7 +66,7 @@ def test_latents_are_trained_on_and_decoded(port: str, capsys: pytest.CaptureFix
     run(port, "train", f"--data data --outdir run {TWICE}")
     for kind in ("latents", "png"):
         run(port, "sample", f"--run run --seeds 0-1 --steps 3 --format {kind} --outdir {kind}")
-    with np.load("latents/samples.npz") as made, torch.inference_mode():
+    with np.load("latents/latents.npz") as made, torch.inference_mode():
         latents = made["latents"]
         wanted = vae.decode(torch.from_numpy(latents)).sample.numpy() * 127.5 + 127.5
     assert (latents.shape, latents.dtype) == ((2, 4, 8, 8), np.float32)

@@ -25,7 +25,8 @@ def _read(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_saved_images_have_their_own_size_pixels_and_channels(tmp_path: Path, channels: int) -> None:
     images = _random(2, channels)
-    paths = save_images(tmp_path / "new", images, ["000003.png", "000007.png"])
+    paths = [tmp_path / "new" / name for name in ("000003.png", "000007.png")]
+    save_images(paths, images)
     assert paths == [tmp_path / "new" / "000003.png", tmp_path / "new" / "000007.png"]
     for path, image in zip(paths, images, strict=True):
         with Image.open(path) as picture:
@@ -92,7 +93,7 @@ def test_what_is_no_picture_is_refused_and_leaves_no_file(tmp_path: Path) -> Non
     for save in (
         lambda: save_grid(tmp_path / "x.png", latents),
         lambda: save_rows(tmp_path / "x.png", [("x", latents)]),
-        lambda: save_images(tmp_path, latents, ["0.png", "1.png"]),
+        lambda: save_images([tmp_path / "0.png", tmp_path / "1.png"], latents),
     ):
         with pytest.raises(InputError, match=r"^a PNG must have 1 or 3 channels, got 4: use --format npz$"):
             save()

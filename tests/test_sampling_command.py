@@ -14,9 +14,11 @@ from backends.pipeline.data.seeds import noise
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.options import SampleOptions
 from backends.pipeline.runs.sampling import run_sampling
+from backends.pipeline.runs.team import Team
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
+from edm2_core.published import published
 
 PROG = "python -m backends.toy.sample"
 UNCONDITIONAL = replace(CONFIG, label_dim=0)
@@ -139,6 +141,79 @@ def test_class_makes_all_images_of_one_class(run):
     assert arrays["labels"].tolist() == [3] * 5
 
 
+def test_classes_are_named_in_a_list_or_all_in_turn(run):
+    assert npz(seeds="5-9", label="3,7")["labels"].tolist() == [3, 7, 3, 7, 3]
+    assert npz(seeds="0-11", label="all")["labels"].tolist() == [*range(10), 0, 1]
+
+
+def test_labels_come_from_a_file(run):
+    np.save("ids.npy", np.array([4, 2]))
+    assert npz(seeds="7-9", labels=Run("ids.npy").path)["labels"].tolist() == [4, 2, 4]
+    vectors = np.eye(10, dtype=np.float32)[::-1]
+    np.save("vectors.npy", vectors)
+    assert np.array_equal(npz(seeds="7-9", labels=Run("vectors.npy").path)["labels"], vectors[:3])
+
+
+def test_what_is_there_is_not_made_again(run):
+    sample(seeds="0-7", batch=4, outdir="out", subdirs=True)
+    folder, first = Run("out/000000").path, Run("out/000000/000003.png").path.read_bytes()
+    (folder / "000005.png").unlink()
+    calls = sample(seeds="0-9", batch=4, outdir="out", subdirs=True, skip_existing=True)
+    assert [call["n"] for call in calls] == [4, 2]  # seeds 4 to 7, of which one was missing, and 8 and 9
+    assert len(list(folder.glob("*.png"))) == 10
+    assert (folder / "000003.png").read_bytes() == first
+
+
+def test_processes_divide_the_batches_and_make_what_one_makes(run):
+    sample(seeds="0-9", outdir="whole")
+    for rank in range(3):
+        team = Team(rank, 3, lambda data: np.stack([data] * 3))
+        options = options_of(SampleOptions, seeds="0-9", outdir=Run("parts").path, batch=2)
+        run_sampling(options, ToySampler(), prog=PROG, team=team)
+    whole, parts = ({p.name: p.read_bytes() for p in Run(n).path.glob("0*.png")} for n in ("whole", "parts"))
+    assert whole == parts
+    assert len(whole) == 10
+
+
+def test_noise_of_torch_is_that_of_its_generator(run):
+    torch = pytest.importorskip("torch")
+    arrays = npz(seeds="3,4294967299", noise="torch")
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn([1, 8, 8], generator=generator).numpy()
+    label = int(torch.randint(10, [], generator=generator))
+    mean = np.mean(initialize(CONFIG, seed=5)["unet.out_conv.weight"].astype(np.float16), dtype=np.float32)
+    wanted = 127.5 + 127.5 * (np.tanh(start + mean) * 0.8 + 0.1 * label / 10)
+    assert arrays["labels"].tolist() == [label] * 2  # seeds count modulo 2^32
+    assert np.abs(arrays["images"].transpose(0, 3, 1, 2) - wanted).max() <= 0.51
+
+
+def test_each_file_of_an_array_is_written_part_by_part(run):
+    sample(seeds="0-6", batch=3, outdir="out", format="npy")
+    assert np.array_equal(np.load("out/samples.npy"), npz(seeds="0-6")["images"].transpose(0, 3, 1, 2))
+    sample(seeds="0-6", batch=3, outdir="out", format="latents")
+    with np.load("out/latents.npz") as file:
+        assert (file["latents"].shape, file["labels"].shape, file["seeds"].tolist()) == (
+            (7, 1, 8, 8),
+            (7,),
+            [*range(7)],
+        )
+
+
+def test_a_guide_has_an_average_of_its_own(run):
+    (call,) = sample(seeds="0", guidance=2.0, guide=run.path, guide_sigma_rel=0.05)
+    assert np.mean(call["guide"][1]["unet.out_conv.weight"]) == used(4)
+
+
+def test_a_published_combination_names_network_guide_and_weight(run, capsys):
+    names = published("edm2-img64-s-autog-fid")
+    store(f"models/{names.net.replace('.pkl', '.safetensors')}", seed=7)
+    store(f"models/{names.guide.replace('.pkl', '.safetensors')}", seed=8)
+    (call,) = sample(preset="edm2-img64-s-autog-fid", models="models", seeds="0")
+    assert (call["mean"], call["guidance"]) == (used(7), 1.7)
+    assert np.mean(call["guide"][1]["unet.out_conv.weight"]) == used(8)
+    assert "published fid 1.01 of 50000 images" in capsys.readouterr().out
+
+
 def test_an_unconditional_network_gets_no_labels_and_says_minus_one():
     store("net", UNCONDITIONAL)
     assert npz(net="net", seeds="0-1")["labels"].tolist() == [-1, -1]
@@ -237,16 +312,16 @@ def test_a_grid_shows_at_most_100_images(run):
     [
         ({"seeds": "a"}, "seeds must be numbers and ranges"),
         ({"batch": 0}, "--batch must be at least 1, got 0"),
-        ({"label": 10}, "--class must be from 0 to 9, got 10"),
-        ({"label": -1}, "--class must be from 0 to 9, got -1"),
+        ({"label": 10}, "--class must be from 0 to 9 or all, got 10"),
+        ({"label": -1}, "--class must be from 0 to 9 or all, got -1"),
         ({"sigma_rel": 0.3}, r"sigma_rel must be within \(0, 0\.2887\), got 0\.3"),
         ({"sigma_rel": 0.0}, r"sigma_rel must be within \(0, 0\.2887\), got 0"),
         ({"steps": 0}, "num_steps >= 1.*got num_steps 0"),
         ({"sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
         ({"rho": 0.0}, "rho > 0"),
         ({"S_churn": -1.0}, "--S-churn must not be negative, got -1"),
-        ({"net": "net", "run": "runs/00000-digits"}, "--net excludes --run and --sigma-rel"),
-        ({"net": "net", "sigma_rel": 0.1}, "--net excludes --run and --sigma-rel"),
+        ({"net": "net", "run": "runs/00000-digits"}, "--net and --run name the same thing, got both"),
+        ({"net": "net", "sigma_rel": 0.1}, "a single snapshot has one length, got sigma_rel 0.1 for net"),
         ({"net": "none"}, "none must be a file that can be read"),
         ({"run": "none"}, r"must be a folder with a config\.json, got none"),
         ({"guide": "net"}, "--guide needs a guidance weight"),
@@ -256,6 +331,17 @@ def test_a_grid_shows_at_most_100_images(run):
         ({"net": "free", "label": 3}, "--class needs a network with labels, got 3"),
         ({"net": "latent"}, "PNG images must be grey or RGB, got 4 channels: use --format npz"),
         ({"net": "theirs"}, "must be one of edm2's"),
+        ({"label": "3,x"}, "--class must be from 0 to 9 or all, got x"),
+        ({"label": "3", "labels": "ids.npy"}, "--class and --labels exclude each other"),
+        ({"labels": "ids.npy"}, "--labels must be from 0 to 9, got 0 to 10 in ids.npy"),
+        ({"labels": "rows.npy"}, r"--labels must be class ids \[n\] or vectors \[n, 10\], got \[4, 3\]"),
+        ({"guide_sigma_rel": 0.1}, "--guide-sigma-rel needs a --guide"),
+        ({"preset": "edm2-img512-q-fid"}, "--preset must be one of edm2-img512-xs-fid"),
+        ({"preset": "edm2-img512-s-fid", "net": "net"}, "--preset names network, guide and weight, got --net too"),
+        (
+            {"preset": "edm2-img512-s-guid-fid", "models": "."},
+            r"folder with edm2-img512-s-2147483-0\.025\.pkl, .*https:",
+        ),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_sampling(run, options, message):
@@ -265,6 +351,8 @@ def test_what_cannot_be_sampled_is_refused_before_sampling(run, options, message
     store("other", replace(CONFIG, label_dim=3))
     store("latent", replace(CONFIG, img_channels=4))
     save_snapshot("theirs", Snapshot(params={"w": np.zeros(2)}, config=None, nimg=1, length=Length.of(0.1)))
+    np.save("ids.npy", np.arange(11))
+    np.save("rows.npy", np.zeros((4, 3), np.float32))
     sampler = ToySampler()
     with pytest.raises(InputError, match=message) as caught:
         run_sampling(options_of(SampleOptions, **options), sampler, prog=PROG)

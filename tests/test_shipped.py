@@ -8,7 +8,7 @@ from sklearn.svm import SVC
 
 from backends.pipeline.checkpoints.snapshots import load_snapshot
 from backends.pipeline.data.datasets import open_dataset
-from backends.pipeline.runs.sampling import Job, labels_of_seeds, sample_images
+from backends.pipeline.runs.job import Job, labels_of_seeds, sample_images
 from backends.pipeline.runs.shipped import PATH
 from edm2_core.ema import Length
 from edm2_core.presets import PRESETS
@@ -30,7 +30,12 @@ def test_its_digits_are_read_as_their_labels() -> None:
     data, seeds = open_dataset("digits"), range(100)
     everything = np.arange(len(data))
     reader = SVC(gamma=0.001).fit(data.read(everything).reshape(len(data), -1) * (16 / 255), data.labels(everything))
-    job = Job(snapshot=load_snapshot(PATH), seeds=seeds, labels=labels_of_seeds(seeds, 10), solver={"num_steps": 18})
+    job = Job(
+        snapshot=load_snapshot(PATH),
+        seeds=seeds,
+        labels=labels_of_seeds(seeds, load_snapshot(PATH).config),
+        solver={"num_steps": 18},
+    )
     pictures = sample_images(job, PORT.sampler, batch=100)
     assert (reader.predict(pictures.reshape(100, -1) * (16 / 255)) == job.labels).mean() >= 0.9
 

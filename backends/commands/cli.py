@@ -18,6 +18,8 @@ COMMANDS = {  # name: (module in this package, description)
     "dataset stats": ("dataset_stats", "mean and standard deviation of each channel of float data"),
     "dataset encode": ("dataset_encode", "images as latents of an autoencoder"),
     "dataset decode": ("dataset_decode", "latents as images"),
+    "evaluate": ("evaluate", "FID, FD-DINOv2 and other metrics of a network or of images"),
+    "sweep": ("sweep", "the averaging length, or other settings, that make the best images by a metric"),
     "report": ("report", "runs on one page: losses, magnitudes, a slider over the averaging length"),
 }
 

@@ -10,6 +10,7 @@ import tyro
 
 from backends.pipeline.checkpoints.atomic import write_bytes
 from backends.pipeline.report import sections
+from backends.pipeline.report.figures import measured
 from backends.pipeline.report.history import History
 from backends.pipeline.report.page import page
 from backends.pipeline.report.strips import open_port
@@ -65,6 +66,7 @@ def run(options: Options) -> None:
         sections.noise(histories, canvas),
         sections.magnitudes(histories, canvas),
         sections.lengths(histories, canvas, sampling),
+        measured({name: history.run for name, history in histories.items()}, canvas),
         sections.options(histories),
     ]
     title = f"{len(histories)} runs, side by side" if len(histories) > 1 else next(iter(histories))

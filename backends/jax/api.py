@@ -18,7 +18,7 @@ from jax import Array
 from backends import ports
 from backends.pipeline.data.datasets import Dataset
 from backends.pipeline.data.labels import check_labels
-from backends.pipeline.runs import sampling, training
+from backends.pipeline.runs import networks, training
 from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
 from backends.ports import Machine
@@ -43,13 +43,13 @@ def load(
         path: a run folder of any port, or one of its snapshots.
         device: where its parameters are: a device, cpu, gpu or tpu, or one of them as in gpu:1; None: JAX's default.
         sigma_rel: length of the average, reconstructed where a run did not store it. None: see
-            :func:`backends.pipeline.runs.sampling.stored_network`.
+            :func:`backends.pipeline.runs.networks.stored_network`.
         dtype: of activations; parameters are float32.
 
     Raises:
         InputError: no such file, run, length or device.
     """
-    stored = sampling.stored_network(path, sigma_rel=sigma_rel)
+    stored = networks.stored_network(path, sigma_rel=sigma_rel)
     place = devices.choose_one(device) if isinstance(device, str) else device
     with jax.default_device(place):
         network = load_network(stored.required_config(), stored.params, dtype=dtype)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from backends.pipeline.runs.team import Team
 from edm2_core.errors import InputError
 
 AXIS = "data"
@@ -20,7 +21,7 @@ Training takes JAX's default, which is faster and less exact on GPUs (TF32) and 
 
 
 def join() -> None:
-    """Connect to the other processes of this job, where ``JAX_COORDINATOR_ADDRESS`` is set.
+    """Connect to the other processes of this job, once, where ``JAX_COORDINATOR_ADDRESS`` is set.
 
     ``JAX_NUM_PROCESSES`` is their number and ``JAX_PROCESS_ID`` the index of this one; on clusters that JAX knows, such
     as Slurm and Cloud TPU, they may be left out.
@@ -28,7 +29,7 @@ def join() -> None:
     Raises:
         InputError: JAX_NUM_PROCESSES or JAX_PROCESS_ID is not an integer, or the coordinator does not answer.
     """
-    if not (address := os.environ.get("JAX_COORDINATOR_ADDRESS")):
+    if not (address := os.environ.get("JAX_COORDINATOR_ADDRESS")) or jax.distributed.is_initialized():
         return
     count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
     try:
@@ -39,6 +40,18 @@ def join() -> None:
             f"processes must meet at JAX_COORDINATOR_ADDRESS {address}, got '{why}': "
             "set JAX_NUM_PROCESSES, and JAX_PROCESS_ID from 0 on"
         ) from error
+
+
+def team() -> Team:
+    """The processes of this job, as those that divide the images of a command among them; see :func:`join`."""
+    join()
+    if jax.process_count() == 1:
+        return Team()
+
+    def all_gather(data: np.ndarray) -> np.ndarray:
+        return np.asarray(multihost_utils.process_allgather(data))
+
+    return Team(jax.process_index(), jax.process_count(), all_gather)
 
 
 def choose(name: str | None, /) -> list[Any]:

@@ -9,7 +9,8 @@ from backends.pipeline.runs.exit_codes import command
 if TYPE_CHECKING:
     import numpy as np
 
-    from backends.pipeline.runs.options import SampleOptions
+    from backends.pipeline.runs.options import SamplingOptions
+    from backends.pipeline.runs.team import Team
     from backends.ports import OpenSampler
 
 PROG = "python -m backends.jax.sample"
@@ -22,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from backends.pipeline.runs.sampling import run_sampling
 
     options = parse(SampleOptions, argv, prog=PROG, description="Sample with JAX; by default, the newest run.")
-    run_sampling(options, open_sampler(options), prog=PROG, open_decoder=open_decoder)
+    team = open_team(options.device)
+    run_sampling(options, open_sampler(options), prog=PROG, open_decoder=open_decoder, team=team)
 
 
 def open_decoder(name: str, device: str | None, only_local: bool) -> "Callable[[np.ndarray], np.ndarray]":
@@ -32,7 +34,14 @@ def open_decoder(name: str, device: str | None, only_local: bool) -> "Callable[[
     return vae.open_decoder(name, device, only_local)
 
 
-def open_sampler(options: "SampleOptions") -> "OpenSampler":
+def open_team(device: str | None) -> "Team":
+    """The processes that share the images."""
+    from . import device as devices
+
+    return devices.team()
+
+
+def open_sampler(options: "SamplingOptions") -> "OpenSampler":
     """A sampler on the device and in the precision that ``options`` name."""
     from backends.pipeline.runs.precision import say_if_slow
 

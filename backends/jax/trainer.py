@@ -57,6 +57,7 @@ class JaxTrainer(Trainer):
         self._config, self._nimg = config, 0
         self._mesh = devices.mesh_of(devices.choose(machine.device))
         self.rank, self.world = jax.process_index(), jax.process_count()
+        self.team = devices.team()
         self.device = devices.describe(list(self._mesh.devices.flat))
         count, batch = self._mesh.size, config.hyper.batch
         self._microbatch = batch // microbatches(batch, machine.batch_per_device, world=count)

@@ -15,7 +15,7 @@ import mlx.core as mx
 from backends import ports
 from backends.pipeline.data.datasets import Dataset
 from backends.pipeline.data.labels import check_labels
-from backends.pipeline.runs import sampling, training
+from backends.pipeline.runs import networks, training
 from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
 from backends.ports import Machine
@@ -54,7 +54,7 @@ def load(
     """
     if device is not None:
         mx.set_default_device(devices.choose(device))
-    snapshot = sampling.stored_network(path, sigma_rel=sigma_rel)
+    snapshot = networks.stored_network(path, sigma_rel=sigma_rel)
     return build(snapshot.required_config(), snapshot.params, dtype=dtype)
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from backends.pipeline.runs.team import Team
 from edm2_core.errors import InputError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -110,6 +112,17 @@ class Processes:
             return value
         with _timeout():
             return float(mx.distributed.all_sum(mx.array(value))) / self.world
+
+    def team(self) -> Team:
+        """The processes, as those that divide the images of a command among them."""
+        if self.world == 1:
+            return Team()
+
+        def all_gather(data: np.ndarray) -> np.ndarray:
+            with _timeout():
+                return np.array(mx.distributed.all_gather(mx.array(data)[None]))
+
+        return Team(self.rank, self.world, all_gather)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ class MLXTrainer(Trainer):
         mx.set_default_device(device)
         self._processes = devices.Processes.here()
         self.rank, self.world = self._processes.rank, self._processes.world
+        self.team = self._processes.team()
         self.device = devices.describe(device)
         self._config, self._microbatch, hyper = config, machine.batch_per_device, config.hyper
         params = initialize(config.network, seed=config.seed)

@@ -19,7 +19,7 @@ from backends.pipeline.data.datasets import Dataset
 from backends.pipeline.data.labels import check_labels
 from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
-from backends.pipeline.runs.sampling import stored_network
+from backends.pipeline.runs.networks import stored_network
 from backends.pipeline.runs.training import train as run_train
 from backends.ports import Machine
 

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed
 
+from backends.pipeline.runs.team import Team
 from edm2_core.errors import InputError
 
 
@@ -79,3 +81,17 @@ class Processes:
         total = torch.tensor(value, device=device)
         torch.distributed.all_reduce(total)
         return float(total) / self.world
+
+    def team(self, device: torch.device) -> Team:
+        """The processes, as those that divide the images of a command among them."""
+        if self.world == 1:
+            return Team()
+        self.join(device)
+
+        def all_gather(data: np.ndarray) -> np.ndarray:
+            mine = torch.from_numpy(data.copy()).to(device)
+            rows = [torch.empty_like(mine) for _ in range(self.world)]
+            torch.distributed.all_gather(rows, mine)
+            return torch.stack(rows).cpu().numpy()
+
+        return Team(self.rank, self.world, all_gather)

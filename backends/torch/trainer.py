@@ -34,7 +34,7 @@ class TorchTrainer(Trainer):
         self._processes = devices.Processes.here()
         self.rank, self.world = self._processes.rank, self._processes.world
         self._device = devices.choose(machine.device)
-        self._processes.join(self._device)
+        self.team = self._processes.team(self._device)
         self.device = devices.describe(self._device)
         self._config = config
         on_cuda = self._device.type == "cuda"

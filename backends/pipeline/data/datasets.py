@@ -20,7 +20,7 @@ from edm2_core.errors import InputError
 from . import latents
 from .arrays import ArrayFiles, OneArray, arrays_in
 from .file_labels import MANIFEST, Labels, read_labels
-from .files import Files, is_hidden, open_files
+from .files import Files, find, is_hidden, open_files
 from .images import SUFFIXES, DeepImages, EncodedImages
 from .seeds import bits
 from .statistics import Items, standardized
@@ -278,10 +278,11 @@ def _by_kind(files: Files, kind: Kind | None, path: Path) -> tuple[Kind, Sequenc
     """What ``files`` hold, and the indices of the samples."""
     suffixes = {"images": SUFFIXES, "arrays": (".npy",), "latents": (".npy",)}
     by_kind: dict[Kind, list[int]] = {"images": [], "arrays": []}
+    overview = "grid.png" if find(files, "samples.json") is not None else None  # of a folder that sampling wrote
     for index, name in enumerate(files.names):
         lower = name.lower()
         for each in by_kind:
-            if lower.endswith(suffixes[each]) and not is_hidden(name):
+            if lower.endswith(suffixes[each]) and not is_hidden(name) and name != overview:
                 by_kind[each].append(index)
     if kind is None and all(by_kind.values()):
         raise InputError(

@@ -4,7 +4,7 @@ Each stream is a counter-based generator keyed by a seed and a purpose, so a row
 whole numbers of at most 18 digits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -36,3 +36,26 @@ def _normal(seeds: Sequence[int], shape: Sequence[int], purpose: str, step: int)
     for row, seed in zip(rows, seeds, strict=True):
         np.random.Generator(bits(seed, purpose, step)).standard_normal(dtype=np.float32, out=row)
     return rows
+
+
+# ---- as the official tools draw them
+
+
+def torch_noise(seeds: Sequence[int], shape: Sequence[int], /) -> np.ndarray:
+    """Like :func:`noise`, by a generator of PyTorch on the CPU for each seed modulo 2^32: what published seeds name,
+    where the official tools sample on a CPU. CUDA's generators draw other numbers."""
+    return np.stack([drawn for drawn, _ in _torch_draws(seeds, shape, 0)])
+
+
+def torch_labels(seeds: Sequence[int], shape: Sequence[int], label_dim: int, /) -> np.ndarray:
+    """Like :func:`labels`: the number that the generator of :func:`torch_noise` draws after the noise."""
+    return np.array([label for _, label in _torch_draws(seeds, shape, label_dim)], np.int64)
+
+
+def _torch_draws(seeds: Sequence[int], shape: Sequence[int], label_dim: int) -> Iterator[tuple[np.ndarray, int]]:
+    import torch
+
+    for seed in seeds:
+        generator = torch.Generator("cpu").manual_seed(seed % (1 << 32))
+        drawn = torch.randn(list(shape), generator=generator).numpy()
+        yield drawn, int(torch.randint(label_dim, (), generator=generator)) if label_dim else -1

@@ -144,6 +144,25 @@ def draw_by_noise(
     _legend(axes)
 
 
+def draw_sweep(axes: "Axes", names: Sequence[str], figures: Mapping[tuple[float, ...], float], metric: str) -> None:
+    """Figures of points: a curve over one setting, or a map over two, of others the best; the lowest is marked."""
+    best = min(figures, key=lambda point: (figures[point], point))
+    if len(names) == 1:
+        xs = sorted(x for (x,) in figures)
+        axes.plot(xs, [figures[(x,)] for x in xs], color=_COLOURS[0], marker=".")
+        axes.plot(best[0], figures[best], color=_COLOURS[1], marker="o", linestyle="none")
+        axes.set_ylabel(_plain(metric))
+    else:
+        points = sorted(figures, key=lambda point: -figures[point])  # the lowest on top, where more settings differ
+        x, y = ([point[i] for point in points] for i in range(2))
+        shown = axes.scatter(x, y, c=[figures[point] for point in points], s=80, cmap="viridis")
+        axes.plot(best[0], best[1], color=_COLOURS[1], marker="o", fillstyle="none", markersize=14, linestyle="none")
+        axes.figure.colorbar(shown, ax=axes, label=_plain(metric))
+        axes.set_ylabel(_plain(names[1]))
+    axes.set_xlabel(_plain(names[0]))
+    axes.grid(alpha=0.3)
+
+
 def limits(curves: Iterable[Curve]) -> tuple[float, float]:
     """The range of a logarithmic axis that shows all curves: at least a factor of 2."""
     values = np.concatenate([np.ravel((curve.low, curve.high)) for curve in curves])

@@ -15,8 +15,8 @@ from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.checkpoints.sources import Source
 from backends.pipeline.runs.exit_codes import missing_framework
 from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.job import job_of_run, sample_images
 from backends.pipeline.runs.options import SampleOptions
-from backends.pipeline.runs.sampling import job_of_run, sample_images
 from backends.ports import OpenSampler
 from edm2_core.ema import Length
 from edm2_core.errors import InputError

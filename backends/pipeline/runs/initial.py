@@ -11,7 +11,7 @@ from edm2_core.network import NetworkConfig, initialize, plan
 from edm2_core.state import Arrays, State
 
 from .config import TrainConfig
-from .sampling import stored_network
+from .networks import stored_network
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from edm2_core.ema import Length
 
 from .config import TrainConfig
 from .folder import Run
+from .job import Conditions, Job, labels_of_seeds, sample_images
 from .pictures import save_rows
 from .progress import Progress
-from .sampling import Conditions, Job, labels_of_seeds, sample_images
 
 RECONSTRUCTED = (0.02, 0.05, 0.10, 0.15, 0.20)
 _WORST_ERROR = 0.5  # lengths whose predicted reconstruction error exceeds this are skipped
@@ -124,7 +124,7 @@ def _row(network: Snapshot, dataset: Dataset, open_sampler: OpenSampler, columns
     config = network.required_config()
     columns = min(config.label_dim, columns) if config.label_dim and not dataset.vectors else columns
     seeds, given = range(columns), Conditions(dataset)
-    labels = np.array(seeds, np.int64) if config.label_dim else labels_of_seeds(seeds, 0)
+    labels = np.array(seeds, np.int64) if config.label_dim else labels_of_seeds(seeds, config)
     if config.label_dim and dataset.vectors:
         labels = given.labels(seeds)
     job = Job(snapshot=network, seeds=seeds, labels=labels, conditions=given if config.cond_channels else None)

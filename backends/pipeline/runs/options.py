@@ -26,6 +26,7 @@ from edm2_core.presets import AUTO, CUSTOM, Hyperparameters, Preset, on_rung, pr
 from .command_line import flag, flags_given, parse, parse_some, reader
 from .config import Precision, TrainConfig
 from .folder import Run
+from .job import Noise
 
 _EXCLUSIVE = (
     ("half_life", "sigma_rels"),
@@ -102,6 +103,20 @@ NETWORK_FIELDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """Metrics of the averages while a run trains."""
+
+    evaluate: int | None = None
+    """Images between evaluations of the tracked averages, such as 8Mi. Without it: none."""
+    evaluate_metric: str = "fid"
+    """The metric, as in edm2 evaluate, against the training data; the lowest is the best."""
+    evaluate_images: int = 5000
+    """Images that are sampled for each average."""
+    evaluate_steps: int = 32
+    """Sampling steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Options of the train command. Those in ``config`` are stored with the run; ``previous`` is the config of the run
     that is resumed, or None."""
@@ -131,6 +146,7 @@ class TrainOptions:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     previous: tyro.conf.Fixed[TrainConfig | None] = None
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
+    scores: Annotated[ScoreOptions, tyro.conf.arg(name="")] = ScoreOptions()
     no_picture: bool = False
     """Draw no averages of several lengths at the end."""
     dry_run: bool = False
@@ -243,21 +259,32 @@ def preset_in(path: Path, /) -> Preset:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """Options of the sample command."""
+class SamplingOptions:
+    """Which samples, of which network."""
 
     run: Path | None = None
     """Run folder with the network. Without it: the newest under runs/; without any, the network that ships with edm2.
     """
     net: Path | None = None
-    """Snapshot file with the network, instead of a run."""
+    """The network: a snapshot, an official pickle, a run, or a folder of snapshots or pickles. The same as --run, which
+    torchrun takes for an option of its own."""
+    preset: str | None = None
+    """Network, guide and guidance weight of a published score, such as edm2-img512-s-guid-fid."""
+    models: str | None = None
+    """Folder of published networks, or the address to download them from. Without it: ~/.cache/edm2, and the authors'.
+    """
     sigma_rel: float | None = None
     """Relative length of the average, reconstructed if it is not stored. Without it: the stored average of length
     0.10, else the longest; for a run with --half-life the traditional average."""
     seeds: str = "0-63"
     """Seeds, one image for each, such as 0-63 or 3,7,10-19."""
     label: Class = None
-    """Class of all images, a number from 0 or a name. Without it: drawn from each seed."""
+    """Class of all images, a number from 0 or a name; several with commas, or all, in turn. Without it: drawn from each
+    seed."""
+    labels: Path | None = None
+    """.npy of class ids or label vectors, a row for each image in turn."""
+    noise: Noise = "edm2"
+    """How noise and label are drawn from a seed; torch: as the official tools draw them on a CPU."""
     data: str | None = None
     """Data whose label vectors are used: seed s takes those of sample s. Without it: the run's own."""
     condition: str | None = None
@@ -281,15 +308,12 @@ class SampleOptions:
     guidance: float = 1.0
     """Guidance weight; 1 disables guidance."""
     guide: Path | None = None
-    """Snapshot or run of the guiding network. Without it: the same network without its label, if it was trained with
+    """The guiding network, as in --net. Without it: the same network without its label, if it was trained with
     --label-dropout."""
+    guide_sigma_rel: float | None = None
+    """Relative length of the guide's average, where --guide is a run or a folder."""
     guide_interval: tuple[float, float] = (0.0, inf)
     """Lowest and highest noise level at which guidance acts."""
-    outdir: Path | None = None
-    """Folder of the images. Without it: a folder under samples/ of the run; ./samples with --net."""
-    format: Literal["png", "npz", "npy", "latents"] | None = None
-    """png: an image file per seed, and a grid; npz, npy: one file, float32 unless the data are 8-bit; latents: an npz
-    of latents that are not decoded. Without it: png for images, npz for other data."""
     vae: str | None = None
     """Autoencoder that decodes latents: a folder, or an ID of the hub. Without it: the one that the data name, if it is
     on this machine."""
@@ -299,3 +323,18 @@ class SampleOptions:
     """Dtype of the network's activations."""
     device: str | None = None
     """Device to sample on. Without it: the fastest available."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(SamplingOptions):
+    """Options of the sample command."""
+
+    outdir: Path | None = None
+    """Folder of the images. Without it: a folder under samples/ of the run; ./samples with --net."""
+    format: Literal["png", "npz", "npy", "latents"] | None = None
+    """png: an image file per seed, and a grid; npz, npy: one file, float32 unless the data are 8-bit; latents: an npz
+    of latents that are not decoded. Without it: png for images, npz for other data."""
+    skip_existing: bool = False
+    """Make only pictures that are not there yet, to go on after an interruption."""
+    subdirs: bool = False
+    """A folder for each thousand seeds."""

@@ -40,15 +40,10 @@ def to_uint8(values: np.ndarray, /) -> np.ndarray:
     return np.rint(np.where(np.isfinite(values), values, 0).clip(0, 255)).astype(np.uint8)
 
 
-def save_images(folder: str | os.PathLike[str], images: np.ndarray, names: Sequence[str]) -> list[Path]:
-    """Write one PNG per image, in its own size, under the given file names. Returns their paths.
-
-    Raises InputError as :func:`save_grid`.
-    """
-    paths = [Path(folder, name) for name in names]
+def save_images(paths: Sequence[Path], images: np.ndarray, /) -> None:
+    """Write one PNG per image, in its own size. Raises InputError as :func:`save_grid`."""
     for path, image in zip(paths, images, strict=True):
         _save(path, _picture(image))
-    return paths
 
 
 def save_grid(

@@ -18,7 +18,7 @@ class Progress:
     """
 
     def __init__(self, *, total: int, start: int = 0, shown: bool = True, unit: str = "img") -> None:
-        self._unit = unit
+        self._unit, self._shown = unit, shown
         self._lines = shown and not sys.stderr.isatty()
         self._start, self._done, self._total, self._since = start, start, total, time.monotonic()
         columns, rows = get_terminal_size()  # never 0: tqdm may measure 0 columns, and then draws nothing
@@ -59,8 +59,9 @@ class Progress:
             self._bar.set_postfix_str(note)
 
     def say(self, text: str, /) -> None:
-        """Print a line on stderr, above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        """Print a line on stderr, above the bar, if the progress is shown."""
+        if self._shown:
+            self._bar.write(text, file=sys.stderr)
 
     def _line(self) -> str:
         elapsed = max(time.monotonic() - self._since, 1e-9)

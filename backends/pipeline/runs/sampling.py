@@ -1,251 +1,160 @@
-"""The sample command of every port: loads the network, draws noise and labels from seeds, samples, writes the images.
-
-Noise and labels are drawn on the host, so a seed gives the same image in every port and in any batch.
-"""
+"""The sample command of every port: loads the network, draws noise and labels from seeds, and writes the images."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zlib import crc32
 
 import numpy as np
 
 from backends.pipeline.checkpoints.atomic import write_bytes
-from backends.pipeline.checkpoints.reconstruct import reconstruct
-from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, snapshot_name
-from backends.pipeline.checkpoints.sources import Source
-from backends.pipeline.data.datasets import Dataset, open_dataset
-from backends.pipeline.data.labels import check_labels, one_hot
-from backends.pipeline.data.seeds import churn_noise, noise
-from backends.pipeline.data.seeds import labels as seeded_labels
+from backends.pipeline.checkpoints.snapshots import Snapshot
+from backends.pipeline.data.arrays import arrays_in
+from backends.pipeline.data.labels import check_labels
 from backends.ports import Network, OpenSampler
-from edm2_core.codec import PIXELS, Codec, DataFormat
-from edm2_core.ema import Length
+from edm2_core.codec import Codec
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, parameter_count
+from edm2_core.published import published
 from edm2_core.sampler import noise_levels
 
-from . import outputs, shipped
+from . import outputs
 from .command_line import flag, parse_seeds
-from .folder import Run, any_run, newest
-from .options import SampleOptions
-from .pictures import visible
-from .progress import Progress
+from .folder import Run
+from .job import Job, batches, given_with, labels_of_seeds
+from .networks import FoundNetwork, find_network, published_file, stored_network
+from .options import SampleOptions, SamplingOptions
+from .team import Team
 
 _RECORD = "samples.json"
 OpenDecoder = Callable[[str, str | None, bool], "outputs.Decode"]
 """(an autoencoder's name or folder, device, only if it is on this machine) -> latents to images."""
 _SOLVER = ("sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", "guide_interval")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """Everything that determines the images.
-
-    ``labels``: class ids, int64 [number of seeds], -1 without labels; or label vectors, float32 [number of seeds,
-    label_dim]. ``conditions``: of seeds, those of the images, as the network sees them. ``solver``: options of
-    :func:`edm2_core.sampler.sample`, and ``guide_interval``.
-    """
-
-    snapshot: Snapshot
-    guide: Network | None = None
-    guidance: float = 1.0
-    seeds: Sequence[int]
-    labels: np.ndarray
-    conditions: "Conditions | None" = None
-    solver: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def format(self) -> DataFormat:
-        """What the samples are; 8-bit images where the snapshot does not say."""
-        return self.snapshot.data or DataFormat()
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """The conditions of seeds, or their label vectors: seed s has those of sample s, modulo their number."""
-
-    dataset: Dataset
-
-    def __call__(self, seeds: Sequence[int], /) -> np.ndarray:
-        """The conditions, float32 [n, channels, height, width]."""
-        codec = self.dataset.format.condition or PIXELS
-        return codec.encode(self.dataset.condition(self._indices(seeds)))
-
-    def labels(self, seeds: Sequence[int], /) -> np.ndarray:
-        """The label vectors, float32 [n, label_dim]."""
-        return self.dataset.labels(self._indices(seeds))
-
-    def _indices(self, seeds: Sequence[int]) -> np.ndarray:
-        return np.array([seed % len(self.dataset) for seed in seeds], np.int64)
+_GIVEN = ("labels", "guide", "guide_sigma_rel", "precision", "data", "condition", "vae", "noise")
+_DEPENDS = ("label", "steps", "guidance", *_SOLVER, *_GIVEN)
+"""Options that an image depends on, besides its seed and the network."""
 
 
 def run_sampling(
-    options: SampleOptions, open_sampler: OpenSampler, *, prog: str, open_decoder: OpenDecoder | None = None
+    options: SampleOptions,
+    open_sampler: OpenSampler,
+    *,
+    prog: str,
+    open_decoder: OpenDecoder | None = None,
+    team: Team = Team(),
 ) -> None:
-    """Sample with ``options``, write the images, and print the network, the guide and the paths.
+    """Sample with ``options``, write the images, and print the network, the guide and the paths. Of several processes
+    each makes its share.
 
     Raises:
         InputError: no such run, network, length, seed or class; an option out of range; or a failed write.
     """
     if options.batch < 1:
         raise InputError(f"--batch must be at least 1, got {options.batch}: 64 is the default")
-    network = find_network(options, train=f"{prog.removesuffix('sample')}train")
+    say = team.say
+    options = with_preset(options, say)
+    network = network_of(options, train=f"{prog.removesuffix('sample')}train")
     snapshot = network.snapshot
-    job = _job(options, network)
-    decoder = _decoder(options, job.format.codec, open_decoder)
+    job = job_of(options, network)
+    decoder = decoder_of(options, job.format.codec, open_decoder, kind=options.format)
     kind = options.format or ("png" if decoder or job.format.codec.stored == "uint8" else "npz")
     channels = snapshot.required_config().img_channels
     if kind == "png" and decoder is None and job.format.codec.stored == "uint8" and channels not in (1, 3):
         raise InputError(f"PNG images must be grey or RGB, got {channels} channels: use --format npz")
-    print(f"network  {network.origin}: {_describe(snapshot)}")
+    say(f"network  {network.origin}: {_describe(snapshot)}")
     if job.guidance != 1:
-        print(f"guide    {options.guide or 'the same network without its label'}, weight {job.guidance:g}")
-    if options.label is not None and job.format.classes and job.format.classes[job.labels[0]] != str(job.labels[0]):
-        print(f"class    {job.labels[0]}, {job.format.classes[job.labels[0]]}")
+        say(f"guide    {options.guide or 'the same network without its label'}, weight {job.guidance:g}")
+    if options.label is not None and job.labels.size and (job.labels == job.labels[0]).all():
+        say(f"class    {job.labels[0]}{_class_name(job)}")
     outdir = options.outdir or _default_folder(options, network.folder)
-    if kind == "png":
-        _claim(outdir, _settings(options, snapshot))
+    if kind == "png" and team.rank == 0:
+        _claim(outdir, settings(options, snapshot))
+    team.wait()
     finish = outputs.finish(kind, job.format, None if kind == "latents" else decoder)
-    images = sample_images(job, open_sampler, batch=options.batch, shown=True, finish=finish)
-    for path in outputs.write(kind, outdir, images, labels=job.labels, seeds=job.seeds):
-        print(f"wrote    {path}")
+    skip = partial(_all_there, outdir, options.subdirs) if kind == "png" and options.skip_existing else None
+    writer = _writer(kind, outdir, options, team)
+    made = batches(job, open_sampler, batch=options.batch, team=team, shown=True, finish=finish, skip=skip)
+    for images in made:
+        writer.add(outputs.Batch(images.images, job.seeds[images.part], job.labels[images.part]))
+    for path in writer.close():
+        say(f"wrote    {path}")
+    team.wait()
 
 
-def sample_images(
-    job: Job, open_sampler: OpenSampler, *, batch: int, shown: bool = False, finish: outputs.Finish | None = None
-) -> np.ndarray:
-    """Samples [n, channels, height, width], one per seed of ``job``, in batches of ``batch``.
-
-    ``finish`` makes an output of float32 samples of the network; None: pictures, uint8 with 1 or 3 channels.
-    """
-    config = job.snapshot.required_config()
-    shape = (config.img_channels, *config.image_size)
-    sampler = open_sampler(config, job.snapshot.params, guide=job.guide)
-    made = []
-    with Progress(total=len(job.seeds), shown=shown) as progress:
-        for part in _parts(len(job.seeds), batch):
-            seeds, labels = job.seeds[part], job.labels[part]
-            rows = labels if labels.ndim == 2 else one_hot(labels, config.label_dim) if config.label_dim else None
-            given: dict[str, Any] = {} if job.conditions is None else {"condition": job.conditions(seeds)}
-            churn = (churn_noise(seeds, shape, step=step) for step in count())
-            options = {**job.solver, **given, "guidance": job.guidance, "churn_noise": churn}
-            samples = sampler(noise(seeds, shape), rows, **options)
-            made.append(visible(samples, job.format) if finish is None else finish(samples))
-            progress.advance(len(seeds))
-            progress.report()
-    return np.concatenate(made)
+def _writer(kind: outputs.Kind, outdir: Path, options: SampleOptions, team: Team) -> outputs.Writer:
+    if kind == "png":
+        kept = options.skip_existing and (outdir / "grid.png").exists()
+        return outputs.PictureFiles(outdir, subdirs=options.subdirs, grid=team.rank == 0 and not kept)
+    stem = "latents" if kind == "latents" else "samples"
+    part = f"-{team.rank}-of-{team.world}" if team.world > 1 else ""
+    return outputs.OneFile(outdir / f"{stem}{part}.{'npy' if kind == 'npy' else 'npz'}", kind)
 
 
-def _parts(total: int, batch: int) -> Iterator[slice]:
-    return (slice(start, min(start + batch, total)) for start in range(0, total, batch))
+def _all_there(outdir: Path, subdirs: bool, seeds: Sequence[int]) -> bool:
+    return all(outputs.seed_path(outdir, seed, subdirs=subdirs).exists() for seed in seeds)
+
+
+def _class_name(job: Job) -> str:
+    names = job.format.classes
+    known = bool(names) and names[job.labels[0]] != str(job.labels[0])
+    return f", {names[job.labels[0]]}" if known else ""
 
 
 # ---- the network
 
 
-def stored_network(path: str | Path, /, *, sigma_rel: float | None = None) -> Snapshot:
-    """The network in a snapshot file, or the latest average in a run folder.
-
-    Args:
-        path: the file or the folder.
-        sigma_rel: length of a run's average, reconstructed if it is not stored; None: 0.10 if stored, else the longest.
-
-    Raises:
-        InputError: no such file or run, a run without snapshots, or ``sigma_rel`` with a single file.
-    """
-    if not Path(path).is_dir():
-        if sigma_rel is not None:
-            raise InputError(f"a single snapshot has one length, got sigma_rel {sigma_rel} for {path}: give the run")
-        return load_snapshot(path)
-    run = Run(path)
-    sources = run.snapshots(run.config().network)
-    if not sources:
-        raise InputError(f"a run must have snapshots, got none in {run.path}: train it longer")
-    return average_of(sources, sigma_rel)[0]
+Chosen = TypeVar("Chosen", bound=SamplingOptions)
 
 
-def average_of(sources: Sequence[Source], sigma_rel: float | None, /) -> tuple[Snapshot, Length, bool]:
-    """The latest average of a run: the snapshot, its length, and whether it was stored rather than reconstructed."""
-    stored = {source.length: source for source in sources if source.time == sources[-1].time}
-    default = Length.of(0.10) if Length.of(0.10) in stored else max(stored)
-    length = default if sigma_rel is None else Length.of(sigma_rel)
-    if length in stored:
-        return stored[length].load(), length, True
-    (snapshot,) = reconstruct(sources, sigma_rels=[length.value])
-    return snapshot, length, False
+def with_preset(options: Chosen, say: Callable[[str], None], /) -> Chosen:
+    """``options`` with the network, the guide and the weight of a published combination."""
+    if options.preset is None:
+        return options
+    given = [name for name in ("net", "run", "guide") if getattr(options, name) is not None]
+    if given or options.guidance != 1:
+        raise InputError(f"--preset names network, guide and weight, got {flag((given or ['guidance'])[0])} too")
+    combination = published(options.preset)
+    net = published_file(combination.net, options.models)
+    guide = None if combination.guide is None else published_file(combination.guide, options.models)
+    say(f"preset   {options.preset}: published {combination.metric} {combination.score:g} of 50000 images")
+    return replace(options, net=net, guide=guide, guidance=combination.guidance)
 
 
-@dataclass(frozen=True)
-class FoundNetwork:
-    """A network, its origin in words, the folder for its samples, and the run it is of, if that is known."""
-
-    snapshot: Snapshot
-    origin: str
-    folder: Path
-    run: Run | None = None
-
-
-def find_network(options: SampleOptions, *, train: str) -> FoundNetwork:
-    """The network that ``options`` name: a snapshot, an average of a run, of the newest run, or the shipped one.
-
-    Raises:
-        InputError: no such run, network or length.
-    """
-    if options.net is not None:
-        if options.run is not None or options.sigma_rel is not None:
-            raise InputError("--net excludes --run and --sigma-rel, got one of them too: give --run instead of --net")
-        return FoundNetwork(load_snapshot(options.net), str(options.net), Path("samples"))
-    if options.sigma_rel is not None:
-        Length.of(options.sigma_rel)
-    if options.run is None and not any_run():
-        if options.sigma_rel is not None:
-            raise InputError(f"--sigma-rel needs a run to choose from, got none under runs/: train one with {train}")
-        return FoundNetwork(load_snapshot(shipped.PATH), shipped.WHOSE, Path("samples"))
-    run = Run(newest(train=train) if options.run is None else options.run)
-    sources = run.snapshots(run.config().network)
-    if not sources:
-        raise InputError(
-            f"a run must have snapshots, got none in {run.path}: continue it with {train} --outdir {run.path}"
-        )
-    snapshot, length, is_stored = average_of(sources, options.sigma_rel)
-    origin = "stored" if is_stored else f"reconstructed from {len(sources)} snapshots"
-    folder = run.samples_path / Path(snapshot_name(snapshot.nimg, length)).stem
-    return FoundNetwork(snapshot, f"{run.path} ({origin})", folder, run)
+def network_of(options: SamplingOptions, /, *, train: str) -> FoundNetwork:
+    """The network that ``options`` name; ``train`` is the command to suggest. Raises InputError: there is none."""
+    if options.net is not None and options.run is not None:
+        raise InputError("--net and --run name the same thing, got both: give one of them")
+    if options.run is not None and not options.run.is_dir():
+        Run(options.run).config()  # raises
+    path = options.run if options.net is None else options.net
+    return find_network(path, sigma_rel=options.sigma_rel, train=train)
 
 
 # ---- the job
 
 
-def job_of_run(snapshot: Snapshot, run: Run, *, seeds: Sequence[int], solver: Mapping[str, Any]) -> Job:
-    """The samples of ``seeds`` by an average of a run, with the conditions and label vectors of its data.
+def job_of(options: SamplingOptions, network: FoundNetwork, /) -> Job:
+    """The samples that ``options`` ask of a network.
 
     Raises:
-        InputError: the data are not where the run had them.
+        InputError: a seed, a class, a guide or a condition that does not fit; an option out of range.
     """
-    given = _given(SampleOptions(), FoundNetwork(snapshot, "", run.samples_path, run))
-    config = snapshot.required_config()
-    vectors = given is not None and config.label_dim > 0 and given.dataset.vectors
-    labels = given.labels(seeds) if given and vectors else labels_of_seeds(seeds, config.label_dim)
-    conditions = given if config.cond_channels else None
-    return Job(snapshot=snapshot, seeds=seeds, labels=labels, conditions=conditions, solver=solver)
-
-
-def _job(options: SampleOptions, network: FoundNetwork) -> Job:
     snapshot, guidance = network.snapshot, options.guidance
     config = snapshot.required_config()
     if options.guide is not None and guidance == 1:
         raise InputError(f"--guide needs a guidance weight other than 1, got {options.guide} alone: add --guidance 2")
-    guide = None if options.guide is None else _guide(options.guide, config)
+    if options.guide is None and options.guide_sigma_rel is not None:
+        raise InputError(f"--guide-sigma-rel needs a --guide, got {options.guide_sigma_rel} alone: name a run")
+    guide = None if options.guide is None else _guide(options.guide, options.guide_sigma_rel, config)
     if guidance != 1 and guide is None and not config.label_dim:
         raise InputError("--guidance of a network without labels needs a guide, got none: name one with --guide")
     seeds = parse_seeds(options.seeds)
-    given = _given(options, network)
+    given = given_with(snapshot, network.run, data=options.data, condition=options.condition)
     vectors = given is not None and config.label_dim > 0 and given.dataset.vectors
-    labels = given.labels(seeds) if given and vectors else _labels(options.label, seeds, snapshot)
+    labels = given.labels(seeds) if given and vectors else _labels(options, seeds, snapshot)
     check_labels(config, guide and guide[0], labels, guidance)
     return Job(
         snapshot=snapshot,
@@ -255,34 +164,12 @@ def _job(options: SampleOptions, network: FoundNetwork) -> Job:
         labels=labels,
         conditions=given if config.cond_channels else None,
         solver=_solver(options),
+        noise=options.noise,
     )
 
 
-def _given(options: SampleOptions, network: FoundNetwork) -> Conditions | None:
-    """The conditions and label vectors of the options or of the run; None for a network that takes neither."""
-    config, run = network.snapshot.required_config(), None if network.run is None else network.run.config()
-    vectors = run is not None and run.data_summary is not None and run.data_summary.vectors
-    if not config.cond_channels and not (options.data or (vectors and config.label_dim)):
-        return None
-    data = options.data or (run.data if run is not None else None)
-    condition = options.condition or (run.condition if run is not None else None)
-    if config.cond_channels and condition is None:
-        raise InputError("a network with conditions needs --condition, got none: name images or arrays")
-    if config.cond_channels and not (options.data or vectors):
-        data = condition  # only the conditions are needed
-    dataset = open_dataset(
-        str(data), condition=condition if config.cond_channels else None, format=network.snapshot.data
-    )
-    need = (config.cond_channels, *(config.image_size if config.cond_channels else dataset.shape[1:]))
-    if (got := (dataset.cond_channels, *dataset.shape[1:])) != need:
-        raise InputError(f"--condition must be of shape {need}, got {got} in {condition}: make it fit the network")
-    if vectors and dataset.label_dim != config.label_dim:
-        raise InputError(f"--data must have label vectors of {config.label_dim}, got {dataset.label_dim} in {data}")
-    return Conditions(dataset)
-
-
-def _guide(path: Path, config: NetworkConfig) -> Network:
-    snapshot = stored_network(path)
+def _guide(path: Path, sigma_rel: float | None, config: NetworkConfig) -> Network:
+    snapshot = stored_network(path, sigma_rel=sigma_rel)
     guide = snapshot.required_config()
     for name in ("img_resolution", "img_channels"):
         if (got := getattr(guide, name)) != (need := getattr(config, name)):
@@ -293,26 +180,51 @@ def _guide(path: Path, config: NetworkConfig) -> Network:
     return guide, snapshot.params
 
 
-def _labels(label: str | None, seeds: Sequence[int], snapshot: Snapshot) -> np.ndarray:
-    label_dim = snapshot.required_config().label_dim
-    if label is not None and not label_dim:
+def _labels(options: SamplingOptions, seeds: Sequence[int], snapshot: Snapshot) -> np.ndarray:
+    config, label = snapshot.required_config(), options.label
+    if options.labels is not None:
+        if label is not None:
+            raise InputError("--class and --labels exclude each other, got both: give one of them")
+        return _labels_in(options.labels, seeds, config.label_dim)
+    if label is not None and not config.label_dim:
         raise InputError(f"--class needs a network with labels, got {label} for one without: leave it out")
     if label is None:
-        return labels_of_seeds(seeds, label_dim)
+        return labels_of_seeds(seeds, config, options.noise)
     names = snapshot.data.classes if snapshot.data else ()
-    number = names.index(label) if label in names else int(label) if label.isdecimal() else -1
-    if not 0 <= number < label_dim:
-        known = f" or a name such as {names[0]}" if names and names[0] != "0" else ""
-        raise InputError(f"--class must be from 0 to {label_dim - 1}{known}, got {label}: choose one of these")
-    return np.full(len(seeds), number, np.int64)
+    classes = range(config.label_dim) if label == "all" else _classes(label, names, config.label_dim)
+    return np.array([classes[i % len(classes)] for i in range(len(seeds))], np.int64)
 
 
-def labels_of_seeds(seeds: Sequence[int], label_dim: int, /) -> np.ndarray:
-    """The class ids drawn from seeds, int64 [n]; -1 without labels. They are the ``labels`` of a :class:`Job`."""
-    return seeded_labels(seeds, label_dim) if label_dim else np.full(len(seeds), -1, np.int64)
+def _classes(label: str, names: Sequence[str], label_dim: int) -> list[int]:
+    """The class of a name or a number, or of several with commas between them."""
+    numbers = []
+    for word in [label] if label in names else label.split(","):
+        number = names.index(word) if word in names else int(word) if word.isdecimal() else -1
+        if not 0 <= number < label_dim:
+            known = f" or a name such as {names[0]}" if names and names[0] != "0" else ""
+            raise InputError(f"--class must be from 0 to {label_dim - 1}{known} or all, got {word}: choose of these")
+        numbers.append(number)
+    return numbers
 
 
-def _solver(options: SampleOptions) -> dict[str, Any]:
+def _labels_in(path: Path, seeds: Sequence[int], label_dim: int) -> np.ndarray:
+    """Rows of a .npy of class ids [n] or of vectors [n, label_dim]: image i has row i, modulo their number."""
+    arrays = arrays_in(path)
+    values = np.asarray(arrays.get("labels", next(iter(arrays.values()))))
+    whole, vectors = values.dtype.kind in "iu" and values.ndim == 1, values.ndim == 2 and values.shape[1] == label_dim
+    if not len(values) or not (whole or vectors):
+        raise InputError(
+            f"--labels must be class ids [n] or vectors [n, {label_dim}], got {list(values.shape)} in {path}"
+        )
+    rows = values[np.arange(len(seeds)) % len(values)]
+    if not whole:
+        return np.asarray(rows, np.float32)
+    if values.min() < 0 or values.max() >= label_dim:
+        raise InputError(f"--labels must be from 0 to {label_dim - 1}, got {values.min()} to {values.max()} in {path}")
+    return np.asarray(rows, np.int64)
+
+
+def _solver(options: SamplingOptions) -> dict[str, Any]:
     for name in ("S_churn", "S_min", "S_max", "S_noise"):
         if (value := getattr(options, name)) < 0:
             raise InputError(f"--{name.replace('_', '-')} must not be negative, got {value:g}: 0 is none")
@@ -330,23 +242,22 @@ def _default_folder(options: SampleOptions, folder: Path) -> Path:
     for field_name, word in (("label", "class"), ("guidance", "guidance"), ("steps", "steps")):
         if (value := getattr(options, field_name)) != getattr(usual, field_name):
             name += f"-{word}{value if isinstance(value, str) else f'{value:g}'}"
-    rest = {n: str(getattr(options, n)) for n in (*_SOLVER, "guide", "precision", "data", "condition", "vae")}
+    rest = {n: str(getattr(options, n)) for n in _DEPENDS if n not in ("label", "guidance", "steps")}
     if rest != {n: str(getattr(usual, n)) for n in rest}:
         name += f"-{crc32(json.dumps(rest).encode()):08x}"
     return folder.with_name(name)
 
 
-def _settings(options: SampleOptions, snapshot: Snapshot) -> dict[str, Any]:
+def settings(options: SamplingOptions, snapshot: Snapshot) -> dict[str, Any]:
     """All that an image depends on, besides its seed."""
     network = 0
     for _, array in sorted(snapshot.params.items()):
         network = crc32(np.ascontiguousarray(array).tobytes(), network)
-    names = ("label", "steps", *_SOLVER, "guidance", "guide", "precision", "data", "condition", "vae")
-    return {"network": f"{network:08x}", **{flag(n)[2:]: str(getattr(options, n)) for n in names}}
+    return {"network": f"{network:08x}", **{flag(n)[2:]: str(getattr(options, n)) for n in _DEPENDS}}
 
 
-def _claim(outdir: Path, settings: dict[str, Any]) -> None:
-    """Record ``settings`` in the folder, so that images of other settings are never mixed with these. Raises InputError
+def _claim(outdir: Path, needed: dict[str, Any]) -> None:
+    """Record ``needed`` in the folder, so that images of other settings are never mixed with these. Raises InputError
     where it has such images."""
     path = outdir / _RECORD
     if not path.exists():
@@ -354,13 +265,13 @@ def _claim(outdir: Path, settings: dict[str, Any]) -> None:
             raise InputError(
                 f"{outdir} must have no images of unknown settings, got {old.name}: choose another --outdir"
             )
-        write_bytes(path, json.dumps(settings, indent=1).encode() + b"\n")
+        write_bytes(path, json.dumps(needed, indent=1).encode() + b"\n")
         return
     try:
         stored = dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError:
         stored = {}
-    for name, value in settings.items():
+    for name, value in needed.items():
         if stored.get(name) != value:
             raise InputError(
                 f"images in {outdir} must all have the same settings, got {name} {value} for {stored.get(name)}: "
@@ -375,11 +286,13 @@ def _describe(snapshot: Snapshot) -> str:
     return f"{size}, {kind}, after {snapshot.nimg} images"
 
 
-def _decoder(options: SampleOptions, codec: Codec, open_decoder: OpenDecoder | None) -> outputs.Decode | None:
+def decoder_of(
+    options: SamplingOptions, codec: Codec, open_decoder: OpenDecoder | None, /, *, kind: str | None = None
+) -> outputs.Decode | None:
     """What makes images of latents: the autoencoder of --vae, or the one that the snapshot names if it is at hand."""
     if codec.vae is None and options.vae is not None:
         raise InputError(f"--vae decodes latents, got {options.vae} for a network of {codec.stored} data: leave it out")
-    if codec.vae is None or open_decoder is None or options.format == "latents":
+    if codec.vae is None or open_decoder is None or kind == "latents":
         return None
     try:
         return open_decoder(options.vae or codec.vae, options.device, options.vae is None)

@@ -4,10 +4,9 @@ Order of an iteration: learning rate, batch, step; then, whenever a multiple of 
 the averages and the state. The result depends only on the config: stopping and resuming do not change it.
 """
 
-import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any
@@ -18,27 +17,23 @@ from backends.pipeline.data.batches import Batches, Reading
 from backends.pipeline.data.datasets import Dataset, held_out
 from backends.ports import Machine, OpenSampler
 from backends.trainer import OpenTrainer, Trainer
-from edm2_core.ema import Length, TimedPlan
+from edm2_core.ema import Length
 from edm2_core.errors import InputError
-from edm2_core.ladder import LADDER
-from edm2_core.network import NetworkConfig, multiply_adds, parameter_count
-from edm2_core.presets import AUTO
 from edm2_core.schedule import learning_rate
 from edm2_core.state import Arrays
 
 from . import telemetry
-from .command_line import count_text
 from .config import DataSummary, TrainConfig
 from .exit_codes import Interrupts
 from .folder import Run, create
 from .holdout import HeldOut, Overfitting
-from .initial import Initial, initial
+from .initial import initial
 from .length_picture import draw_lengths
-from .options import TrainOptions
+from .messages import Estimate, ladder_text, say_begin, say_epochs, say_initial, say_next
+from .options import ScoreOptions, TrainOptions
 from .progress import Progress
 from .resolve import microbatches, open_data, resolve, with_free_options
-
-_MANY_EPOCHS = 10_000  # the paper's longest run on ImageNet has 1757
+from .scoring import Scores
 
 
 def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler: OpenSampler, *, prog: str) -> int:
@@ -54,8 +49,8 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
     start = _start(run, previous) if run is not None and previous is not None else 0
     if options.dry_run:
         place = run.path if run is not None else "a new folder under runs/"
-        print(f"{config.to_json()}{_ladder_text(config.network)}")
-        _say_epochs(config)
+        print(f"{config.to_json()}{ladder_text(config.network)}")
+        say_epochs(config)
         print(f"would train from {start} to {config.hyper.duration} images in {place}")
         return 0
     if run is not None and start >= config.hyper.duration:
@@ -65,7 +60,7 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
         state = load_state(run.state_path, config.network, config.hyper.lengths)
         return _draw(run, config, dataset, state.params, open_sampler, nimg=start, prog=prog)
     trainer, picture = open_trainer(config, options.machine), not options.no_picture
-    job = Training(config, dataset, trainer, options.machine.workers)
+    job = Training(config, dataset, trainer, options.machine.workers, options.scores)
     return _train(job, open_sampler, options.outdir, start=start, picture=picture, prog=prog)[1]
 
 
@@ -121,12 +116,13 @@ def _start(run: Run, previous: TrainConfig) -> int:
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, on what, by what; and how many processes read the data."""
+    """What is trained, on what, by what; how many processes read the data; and what is measured meanwhile."""
 
     config: TrainConfig
     dataset: Dataset
     trainer: Trainer
     workers: int = 0
+    scores: ScoreOptions = field(default_factory=ScoreOptions)
 
 
 def _train(
@@ -147,20 +143,20 @@ def _train(
     if begin is not None:
         trainer.load_state(begin.state(config))
     if trainer.rank != 0:
-        if not (status := _loop(job, None)) and picture:
+        if not (status := _loop(job, None, open_sampler)) and picture:
             trainer.parameters()  # gathered in every process, for the picture
         return None, status
     resumed = outdir is not None and Run(outdir).exists()
     run = Run(create(outdir, dataset.name))
     run.save_config(config)
-    _say_begin(run, config, trainer, resumed=resumed)
+    say_begin(run, config, trainer, resumed=resumed)
     if begin is not None:
-        _say_initial(config, begin)
-    if status := _loop(job, run):
+        say_initial(config, begin)
+    if status := _loop(job, run, open_sampler):
         print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.path}")
         return run, status
     if not picture:
-        _say_next(run, config, prog=prog)
+        say_next(run, config, prog=prog)
         return run, 0
     return run, _draw(run, config, dataset, trainer.parameters(), open_sampler, nimg=trainer.nimg, prog=prog)
 
@@ -178,11 +174,11 @@ def _draw(
         print(f"picture  {drawn.path}: the raw weights, then averages from short to long")
         print("error    of denoising: " + ", ".join(f"{name} {error:.4f}" for name, error in drawn.errors.items()))
         print(f"         on {drawn.measured_on}: not a verdict on samples")
-    _say_next(run, config, prog=prog)
+    say_next(run, config, prog=prog)
     return 0
 
 
-def _loop(job: Training, run: Run | None) -> int:
+def _loop(job: Training, run: Run | None, open_sampler: OpenSampler) -> int:
     """Train to the end; write to ``run`` unless it is None. Returns 0, or the exit status after a signal."""
     config, trainer, hyper = job.config, job.trainer, job.config.hyper
     kept, held = held_out(job.dataset, config.holdout, seed=config.seed)
@@ -193,9 +189,12 @@ def _loop(job: Training, run: Run | None) -> int:
     ):
         report = _Report(run, progress, trainer.nimg, None if held is None else HeldOut(config, held, trainer))
         snapshots = _Snapshots(config, run)
+        scores = _scores(job, run, open_sampler, progress)
+        estimate = Estimate(trainer, hyper.duration, progress.say)
         while trainer.nimg < hyper.duration:
             before, lr = trainer.nimg, _learning_rate(config, trainer.nimg)
             batch = next(batches)
+            estimate(nimg=before)
             if config.telemetry and before // hyper.batch % config.telemetry == 0:
                 measurement = trainer.measured_step(batch, lr=lr)
                 if run is not None:
@@ -209,11 +208,20 @@ def _loop(job: Training, run: Run | None) -> int:
             if stop or end or _crossed(config.status, before, nimg):
                 report(trainer.metrics(), nimg, lr)
             snapshots.store_due(trainer, before, nimg, end=end)
+            if scores is not None and (end or _crossed(job.scores.evaluate, before, nimg)):
+                scores(nimg)
             if stop or end or _crossed(config.checkpoint, before, nimg):
                 _save_state(run, trainer)
             if stop:
                 return interrupts.status or 128 + SIGTERM  # another process may have received the signal
     return 0
+
+
+def _scores(job: Training, run: Run | None, open_sampler: OpenSampler, progress: Progress) -> Scores | None:
+    if job.scores.evaluate is None:
+        return None
+    say = progress.say
+    return Scores(job.scores, job.config, job.dataset, open_sampler, trainer=job.trainer, run=run, say=say)
 
 
 def _batches(job: Training, dataset: Dataset) -> Batches[Any]:
@@ -309,76 +317,3 @@ class _Report:
             self._progress.report(said)
             if self._held is not None:
                 self._overfitting(record["holdout"], nimg)
-
-
-# ---- printed messages
-
-
-def _say_begin(run: Run, config: TrainConfig, trainer: Trainer, *, resumed: bool) -> None:
-    network, hyper, data = config.network, config.hyper, config.data_summary
-    cost = f"{parameter_count(network) / 1e6:.2f} M parameters, {2 * multiply_adds(network) / 1e9:.3g} GFLOP per image"
-    count = f"{data.count} images" if data is not None else "images"
-    size = f"{network.image_size[1]}x{network.image_size[0]}x{network.img_channels}"
-    print(f"device   {trainer.device}" + (f", {trainer.world} processes" if trainer.world > 1 else ""))
-    print(f"network  {config.preset}, {_ladder_text(network)}: {cost}, {config.precision}")
-    if config.preset == AUTO:
-        print(f"auto     what no option names, such as --channels or --duration, is chosen for {count}")
-    print(f"data     {config.data}: {count} of {size}, {_labels_text(config)}")
-    if network.cond_channels:
-        print(f"         each with a condition of {network.cond_channels} channels from {config.condition}")
-    if config.holdout:
-        print(f"         {config.holdout:.3g} of them held out: the loss on these is logged")
-    print(f"run      {run.path}: {count_text(hyper.duration)} images in batches of {hyper.batch}")
-    _say_epochs(config)
-    if trainer.nimg:
-        print(f"resumed  {run.state_path} at {trainer.nimg} images")
-    elif resumed:
-        print("resumed  at 0 images, because no state was stored yet")
-    sys.stdout.flush()  # before the progress on stderr
-
-
-def _say_initial(config: TrainConfig, begin: Initial) -> None:
-    taken = len(begin.params) - len(begin.fresh)
-    print(f"start    {taken} of {len(begin.params)} arrays from {config.init}")
-    for what, names in (("fresh", begin.fresh), ("unused", begin.unused)):
-        if names:
-            print(f"         {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}")
-    sys.stdout.flush()
-
-
-def _labels_text(config: TrainConfig) -> str:
-    dim, summary = config.network.label_dim, config.data_summary
-    if not dim:
-        return "no labels"
-    if summary is not None and summary.vectors:
-        return f"label vectors of length {dim}"
-    names = config.format.classes
-    shown = f" ({', '.join(names[:3])}{', ...' if dim > 3 else ''})" if names and names[0] != "0" else ""
-    return f"{dim} classes{shown}"
-
-
-def _say_epochs(config: TrainConfig) -> None:
-    if config.data_summary is None:
-        return
-    epochs = config.hyper.duration / config.data_summary.count
-    print(f"epochs   {epochs:,.1f}" if epochs < 100 else f"epochs   {epochs:,.0f}")
-    if epochs > _MANY_EPOCHS:
-        print(f"note     {epochs:,.0f} epochs are far more than any data needs: choose a shorter --duration")
-
-
-def _ladder_text(network: NetworkConfig) -> str:
-    """The rung, and the switches that differ from it."""
-    rung, switches = vars(LADDER[network.ladder]), vars(network.switches)
-    differ = [f"{name} {switches[name]}" for name in rung if switches[name] != rung[name]]
-    return f"CONFIG {network.ladder}" + (f" with {', '.join(differ)}" if differ else "")
-
-
-def _say_next(run: Run, config: TrainConfig, *, prog: str) -> None:
-    sample = f"{prog.removesuffix('train')}sample --run {run.path}"
-    print("next, for example:")
-    other = any(length.relative for length in config.hyper.lengths)  # a half-life alone reconstructs few lengths
-    print(f"  {sample} --sigma-rel 0.15" if other else f"  {sample}")
-    if config.network.label_dim and not (config.data_summary and config.data_summary.vectors):
-        print(f"  {sample} --class 3" + " --guidance 2" * (config.network.label_dropout > 0))
-    if not isinstance(config.snapshot_plan, TimedPlan):  # a timed plan ends with its run
-        print(f"  {prog} --outdir {run.path} --duration {count_text(2 * config.hyper.duration)}")

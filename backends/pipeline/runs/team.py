@@ -1,0 +1,51 @@
+"""Processes that divide the images of a command among them."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+AllGather = Callable[[np.ndarray], np.ndarray]
+"""Of uint8 [n] in each process, [world, n] in all of them; n is the same everywhere."""
+_MESSAGE = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process's ``rank`` among ``world``; by default it is the only one."""
+
+    rank: int = 0
+    world: int = 1
+    all_gather: AllGather | None = None
+
+    def gather(self, array: np.ndarray, /) -> list[np.ndarray]:
+        """The array of each process, of any shapes, in the order of ranks. All must call it together."""
+        if self.all_gather is None:
+            return [array]
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        data = np.frombuffer(buffer.getvalue(), np.uint8)
+        sizes = self.all_gather(np.frombuffer(np.int64(len(data)).tobytes(), np.uint8))
+        lengths = [int.from_bytes(row.tobytes(), "little") for row in sizes]
+        padded = np.zeros(max(lengths), np.uint8)
+        padded[: len(data)] = data
+        parts = [self.all_gather(padded[i : i + _MESSAGE]) for i in range(0, len(padded), _MESSAGE)]
+        rows = np.concatenate(parts, axis=1)
+        return [
+            np.load(io.BytesIO(row[:length].tobytes()), allow_pickle=False)
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+
+    @property
+    def say(self) -> Callable[[str], None]:
+        """``print`` in the first process, and nothing in the others: it speaks for all."""
+        return print if self.rank == 0 else _silently
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        self.gather(np.zeros(0))
+
+
+def _silently(text: str) -> None:
+    pass
