@@ -8,12 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from edm2_core import sampler
+from edm2_core.arrays import namespace
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, plan
@@ -66,13 +68,15 @@ def sample(
     guide: LabelledDenoiser | None = None,
     guidance: float = 1.0,
     guide_interval: tuple[float, float] = (0.0, inf),
+    joint: bool = False,
     **solver: Any,
 ) -> Any:
     """Sample on native arrays: :func:`edm2_core.sampler.sample` of a network with labels and a guide.
 
     Shapes: noise [N, ...]; labels one-hot [N, label_dim], or None; condition like noise but for its channels, or None;
     returns an array like noise. A ``guide`` of None is ``net`` without its label; guidance and interval are those of
-    :func:`edm2_core.sampler.guided`. A guide that takes a condition gets the same.
+    :func:`edm2_core.sampler.guided`. A guide that takes a condition gets the same. ``joint``: ``net`` answers with and
+    without its label in one call, of twice the batch, in which rows of zeros stand for no label.
 
     Raises:
         InputError: labels that are not one-hot rows; a condition that is missing, not taken, or for other images;
@@ -95,9 +99,25 @@ def sample(
         if guide is None and (labels is None or not net.label_dim):
             got = "None" if labels is None else "a network that takes none"
             raise InputError(f"guidance without a guide needs labels, got {got}: give a guide or labels")
-        guiding = bound(net, None) if guide is None else bound(guide, labels)
-        denoise = sampler.guided(denoise, guiding, guidance=guidance, interval=guide_interval)
+        if joint and guide is None:
+            both = partial(_guided_by_itself, net, labels, condition, guidance)
+            denoise = sampler.within(both, denoise, guide_interval)
+        else:
+            guiding = bound(net, None) if guide is None else bound(guide, labels)
+            denoise = sampler.guided(denoise, guiding, guidance=guidance, interval=guide_interval)
     return sampler.sample(denoise, noise, **solver)
+
+
+def _guided_by_itself(
+    net: LabelledDenoiser, labels: Any, condition: Any, guidance: float, x: Any, sigma: float, /
+) -> Any:
+    """:func:`edm2_core.sampler.guided` of a network by itself without its label, in one call of the network."""
+    xp, count = namespace(x), len(x)
+    rows = xp.concat([labels, xp.zeros_like(labels)])
+    twice = None if condition is None else xp.concat([condition, condition])
+    answers = net(xp.concat([x, x]), sigma, rows, twice)
+    with_label, without = answers[:count], answers[count:]
+    return without + guidance * (with_label - without)
 
 
 class Sampler(Protocol):
@@ -296,5 +316,5 @@ class NetworkSampler:
         with self.port.place():
             start, rows, image = self.port.batch(noise, labels, condition)
             options |= {} if churn_noise is None else {"churn_noise": map(self.port.to_native, churn_noise)}
-            samples = sample(self.net, start, rows, condition=image, guide=self.guide, **options)
+            samples = sample(self.net, start, rows, condition=image, guide=self.guide, joint=True, **options)
             return self.port.to_numpy(samples)

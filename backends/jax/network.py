@@ -241,15 +241,39 @@ def layer(scope: Scope, name: str, x: Array, gain: Any = 1.0) -> Array:
     ``gain`` multiplies the weight, not the bias.
     """
     config, params = scope.config, scope.params
-    w = params[f"{name}.weight"]
-    own = normalize(w, fan_axes(w)) if config.switches.weight_norm else w
-    w = (own * (gain * config.weight_scale(prod(w.shape[:-1])))).astype(x.dtype)
+    if (w := params.get(f"{name}.folded")) is None:
+        w = effective_weight(config, params[f"{name}.weight"], gain)
+    w = w.astype(x.dtype)
     y = checkpoint_name(x @ w.reshape(w.shape[-2:]) if prod(w.shape[:-2]) == 1 else convolution(x, w), PRODUCT)
     if f"{name}.bias" in plan(config).parameters:
         y = y + params[f"{name}.bias"].astype(x.dtype)
     if scope.activations is not None:
         scope.activations[f"{name}.weight"] = y
     return y
+
+
+def effective_weight(config: NetworkConfig, weight: Array, gain: Any = 1.0) -> Array:
+    """A weight as it is multiplied with: normalized, with its gain, scaled for its fan-in."""
+    own = normalize(weight, fan_axes(weight)) if config.switches.weight_norm else weight
+    return own * (gain * config.weight_scale(prod(weight.shape[:-1])))
+
+
+def folded(config: NetworkConfig, params: Params, /, *, dtype: Any = jnp.float32) -> dict[str, Array]:
+    """``params`` with the weights that layers multiply with, computed once and for all: for a network that is only
+    sampled from. Weights of the U-Net's features are in ``dtype``; those of the embedding stay in float32."""
+    gains = {"unet.out_conv": "unet.out_gain"} if config.switches.gains else {}
+    made: dict[str, Array] = {}
+    for name, array in params.items():
+        layer, _, kind = name.rpartition(".")
+        if kind != "weight":
+            made[name] = array
+            continue
+        block = layer.removesuffix(".emb_linear")
+        gain = f"{block}.emb_gain" if block != layer and config.switches.gains else gains.get(layer)
+        weight = effective_weight(config, array, 1.0 if gain is None else params[gain])
+        of_features = layer.startswith(("unet.enc", "unet.dec", "unet.out_conv")) and block == layer
+        made[f"{layer}.folded"] = weight.astype(dtype) if of_features else weight
+    return made
 
 
 def widened(x: Array) -> Array:

@@ -20,7 +20,7 @@ from edm2_core.state import State
 from . import weights
 from .denoiser import SamplingDenoiser
 from .device import SAMPLING_MATMUL
-from .network import load_network, network_denoiser
+from .network import folded, load_network, network_denoiser
 from .step import Batch, TrainState, batch_loss, from_state, make_network_step, to_state
 from .weights import to_nchw, to_nhwc
 
@@ -78,7 +78,8 @@ class Port(ports.Port):
             yield
 
     def denoiser(self, config: NetworkConfig, params: Params) -> SamplingDenoiser:
-        return SamplingDenoiser(load_network(config, params, dtype=self.precision))
+        network = load_network(config, params, dtype=self.precision)
+        return SamplingDenoiser(replace(network, params=folded(config, network.params, dtype=self.precision)))
 
     def to_native(self, array: np.ndarray, /) -> Array:
         return jnp.asarray(to_nhwc(array) if array.ndim == 4 else array, jnp.float32)

@@ -96,14 +96,19 @@ class Layer(nn.Module):
         weight = table[f"{name}.weight"]
         self.scale, self.forced = config.weight_scale(weight.fan_in), weight.normalized
         self.weight = initial(weight)
+        self.folds = False
+        self._folded: mx.array | None = None
         if f"{name}.bias" in table:
             self.bias = initial(table[f"{name}.bias"])
 
     def __call__(self, x: mx.array, gain: float | mx.array = 1.0, *, factor: float = 1.0) -> mx.array:
         """[N, in] to [N, out], or [N, H, W, in] to [N, H, W, out]. ``gain`` multiplies the weight, ``factor`` the
         output, bias included."""
-        w = normalize(self.weight, fan_axes(self.weight)) if self.normalized else self.weight
-        w = self.rows(w * (gain * (self.scale * factor))).astype(x.dtype)
+        w = self._folded
+        if w is None:
+            w = normalize(self.weight, fan_axes(self.weight)) if self.normalized else self.weight
+            w = self.rows(w * (gain * (self.scale * factor))).astype(x.dtype)
+            self._folded = w if self.folds else None
         y = x @ w.T if w.ndim == 2 else convolve(x, w)
         return y + self.rows(self.bias * factor).astype(x.dtype) if "bias" in self else y
 
@@ -347,3 +352,23 @@ class Network(Denoiser):
         if not self.config.switches.uncertainty:
             return mx.zeros_like(c_noise)
         return self.logvar_linear(self.logvar_fourier(c_noise))  # (N,) -> (N, logvar_channels) -> (N, 1)
+
+
+def fold(network: Network) -> None:
+    """Compute the normalized weights, with their gains, once and for all: for a network that is only sampled from.
+
+    Gains and factors are the same in every call without dropout, so those of one call are kept.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, Layer)]
+    config = network.config
+    for layer in layers:
+        layer.folds = True
+    x, condition = (
+        mx.zeros((1, *config.image_size, channels)) for channels in (config.img_channels, config.cond_channels)
+    )
+    labels = mx.zeros((1, config.label_dim)) if config.label_dim else None
+    mx.eval(network(x, mx.ones((1, 1, 1, 1)), labels, condition if config.cond_channels else None))
+    for layer in layers:
+        layer.folds = False
+        if layer._folded is not None:
+            mx.eval(layer._folded)

@@ -14,7 +14,7 @@ from edm2_core.state import State
 
 from . import device as devices
 from .denoiser import SamplingDenoiser
-from .network import Network
+from .network import Network, fold
 from .step import Batch, Learner, gradients_of
 from .weights import build, dump, to_canonical, to_native
 
@@ -65,7 +65,9 @@ class Port(ports.Port):
         return mx.stream(devices.choose(self.device))
 
     def denoiser(self, config: NetworkConfig, params: Params) -> SamplingDenoiser:
-        return SamplingDenoiser(self._network(config, params))
+        network = self._network(config, params)
+        fold(network)
+        return SamplingDenoiser(network)
 
     def to_native(self, array: np.ndarray, /) -> mx.array:
         return to_native(array)

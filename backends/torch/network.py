@@ -102,12 +102,14 @@ class Layer(Planned):
 
     weight: Tensor
     bias: Tensor | None
+    folded: Tensor | None
 
     def __init__(self, config: NetworkConfig, name: str):
         super().__init__(config, name, "weight", "bias")
         weight = self.table["weight"]
         self.normalized, self.forced = config.switches.weight_norm, weight.normalized
         self.scale = config.weight_scale(weight.fan_in)
+        self.folds, self.folded = False, None
 
     def forward(self, x: Tensor, gain: float | Tensor = 1.0, *, factor: float = 1.0) -> Tensor:
         """x [N, in] or [N, in, H, W] to [N, out, ...], in the dtype of x.
@@ -115,7 +117,10 @@ class Layer(Planned):
         ``gain`` scales the weight. ``factor`` scales the whole output, bias included: it belongs to the sum or
         activation that follows, and is not part of the layer's own output.
         """
-        w = self.rows(self.effective_weight(gain * factor)).to(x.dtype)
+        w = self.folded
+        if w is None:
+            w = self.rows(self.effective_weight(gain * factor)).to(x.dtype)
+            self.folded = w if self.folds else None
         bias = None if self.bias is None else self.rows(self.bias * factor).to(x.dtype)
         return F.linear(x, w, bias) if w.ndim == 2 else F.conv2d(x, w, bias, padding=w.shape[-1] // 2)
 
@@ -324,6 +329,26 @@ class Network(Denoiser):
         if not self.config.switches.uncertainty:
             return super().logvar(c_noise)
         return self.logvar_linear(self.logvar_fourier(c_noise))  # (N, 1)
+
+
+def fold(network: Network) -> None:
+    """Compute the normalized weights, with their gains, once and for all: for a network that is only sampled from.
+
+    Gains and factors are the same in every call of a network in evaluation mode, so those of one call are kept.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, Layer)]
+    config, at = network.config, network.unet.out_conv.weight.device
+    for layer in layers:
+        layer.folds = True
+    with torch.no_grad():
+        x, condition = (
+            torch.zeros(1, channels, *config.image_size, device=at)
+            for channels in (config.img_channels, config.cond_channels)
+        )
+        labels = torch.zeros(1, config.label_dim, device=at) if config.label_dim else None
+        network(x, torch.ones(1, 1, 1, 1, device=at), labels, condition if config.cond_channels else None)
+    for layer in layers:
+        layer.folds = False
 
 
 def module(config: NetworkConfig, block: Block) -> nn.Module:

@@ -18,7 +18,7 @@ from edm2_core.state import State
 
 from .denoiser import SamplingDenoiser
 from .device import full_precision
-from .network import Network
+from .network import Network, fold
 from .step import Batch, Learner, batch_loss
 from .weights import build, dump
 
@@ -63,7 +63,9 @@ class Port(ports.Port):
         return full_precision()  # arrays name their device
 
     def denoiser(self, config: NetworkConfig, params: Params) -> SamplingDenoiser:
-        return SamplingDenoiser(self.network(config, params))
+        network = self.network(config, params)
+        fold(network)
+        return SamplingDenoiser(network)
 
     def to_native(self, array: np.ndarray, /) -> Tensor:
         return torch.tensor(np.asarray(array), dtype=torch.float32, device=self.device)
