@@ -8,15 +8,15 @@ from xdist.scheduler import LoadScopeScheduling
 from backends.pipeline.checkpoints import safetensors_io
 from edm2_core.presets import PRESETS
 
-SHARED_RUNS = "test_torch_commands.py"  # one process trains on digits, for all that look at it
+ONE_PROCESS = ("test_torch_commands.py", "test_typing.py")  # which trains on digits, or checks types, for all tests
 
 
 class OneByOne(LoadScopeScheduling):
-    """Tests go to whichever process is free, those of SHARED_RUNS to one: first, as they are many."""
+    """Tests go to whichever process is free, those of each file in ONE_PROCESS to one: first, as they are many."""
 
     def _split_scope(self, nodeid):
         file = nodeid.partition("::")[0]
-        return file if file.endswith(SHARED_RUNS) else nodeid
+        return file if file.endswith(ONE_PROCESS) else nodeid
 
 
 def pytest_xdist_make_scheduler(config, log):

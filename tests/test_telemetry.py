@@ -135,7 +135,22 @@ def ladder_run(tmp_path, rung):
     """A short run on digits, at one learning rate on all rungs: the largest activation and the mean magnitude of
     weights, over blocks, each time that they were measured."""
     train = import_module("backends.torch.train").main
-    options = ("--ladder", rung, "--lr", "0.05", "--duration", "8Ki", "--telemetry", "16", "--snapshot", "64Ki")
+    options = (
+        "--ladder",
+        rung,
+        "--channels",
+        "16",
+        "--channels-per-head",
+        "16",
+        "--lr",
+        "0.05",
+        "--duration",
+        "8Ki",
+        "--telemetry",
+        "16",
+        "--snapshot",
+        "64Ki",
+    )
     assert train([*options, "--sigma-rels", "0.1", "--outdir", str(tmp_path / rung)]) == 0
     lines = [line["blocks"].values() for line in Run(tmp_path / rung).telemetry()]
     pairs = [

@@ -12,6 +12,7 @@ COMMANDS = {  # name: (module in this package, description)
     "reconstruct": ("reconstruct", "averages of any length from stored ones, in one pass"),
     "plan": ("plan", "which averages to store when, within a budget of files"),
     "import": ("import_official", "an official EDM2 pickle as a snapshot, executing nothing in it"),
+    "export": ("export", "a network for other tools, without a pickle"),
     "ema-plot": ("ema_plot", "profiles and reconstruction error of a folder of snapshots"),
     "dataset convert": ("dataset_convert", "a training set of pictures of any kind and size"),
     "dataset info": ("dataset_info", "what a dataset was recognised as"),

@@ -66,6 +66,11 @@ def open_network(path: Path, /, *, sigma_rel: float | None = None, train: str | 
 
 
 def _in_file(path: Path) -> Snapshot:
+    if path.suffix == ".pt":
+        raise InputError(
+            f"a network must be a snapshot or an official network-snapshot-*.pkl, got {path}: a training state of the "
+            "official code has no averages apart from its code; give the pickles beside it"
+        )
     if path.suffix != ".pkl":
         return load_snapshot(path)
     from backends.pipeline.checkpoints.official import read_any
