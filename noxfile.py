@@ -35,6 +35,8 @@ def run(session: nox.Session, module: str, *arguments: str, **environment: str) 
     if not Path(python).exists():
         session.run(sys.executable, "-m", "venv", str(home), external=True)
     session.run(python, "-m", "pip", "install", "--quiet", "-e", ".[dev,torch,jax,mlx]", external=True)
+    # without torchvision, whose builds for CUDA cannot be imported beside a PyTorch without it
+    session.run(python, "-m", "pip", "install", "--quiet", "--no-deps", "torch-fidelity>=0.4", external=True)
     session.run(python, "-m", module, *arguments, external=True, env=environment)
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from backends.pipeline.data import seeds
 from backends.pipeline.data.labels import one_hot
+from backends.pipeline.data.seeds import torch_labels, torch_noise
 from backends.pipeline.runs.command_line import parse_seeds
 from edm2_core.errors import InputError
 
