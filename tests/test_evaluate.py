@@ -123,6 +123,20 @@ def test_a_sweep_measures_each_point_once_and_names_the_best(digits_run, capsys)
     assert other.count("(known)") == 1  # the best, whose other setting is the usual one
 
 
+def test_what_is_known_of_other_guides_or_data_is_measured_again(digits_run, capsys):
+    first, last = (sorted((digits_run / "snapshots").glob("*-0.100.safetensors"))[i] for i in (0, -1))
+    np.savez("data.npz", images=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8))
+    words = ("sweep", "--run", "run", "--seeds", "0-9", *QUICK[:-1], "data.npz", "--metric", "frechet@pixels",
+             "--guide", "guide.safetensors", "--vary", "guidance=2,3")  # fmt: skip
+    shutil.copy(first, "guide.safetensors")
+    assert said(capsys, *words).count("(known)") == 0
+    assert said(capsys, *words).count("(known)") == 2
+    shutil.copy(last, "guide.safetensors")
+    assert said(capsys, *words).count("(known)") == 0
+    np.savez("data.npz", images=np.random.default_rng(1).integers(0, 256, (40, 8, 8, 1), np.uint8))
+    assert said(capsys, *words).count("(known)") == 0
+
+
 @pytest.mark.parametrize(
     "vary", [("unet.enc.*=0.05,0.1",), ("guide-sigma-rel=0.05,0.07", "guidance=1.5,2"), ("guide-highest=1,5",)]
 )

@@ -214,6 +214,26 @@ def drawn(trainer: Any, placed: Any) -> tuple[np.ndarray, np.ndarray]:
     return images, noise
 
 
+@pytest.mark.parametrize("files", [False, True])
+def test_a_layout_that_is_asked_for_is_kept_whatever_the_sizes(folder: Path, files: bool) -> None:
+    """Six channels of 8x4 pixels: by the sizes alone, their columns would be the channels."""
+    array = np.random.default_rng(0).normal(size=(5, 6, 8, 4)).astype(np.float32)
+    for name, stored in (("chw", array), ("hwc", array.transpose(0, 2, 3, 1))):
+        path = folder / f"{name}{'' if files else '.npy'}"
+        if files:
+            path.mkdir()
+            for i, sample in enumerate(stored):
+                np.save(path / f"{i}.npy", sample)
+        else:
+            np.save(path, stored)
+        data = open_dataset(path, kind=f"arrays-{name}")
+        assert data.shape == (6, 8, 4)
+        assert np.array_equal(data.read(np.arange(5)), array)
+        again = pickle.loads(pickle.dumps(data))  # as a worker gets it
+        assert np.array_equal(again.read(np.arange(5)), array)
+    assert open_dataset(folder / ("chw" if files else "chw.npy")).shape == (4, 6, 8)
+
+
 def test_latents_of_more_channels_than_rows_are_not_turned(folder: Path) -> None:
     """Whatever their sizes; of other arrays the last axis is that of channels only where it is the shortest."""
     np.save(folder / "a.npy", np.random.default_rng(0).standard_normal((16, 9, 8)))

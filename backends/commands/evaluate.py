@@ -22,7 +22,7 @@ from backends.pipeline.runs.evaluation import (
 )
 from backends.pipeline.runs.networks import FoundNetwork
 from backends.pipeline.runs.options import SamplingOptions
-from backends.pipeline.runs.sampling import network_of, with_preset
+from backends.pipeline.runs.sampling import job_of, network_of, with_preset
 from backends.pipeline.runs.team import Team
 from edm2_core.errors import InputError
 
@@ -57,20 +57,20 @@ def run(options: Options) -> None:
     port = import_module(f"backends.{options.port}.sample")
     team: Team = port.open_team(options.device)
     say = team.say
-    if options.images is not None:
-        found = None
-    else:
+    found = job = None
+    if options.images is None:
         options = with_preset(options, say)
         found = network_of(options, train=f"python -m backends.{options.port}.train")
+        job = job_of(options, found)
         say(f"network    {found.origin}")
     reference = options.reference or _data_of(found)
     measure = Measure.of(
         options.metric, reference=reference, weights=options.weights, device=_torch_device(options), team=team
     )
-    if found is None:
+    if job is None:
         made = measure.statistics(stored_images(str(options.images), team, len(parse_seeds(options.seeds))))
     else:
-        made = measure.statistics(generated(options, found, port, team))
+        made = measure.statistics(generated(options, job, port, team))
     if options.save is not None:
         if len(made) != 1:
             raise InputError(f"--save keeps statistics of one extractor, got {', '.join(made)}: ask for one metric")
@@ -86,8 +86,8 @@ def run(options: Options) -> None:
     for metric in measure.metrics:
         for text in warnings(metric, made[metric.extractor]):
             say(f"note       {text}")
-    if found is not None and found.run is not None and team.rank == 0:
-        known = described(options, found, reference)
+    if job is not None and found is not None and found.run is not None and team.rank == 0:
+        known = described(options, job, reference)
         append_figures(found.run.path / FIGURES, [line | known for line in records])
 
 

@@ -18,6 +18,7 @@ from backends.pipeline.runs.evaluation import FIGURES, Measure, append_figures, 
 from backends.pipeline.runs.folder import Run, newest
 from backends.pipeline.runs.networks import FoundNetwork
 from backends.pipeline.runs.options import SamplingOptions
+from backends.pipeline.runs.sampling import job_of
 from backends.pipeline.runs.sweeping import Domain, Point, Search, search
 from edm2_core.errors import InputError
 
@@ -119,16 +120,16 @@ class Sweep:
     def figure(self, point: Point, /) -> tuple[float, bool]:
         """The figure of a point, and whether it was known."""
         options, lengths = self._at(point)
-        found = self._network(options, lengths)
+        job = job_of(options, self._network(options, lengths))
         (metric,) = self.measure.metrics
-        known = described(options, found, self.options.reference or self.run.config().data)
-        known |= {"metric": metric.name, "weights": self.measure.extractors[metric.extractor].weights}
+        known = described(options, job, self.options.reference or self.run.config().data)
+        known |= {"metric": metric.name, **self.measure.conditions(metric)}
         known = json.loads(json.dumps(known))  # as it is read back
         path = self.run.path / FIGURES
         for line in read_figures(path):
             if all(line.get(name) == value for name, value in known.items()):
                 return float(line["figures"][metric.main]), True
-        made = self.measure.statistics(generated(options, found, self.port, self.measure.team))
+        made = self.measure.statistics(generated(options, job, self.port, self.measure.team))
         (line,) = self.measure.figures(made)
         if self.measure.team.rank == 0:
             point_text = {d.name: x for d, x in zip(self.options.vary, point, strict=True)}

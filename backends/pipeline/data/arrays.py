@@ -1,14 +1,14 @@
 """Float arrays as data: one array of all samples, or a file for each.
 
 Axes are [N, C, H, W], or [N, H, W, C] where the last is the shortest of the three, or [N, H, W] of one channel; those
-of a file are the same without N. ``edm2 dataset info`` shows what was understood.
+of a file are the same without N. ``edm2 dataset info`` shows what was understood; a :data:`Layout` insists.
 """
 
 import mmap
 from ast import literal_eval
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from .files import Files, Zip, unreadable
 
 _MAGIC = b"\x93NUMPY"
 _AXES = 3  # of one sample
+Layout = Literal["chw", "hwc"]
+"""Whether channels come first or last; None: by the sizes."""
 
 
 def from_npy(content: bytes | memoryview | mmap.mmap, where: str | Path, /) -> np.ndarray:
@@ -42,11 +44,11 @@ def from_npy(content: bytes | memoryview | mmap.mmap, where: str | Path, /) -> n
         raise unreadable(where, error) from error
 
 
-def channels_first(array: np.ndarray, /, *, axes: int = _AXES) -> np.ndarray:
-    """A view of samples [..., C, H, W] of an array with one of the axes above, ``axes`` of which belong to a sample."""
+def channels_first(array: np.ndarray, /, layout: Layout | None = None, *, axes: int = _AXES) -> np.ndarray:
+    """A view of samples [..., C, H, W] of an array with one of the axes above, ``axes`` in all."""
     if array.ndim == axes - 1:
         return array[..., None, :, :]
-    if array.shape[-1] < min(array.shape[-3:-1]):
+    if layout == "hwc" or (layout is None and array.shape[-1] < min(array.shape[-3:-1])):
         return np.moveaxis(array, -1, -3)
     return array
 
@@ -54,14 +56,14 @@ def channels_first(array: np.ndarray, /, *, axes: int = _AXES) -> np.ndarray:
 class OneArray:
     """Samples along the first axis of one array, which may be mapped from a file."""
 
-    def __init__(self, array: np.ndarray, path: Path, part: str = "") -> None:
+    def __init__(self, array: np.ndarray, path: Path, part: str = "", layout: Layout | None = None) -> None:
         if array.ndim not in (3, 4) or not len(array) or 0 in array.shape:
             raise InputError(
                 f"an array of data must be [N, C, H, W], [N, H, W, C] or [N, H, W], got shape {array.shape} in {path}: "
                 "reshape it"
             )
-        self.path, self._part = path, part
-        self._array = channels_first(array, axes=4)
+        self.path, self._part, self._layout = path, part, layout
+        self._array = channels_first(array, layout, axes=4)
         self.shape: tuple[int, int, int] = self._array.shape[1:]
         self.pixels = array.dtype == np.uint8 and self.shape[0] in (1, 3)
 
@@ -69,10 +71,11 @@ class OneArray:
         return len(self._array)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_part": self._part}
+        return {"path": self.path, "_part": self._part, "_layout": self._layout}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(arrays_in(state["path"])[state["_part"]], state["path"], state["_part"])  # type: ignore[misc]
+        array = arrays_in(state["path"])[state["_part"]]
+        self.__init__(array, state["path"], state["_part"], state["_layout"])  # type: ignore[misc]
 
     def where(self, index: int, /) -> str:
         return f"{self.path}, sample {index}"
@@ -83,11 +86,10 @@ class OneArray:
 
 
 class ArrayFiles:
-    """A sample in each of the .npy files at ``indices`` of ``files``, as float32 [C, H, W]. ``always_first``: arrays
-    are [C, H, W] whatever their sizes, as latents are."""
+    """A sample in each of the .npy files at ``indices`` of ``files``, as float32 [C, H, W]."""
 
-    def __init__(self, files: Files, indices: Sequence[int], *, always_first: bool = False) -> None:
-        self.files, self.indices, self._always_first = files, indices, always_first
+    def __init__(self, files: Files, indices: Sequence[int], *, layout: Layout | None = None) -> None:
+        self.files, self.indices, self._layout = files, indices, layout
         self.shape: tuple[int, int, int] = self._array(0).shape
 
     def __len__(self) -> int:
@@ -116,7 +118,7 @@ class ArrayFiles:
                 f"an array of a sample must be [C, H, W], [H, W, C] or [H, W], got shape {array.shape} in "
                 f"{self.where(index)}: reshape it"
             )
-        return array if self._always_first and array.ndim == _AXES else channels_first(array)
+        return channels_first(array, self._layout)
 
 
 def arrays_in(path: Path, /) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from edm2_core.codec import PIXELS, Codec, DataFormat
 from edm2_core.errors import InputError
 
 from . import latents
-from .arrays import ArrayFiles, OneArray, arrays_in
+from .arrays import ArrayFiles, Layout, OneArray, arrays_in
 from .file_labels import MANIFEST, Labels, read_labels
 from .files import Files, find, is_hidden, open_files
 from .images import SUFFIXES, DeepImages, EncodedImages
@@ -26,7 +26,8 @@ from .seeds import bits
 from .statistics import Items, standardized
 from .tables import is_table, open_table
 
-Kind = Literal["images", "arrays", "latents", "table"]
+Kind = Literal["images", "arrays", "arrays-chw", "arrays-hwc", "latents", "table"]
+"""What data may be; arrays-chw and arrays-hwc are arrays whose channels come first or last, whatever their sizes."""
 DIGITS = "digits"
 _ONE_ARRAY = (".npy", ".npz", ".safetensors")
 _SAMPLES = ("images", "data", "samples", "x")  # names of the samples among several arrays
@@ -241,12 +242,13 @@ def _open(path: Path, kind: Kind | None, codec: Codec | None) -> StoredDataset:
         raise InputError(f"data must be {RULE}, got '{path}', which does not exist: check the path")
     name, spec = path.resolve().name if path.is_dir() else path.stem, str(path.absolute())
     make = partial(StoredDataset, name, spec)
+    kind, layout = _layout(kind)
     if path.is_file() and path.suffix.lower() in _ONE_ARRAY:
         if kind not in (None, "arrays"):
             raise InputError(
                 f"--data-format {kind} must be files of a sample each, got one array, {path}: leave it out"
             )
-        items, labels = _one_array(path)
+        items, labels = _one_array(path, layout)
         if items.pixels:
             return make(items, _named(codec or PIXELS, labels), labels)
         return make(items, _named(codec or standardized(items, path), labels), labels)
@@ -264,7 +266,7 @@ def _open(path: Path, kind: Kind | None, codec: Codec | None) -> StoredDataset:
             return make(images, _named(codec or PIXELS, labels), labels)
         deep = DeepImages(files, indices)
         return make(deep, _named(codec or standardized(deep, path), labels), labels)
-    arrays = ArrayFiles(files, indices, always_first=kind == "latents")
+    arrays = ArrayFiles(files, indices, layout="chw" if kind == "latents" else layout)
     if kind == "latents":
         return make(arrays, _named(codec or latents.codec_of(files, arrays.shape), labels), labels)
     return make(arrays, _named(codec or standardized(arrays, path), labels), labels)
@@ -303,7 +305,14 @@ def _by_kind(files: Files, kind: Kind | None, path: Path) -> tuple[Kind, Sequenc
     return kind, indices
 
 
-def _one_array(path: Path) -> tuple[OneArray, Labels | None]:
+def _layout(kind: Kind | None) -> tuple[Kind | None, Layout | None]:
+    """The kind of data, and of arrays the layout that was asked for."""
+    if kind == "arrays-chw":
+        return "arrays", "chw"
+    return ("arrays", "hwc") if kind == "arrays-hwc" else (kind, None)
+
+
+def _one_array(path: Path, layout: Layout | None) -> tuple[OneArray, Labels | None]:
     arrays = arrays_in(path)
     part = next((name for name in ("", *_SAMPLES) if name in arrays), None)
     samples = [name for name, array in arrays.items() if array.ndim in (3, 4)]
@@ -318,7 +327,7 @@ def _one_array(path: Path) -> tuple[OneArray, Labels | None]:
     labels = arrays.get("labels")
     if labels is None and path.suffix.lower() == ".npy" and beside.exists():
         labels = arrays_in(beside)[""]
-    items = OneArray(arrays[part], path, part)
+    items = OneArray(arrays[part], path, part, layout)
     return items, None if labels is None else _array_labels(labels, len(items), path)
 
 

@@ -104,7 +104,6 @@ def record(metric: Metric, made: Statistics, figures: dict[str, float]) -> dict[
     return {
         "metric": metric.name,
         "extractor": made.extractor,
-        "weights": made.weights,
         "count": made.count,
         "figures": figures,
     }

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from zlib import crc32
 
 import numpy as np
 
@@ -16,10 +17,9 @@ from backends.ports import OpenSampler
 from edm2_core.errors import InputError
 
 from . import outputs
-from .job import batches
-from .networks import FoundNetwork
+from .job import Job, batches
 from .options import SamplingOptions
-from .sampling import OpenDecoder, decoder_of, job_of, settings
+from .sampling import OpenDecoder, decoder_of, settings
 from .team import Team
 
 FIGURES = "figures.jsonl"
@@ -66,12 +66,20 @@ class Measure:
         keep = any(metric.keeps_features for metric in self.metrics)
         return collect(batches, self.extractors.values(), keep=keep, gather=self.team.gather)
 
+    def conditions(self, metric: Metric, /) -> dict[str, Any]:
+        """What a figure depends on besides the images: the weights of the extractor, and the reference's statistics."""
+        reference = self.references.get(metric.extractor)
+        # single precision: the last digits depend on the number of processes
+        digest = None if reference is None else f"{crc32(reference.gaussian.mean.astype(np.float32).tobytes()):08x}"
+        return {"weights": self.extractors[metric.extractor].weights, "statistics": digest}
+
     def figures(self, made: dict[str, Statistics], /) -> list[dict[str, Any]]:
         """A record for each metric."""
         results = []
         for metric in self.metrics:
             own = made[metric.extractor]
-            results.append(record(metric, own, metric.of(own, self.references.get(metric.extractor))))
+            figures = metric.of(own, self.references.get(metric.extractor))
+            results.append(record(metric, own, figures) | self.conditions(metric))
         return results
 
 
@@ -100,15 +108,12 @@ class SamplingPort(Protocol):
     def open_decoder(self) -> OpenDecoder: ...
 
 
-def generated(
-    options: SamplingOptions, found: FoundNetwork, port: SamplingPort, team: Team = Team(), /
-) -> Iterator[np.ndarray]:
-    """This process's batches of the images that ``options`` ask of a network, uint8 [n, 1 or 3, height, width].
+def generated(options: SamplingOptions, job: Job, port: SamplingPort, team: Team = Team(), /) -> Iterator[np.ndarray]:
+    """This process's batches of the images of a job, uint8 [n, 1 or 3, height, width].
 
     Raises:
-        InputError: latents without an autoencoder, data that are no images, or as sampling.
+        InputError: latents without an autoencoder, or data that are no images.
     """
-    job = job_of(options, found)
     codec = job.format.codec
     decoder = decoder_of(options, codec, port.open_decoder)
     if decoder is None and codec.stored != "uint8":
@@ -118,13 +123,13 @@ def generated(
         yield made.images
 
 
-def described(options: SamplingOptions, found: FoundNetwork, reference: str | None, /) -> dict[str, Any]:
+def described(options: SamplingOptions, job: Job, reference: str | None, /) -> dict[str, Any]:
     """All that a figure of a network depends on, besides the metric: fields of its record."""
-    length = found.snapshot.length
+    length = job.snapshot.length
     return {
-        "nimg": found.snapshot.nimg,
+        "nimg": job.snapshot.nimg,
         "length": None if length is None else length.value,
-        **settings(options, found.snapshot),
+        **settings(options, job),
         "seeds": options.seeds,
         "reference": reference,
     }

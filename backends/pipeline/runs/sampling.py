@@ -14,7 +14,7 @@ from backends.pipeline.checkpoints.atomic import write_bytes
 from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.data.arrays import arrays_in
 from backends.pipeline.data.labels import check_labels
-from backends.ports import Network, OpenSampler
+from backends.ports import Network, OpenSampler, Params
 from edm2_core.codec import Codec
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, parameter_count
@@ -71,7 +71,7 @@ def run_sampling(
         say(f"class    {job.labels[0]}{_class_name(job)}")
     outdir = options.outdir or _default_folder(options, network.folder)
     if kind == "png" and team.rank == 0:
-        _claim(outdir, settings(options, snapshot))
+        _claim(outdir, settings(options, job))
     team.wait()
     finish = outputs.finish(kind, job.format, None if kind == "latents" else decoder)
     skip = partial(_all_there, outdir, options.subdirs) if kind == "png" and options.skip_existing else None
@@ -248,12 +248,19 @@ def _default_folder(options: SampleOptions, folder: Path) -> Path:
     return folder.with_name(name)
 
 
-def settings(options: SamplingOptions, snapshot: Snapshot) -> dict[str, Any]:
+def settings(options: SamplingOptions, job: Job, /) -> dict[str, Any]:
     """All that an image depends on, besides its seed."""
-    network = 0
-    for _, array in sorted(snapshot.params.items()):
-        network = crc32(np.ascontiguousarray(array).tobytes(), network)
-    return {"network": f"{network:08x}", **{flag(n)[2:]: str(getattr(options, n)) for n in _DEPENDS}}
+    networks = {"network": _checksum(job.snapshot.params)}
+    if job.guide is not None:
+        networks["guide-network"] = _checksum(job.guide[1])
+    return {**networks, **{flag(n)[2:]: str(getattr(options, n)) for n in _DEPENDS}}
+
+
+def _checksum(params: Params) -> str:
+    total = 0
+    for _, array in sorted(params.items()):
+        total = crc32(np.ascontiguousarray(array).tobytes(), total)
+    return f"{total:08x}"
 
 
 def _claim(outdir: Path, needed: dict[str, Any]) -> None:
