@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from math import inf
 from typing import Any, ClassVar, Protocol
 
@@ -100,8 +99,7 @@ def sample(
             got = "None" if labels is None else "a network that takes none"
             raise InputError(f"guidance without a guide needs labels, got {got}: give a guide or labels")
         if joint and guide is None:
-            both = partial(_guided_by_itself, net, labels, condition, guidance)
-            denoise = sampler.within(both, denoise, guide_interval)
+            denoise = _guided_by_itself(net, denoise, labels, condition, guidance, guide_interval)
         else:
             guiding = bound(net, None) if guide is None else bound(guide, labels)
             denoise = sampler.guided(denoise, guiding, guidance=guidance, interval=guide_interval)
@@ -109,15 +107,27 @@ def sample(
 
 
 def _guided_by_itself(
-    net: LabelledDenoiser, labels: Any, condition: Any, guidance: float, x: Any, sigma: float, /
-) -> Any:
+    net: LabelledDenoiser,
+    alone: sampler.Denoiser[Any],
+    labels: Any,
+    condition: Any,
+    guidance: float,
+    interval: tuple[float, float],
+    /,
+) -> sampler.Denoiser[Any]:
     """:func:`edm2_core.sampler.guided` of a network by itself without its label, in one call of the network."""
-    xp, count = namespace(x), len(x)
+    xp: Any = namespace(labels)
     rows = xp.concat([labels, xp.zeros_like(labels)])
     twice = None if condition is None else xp.concat([condition, condition])
-    answers = net(xp.concat([x, x]), sigma, rows, twice)
-    with_label, without = answers[:count], answers[count:]
-    return without + guidance * (with_label - without)
+
+    def denoise(x: Any, sigma: float) -> Any:
+        if not interval[0] <= sigma <= interval[1]:
+            return alone(x, sigma)
+        answers = net(xp.concat([x, x]), sigma, rows, twice)
+        with_label, without = answers[: len(x)], answers[len(x) :]
+        return without + guidance * (with_label - without)
+
+    return denoise
 
 
 class Sampler(Protocol):

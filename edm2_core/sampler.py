@@ -60,16 +60,12 @@ def guided(
     """
 
     def denoise(x: A, sigma: float) -> A:
+        if guidance == 1 or not interval[0] <= sigma <= interval[1]:
+            return net(x, sigma)
         away = guide(x, sigma)
         return cast(A, away + guidance * (net(x, sigma) - away))
 
-    return net if guidance == 1 else within(denoise, net, interval)
-
-
-def within(inside: Denoiser[A], outside: Denoiser[A], interval: tuple[float, float], /) -> Denoiser[A]:
-    """The denoiser ``inside`` for noise levels in ``interval``, ends included, and ``outside`` elsewhere."""
-    low, high = interval
-    return lambda x, sigma: (inside if low <= sigma <= high else outside)(x, sigma)
+    return denoise
 
 
 @dataclass(frozen=True)

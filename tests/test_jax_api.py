@@ -89,7 +89,7 @@ def test_any_denoiser_is_sampled_from_with_levels_and_a_callback_of_ones_own():
 
 
 def test_the_python_face_loads_what_a_run_stored_and_samples_as_the_port(toy):
-    """Alike to the bit: the command and the face share their precision and their programs."""
+    """The command folds the weights once, and the network guides itself in one call: rounding differs."""
     train(JaxTrainer, "run", 1024, label_dropout=0.1)
     net = api.load(toy / "run", sigma_rel=0.05, device="cpu")
     assert net.config == replace(PRESET.network, label_dropout=net.label_dropout)
@@ -100,7 +100,8 @@ def test_the_python_face_loads_what_a_run_stored_and_samples_as_the_port(toy):
     cpu = jax.devices("cpu")[0]
     wanted = replace(PORT, device=cpu).sample(net.config, stored, noise, labels, guidance=2.0, num_steps=3)
     got = api.sample(net, jax.device_put(weights.to_nhwc(noise), cpu), labels, guidance=2.0, num_steps=3)
-    assert np.array_equal(weights.to_nchw(got), wanted)
+    allowed = tolerance.sampled(net.config, evaluations=5, gain=1.0, guidance=2.0)
+    assert tolerance.relative(weights.to_nchw(got), wanted) < allowed
     x, sigma = weights.to_nhwc(noise), np.ones((4, 1, 1, 1), np.float32)
     for got, wanted in zip(jax.jit(net.apply)(net.params, x, sigma, labels), net(x, sigma, labels), strict=True):
         assert tolerance.relative(got, wanted) < tolerance.network(net.config)

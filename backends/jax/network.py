@@ -258,7 +258,8 @@ def effective_weight(config: NetworkConfig, weight: Array, gain: Any = 1.0) -> A
     return own * (gain * config.weight_scale(prod(weight.shape[:-1])))
 
 
-def folded(config: NetworkConfig, params: Params, /, *, dtype: Any = jnp.float32) -> dict[str, Array]:
+@partial(jax.jit, static_argnums=0, static_argnames="dtype")
+def folded(config: NetworkConfig, params: Params, /, *, dtype: str = "float32") -> dict[str, Array]:
     """``params`` with the weights that layers multiply with, computed once and for all: for a network that is only
     sampled from. Weights of the U-Net's features are in ``dtype``; those of the embedding stay in float32."""
     gains = {"unet.out_conv": "unet.out_gain"} if config.switches.gains else {}

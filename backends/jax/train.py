@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device.join()
     port = Port(device=device.choose_one(options.machine.device))
     say_if_slow(port, options.config.precision)
-    return run_training(options, JaxTrainer, port.sampler, prog=PROG)
+    return run_training(options, JaxTrainer, port.sampler, prog=PROG, room=device.room(options.machine.device))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from backends.pipeline.runs.fitting import Room
 from backends.pipeline.runs.team import Team
 from edm2_core.errors import InputError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+_KEPT = 15  # tensors of the size of a block's output that a step keeps for each block: as in PyTorch, not measured
 _BUCKET = 4 << 20  # bytes of gradients per message: MLX's ring has deadlocked on larger ones (mlx#4475)
 
 
@@ -46,6 +48,11 @@ def _memory_limit() -> int:
     limit = mx.set_memory_limit(1 << 50)
     mx.set_memory_limit(limit)
     return int(limit)
+
+
+def room() -> Room:
+    """The memory for a training step in each of the processes that share a batch."""
+    return Room(Processes.here().world, _memory_limit() - mx.get_active_memory(), _KEPT)
 
 
 def _kind(device: mx.Device, /) -> str:

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = ", ".join(f"--{name} {count_text(value)}" for name, value in SMALLER.items())
         print(f"smaller  for MLX on a CPU is slow here: {said}")
     say_if_slow(port, options.config.precision)
-    status = run_training(options, MLXTrainer, port.sampler, prog=PROG)
+    status = run_training(options, MLXTrainer, port.sampler, prog=PROG, room=device.room())
     device.report(where)
     return status
 

@@ -23,9 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .port import Port
     from .trainer import TorchTrainer
 
-    port = Port(device=str(device.choose(options.machine.device)))
+    place = device.choose(options.machine.device)
+    port = Port(device=str(place))
     say_if_slow(port, options.config.precision)
-    return run_training(options, TorchTrainer, port.sampler, prog=PROG)
+    return run_training(options, TorchTrainer, port.sampler, prog=PROG, room=device.room(place))
 
 
 if __name__ == "__main__":

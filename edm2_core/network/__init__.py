@@ -1,7 +1,7 @@
 """The EDM2 network as data: what a person chooses, the plan that ports walk, initial parameters, and what it costs."""
 
 from .config import GROUP_NORM_EPS, NetworkConfig
-from .cost import multiply_adds, parameter_count
+from .cost import activation_count, multiply_adds, parameter_count
 from .init import initialize
 from .unet import Block, Parameter, Plan, check_parameters, plan
 
@@ -11,6 +11,7 @@ __all__ = [
     "NetworkConfig",
     "Parameter",
     "Plan",
+    "activation_count",
     "check_parameters",
     "initialize",
     "multiply_adds",

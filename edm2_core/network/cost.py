@@ -30,6 +30,13 @@ def multiply_adds(config: NetworkConfig, /) -> int:
     return products + attention + (3 * sum(weights.values()) if walk.switches.weight_norm else 0)
 
 
+def activation_count(config: NetworkConfig, /) -> int:
+    """Scalars in the outputs of all blocks, for one image: what the memory of a training step grows with. Source: the
+    plan; how many tensors of this size a port keeps for the backward pass is the port's."""
+    walk = plan(config)
+    return sum(prod(block.size) * block.out_channels for block in (*walk.encoder, *walk.decoder))
+
+
 _CONVOLUTIONS = (
     "weight",  # of a block that is one convolution
     *(f"{part}.weight" for part in ("conv_res0", "conv_res1", "conv_skip", "attn_qkv", "attn_proj")),

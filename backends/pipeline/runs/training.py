@@ -19,12 +19,14 @@ from backends.ports import Machine, OpenSampler
 from backends.trainer import OpenTrainer, Trainer
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
+from edm2_core.presets import AUTO
 from edm2_core.schedule import learning_rate
 from edm2_core.state import Arrays
 
 from . import telemetry
 from .config import DataSummary, TrainConfig
 from .exit_codes import Interrupts
+from .fitting import Room, images_at_a_time
 from .folder import Run, create
 from .holdout import HeldOut, Overfitting
 from .initial import initial
@@ -36,8 +38,17 @@ from .resolve import microbatches, open_data, resolve, with_free_options
 from .scoring import Scores
 
 
-def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler: OpenSampler, *, prog: str) -> int:
+def run_training(
+    options: TrainOptions,
+    open_trainer: OpenTrainer,
+    open_sampler: OpenSampler,
+    *,
+    prog: str,
+    room: Room | None = None,
+) -> int:
     """The train command: start a run, or resume the one in ``options.outdir``. Returns the exit status.
+
+    ``room`` is the memory of the devices, by which preset auto divides a batch that would not fit.
 
     Raises:
         InputError: as :func:`~.resolve.resolve`; a damaged state; or a failed write.
@@ -59,7 +70,8 @@ def run_training(options: TrainOptions, open_trainer: OpenTrainer, open_sampler:
             return 0
         state = load_state(run.state_path, config.network, config.hyper.lengths)
         return _draw(run, config, dataset, state.params, open_sampler, nimg=start, prog=prog)
-    trainer, picture = open_trainer(config, options.machine), not options.no_picture
+    machine = _machine(options.machine, config, room)
+    trainer, picture = open_trainer(config, machine), not options.no_picture
     job = Training(config, dataset, trainer, options.machine.workers, options.scores)
     return _train(job, open_sampler, options.outdir, start=start, picture=picture, prog=prog)[1]
 
@@ -101,6 +113,19 @@ def train(
     if status:
         raise KeyboardInterrupt
     return finished
+
+
+def _machine(machine: Machine, config: TrainConfig, room: Room | None) -> Machine:
+    """``machine``, on which as many images are processed at once as fit, if that was left to preset auto."""
+    if room is None or machine.batch_per_device is not None or config.preset != AUTO:
+        return machine
+    count = images_at_a_time(config.network, config.hyper.batch, room, precision=config.precision)
+    if count is None:
+        return machine
+    print(
+        f"memory   {count} images at a time on each device, by an estimate; --batch-per-device chooses another number"
+    )
+    return replace(machine, batch_per_device=count)
 
 
 def _start(run: Run, previous: TrainConfig) -> int:
