@@ -13,6 +13,8 @@ from PIL import Image, ImageColor, ImageOps
 
 from edm2_core.errors import InputError
 
+_ORIENTATION = 0x0112  # the EXIF tag
+
 Transform = Literal["center-crop", "center-crop-wide", "center-crop-dhariwal", "fit"]
 
 
@@ -66,7 +68,9 @@ def transformed(content: bytes | memoryview, settings: Settings, /) -> bytes:
         image = Image.open(BytesIO(content))
     with image:
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")  # older Pillow: I
-        upright = ImageOps.exif_transpose(image)
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        upright = ImageOps.exif_transpose(image) if turned else image  # it copies what stands upright
+        upright.load()
     if upright.mode == "F" or upright.mode.startswith("I"):
         upright = _grey_of_8_bits(upright, deep=deep)
     flat = _flat(upright, settings)
@@ -91,7 +95,8 @@ def _flat(image: Image.Image, settings: Settings) -> Image.Image:
         above = image.convert("RGBA")
         image = Image.new("RGBA", image.size, settings.background)
         image.alpha_composite(above)
-    return image.convert("L" if settings.grey else "RGB")
+    wanted = "L" if settings.grey else "RGB"
+    return image if image.mode == wanted else image.convert(wanted)  # which copies too
 
 
 def _sized(image: Image.Image, settings: Settings) -> Image.Image:
