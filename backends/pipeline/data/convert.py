@@ -130,12 +130,11 @@ def convert(
     paths = [partial / f"{span.start:08d}-{source.version(span)}.zip" for span in spans]
     with _pool(source, settings, workers) as submit:
         _in_order(spans, paths, submit, progress, ahead=2 * workers)
-    chunks = [Zip(path) for path in paths]
-    size = settings.size or _first_size(chunks)
-    faults = tuple(fault for chunk in chunks for fault in _faults(chunk, source, settings, size))
+    size = settings.size or _first_size(paths)
+    faults = tuple(fault for path in paths for fault in _faults(Zip(path), source, settings, size))
     if len(faults) == len(source.indices) or (faults and not skip_broken):
         raise _broken(faults, len(source.indices), skip_broken=skip_broken)
-    count = _assemble(chunks, dest, source, None if settings.size else size)
+    count = _assemble(paths, dest, source, None if settings.size else size)
     shutil.rmtree(partial)
     return Converted(count, faults)
 
@@ -242,9 +241,9 @@ def _faults(chunk: Zip, source: Source, settings: Settings, size: tuple[int, int
             yield Fault(where, f"is {found[0]}x{found[1]}{of_first}: name a --resolution and a --transform")
 
 
-def _first_size(chunks: Sequence[Zip]) -> tuple[int, int] | None:
+def _first_size(paths: Sequence[Path]) -> tuple[int, int] | None:
     """Width and height of the first picture that is not broken."""
-    whole = ((c, i) for c in chunks for i, name in enumerate(c.names) if name.endswith(".png"))
+    whole = ((c, i) for c in map(Zip, paths) for i, name in enumerate(c.names) if name.endswith(".png"))
     first = next(whole, None)
     return None if first is None else _png_size(first[0].read(first[1]))
 
@@ -263,12 +262,13 @@ def _broken(faults: Sequence[Fault], count: int, *, skip_broken: bool) -> InputE
     )
 
 
-def _assemble(chunks: Sequence[Zip], dest: Path, source: Source, size: tuple[int, int] | None) -> int:
-    """The output of all chunks; pictures of another ``size``, where one is given, are left out. Returns how many."""
+def _assemble(paths: Sequence[Path], dest: Path, source: Source, size: tuple[int, int] | None) -> int:
+    """The output of all chunks, of which one is in memory at a time; pictures of another ``size``, where one is given,
+    are left out. Returns how many."""
     labels: list[list[object]] = []
 
     def pictures() -> Iterator[tuple[str, bytes | memoryview]]:
-        for chunk in chunks:
+        for chunk in map(Zip, paths):
             for index, name in enumerate(chunk.names):
                 if not name.endswith(".png"):
                     continue
