@@ -40,7 +40,7 @@ class Options(SamplingOptions):
     length."""
     search: Search = "auto"
     """grid; golden, for one range; gp, a Gaussian process. auto: golden for one range, gp for several, else grid."""
-    points: int = 8
+    points: int = 7
     """The most points that golden and gp measure."""
     grid: int = 9
     """Values of each range in a grid."""

@@ -60,7 +60,7 @@ class Domain:
         return f"{self.name}={domain}"
 
 
-def search(domains: Sequence[Domain], ask: Ask, /, *, kind: Search = "auto", points: int = 8, grid: int = 9) -> None:
+def search(domains: Sequence[Domain], ask: Ask, /, *, kind: Search = "auto", points: int = 7, grid: int = 9) -> None:
     """Ask for the figures of points until the search ends.
 
     Args:
