@@ -4,6 +4,7 @@ A dataset hands out what is stored. Its :class:`~edm2_core.codec.Codec` says how
 """
 
 import os
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -279,13 +280,13 @@ def _named(codec: Codec, labels: Labels | None) -> DataFormat:
 def _by_kind(files: Files, kind: Kind | None, path: Path) -> tuple[Kind, Sequence[int]]:
     """What ``files`` hold, and the indices of the samples."""
     suffixes = {"images": SUFFIXES, "arrays": (".npy",), "latents": (".npy",)}
-    by_kind: dict[Kind, list[int]] = {"images": [], "arrays": []}
+    by_kind: dict[Kind, array[int]] = {"images": array("q"), "arrays": array("q")}  # of millions, a list is large
     overview = "grid.png" if find(files, "samples.json") is not None else None  # of a folder that sampling wrote
     for index, name in enumerate(files.names):
         lower = name.lower()
-        for each in by_kind:
-            if lower.endswith(suffixes[each]) and not is_hidden(name) and name != overview:
-                by_kind[each].append(index)
+        each: Kind | None = "images" if lower.endswith(SUFFIXES) else "arrays" if lower.endswith(".npy") else None
+        if each is not None and not is_hidden(name) and name != overview:
+            by_kind[each].append(index)
     if kind is None and all(by_kind.values()):
         raise InputError(
             f"data must be of one kind, got {len(by_kind['images'])} images and {len(by_kind['arrays'])} .npy in "

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,8 @@ def _of_manifest(files: Files, manifest: int, names: Sequence[str]) -> Labels | 
         raise fault(f"{type(pairs).__name__} as labels")
     if not (isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)):
         raise fault(f"{classes!r:.80} as classes")
+    if (ids := _plain_ids(pairs, names)) is not None:
+        return Labels.of_ids(ids, classes)
     table: dict[str, Any] = {}
     for pair in pairs:
         match pair:
@@ -113,6 +116,25 @@ def _of_manifest(files: Files, manifest: int, names: Sequence[str]) -> Labels | 
     if len(lengths) != 1:
         raise fault(f"labels of lengths {', '.join(map(str, sorted(lengths)))} (0: a whole number)")
     return Labels(np.array(labels, np.float32), lengths.pop())
+
+
+def _plain_ids(pairs: list[Any], names: Sequence[str]) -> np.ndarray | None:
+    """The class ids of ``names``, int64, where all pairs are a name and an id and each name is labelled once; None
+    otherwise, for whatever reason. It looks at no pair one by one: there may be millions."""
+    try:
+        if set(map(type, pairs)) != {list} or set(map(len, pairs)) != {2}:
+            return None
+        named, ids = (list(map(itemgetter(i), pairs)) for i in range(2))
+        if set(map(type, named)) != {str} or set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= MOST_LABELS:
+            return None
+        if named == names:  # as written by the tools: no table is needed
+            return np.array(ids, np.int64)
+        table = dict(zip(named, ids, strict=True))
+        if len(table) != len(pairs):
+            return None
+        return np.fromiter(map(table.__getitem__, names), np.int64, len(names))
+    except (TypeError, ValueError, KeyError):
+        return None
 
 
 def _is_label(label: Any) -> bool:

@@ -9,8 +9,11 @@ import os
 import struct
 import tarfile
 import zlib
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from operator import le
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -59,7 +62,7 @@ def find(files: Files, name: str, /) -> int | None:
 
 def is_hidden(name: str, /) -> bool:
     """Whether a file, or a folder that it is in, is hidden; "._1.png" and __MACOSX are metadata of macOS."""
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    return name.startswith((".", "__MACOSX")) or "/." in name or "/__MACOSX" in name
 
 
 def unreadable(path: str | Path, reason: object, /) -> InputError:
@@ -136,6 +139,9 @@ class _Mapped:
         for name in names:
             if (".." in name and ".." in name.split("/")) or name.startswith(("/", "\\")):
                 raise InputError(f"names in {self.path} must stay within it, got {name!r:.80}: pack the data anew")
+        if all(map(le, names, islice(names, 1, None))):  # as most archives are: copies of millions of names are spared
+            self.names, self._index = names, index
+            return
         order = sorted(range(len(names)), key=names.__getitem__)
         self.names = [names[i] for i in order]
         self._index = _Index(*(column[order] for column in index))
@@ -222,32 +228,36 @@ def _map(path: Path) -> mmap.mmap:
 
 
 _END, _END64, _LOCATOR64, _CENTRAL = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2"
+_ENTRY = struct.Struct("<4s4xHH4xIIIHHH8xI")
 
 
 def _central_directory(path: Path, buffer: mmap.mmap) -> tuple[list[str], list[np.ndarray]]:
     """Names; and start, packed length, size, method and checksum of each member that is no folder."""
     try:
         count, offset = _end_of_directory(buffer)
-        rows = np.empty((5, count), np.int64)
+        rows = array("q")
         names: list[str] = []
         for _ in range(count):
-            if buffer[offset : offset + 4] != _CENTRAL:
+            mark, flags, method, crc, length, size, n, m, k, start = _ENTRY.unpack_from(buffer, offset)
+            if mark != _CENTRAL:
                 raise ValueError("a damaged directory")
-            flags, method, crc, length, size, n, m, k, start = struct.unpack_from("<8xHH4xIIIHHH8xI", buffer, offset)
-            raw, extra = buffer[offset + 46 : offset + 46 + n], buffer[offset + 46 + n : offset + 46 + n + m]
-            offset += 46 + n + m + k
+            offset += 46
+            raw, extra = buffer[offset : offset + n], buffer[offset + n : offset + n + m] if m else b""
+            offset += n + m + k
             if 0xFFFFFFFF in (length, size, start):
                 size, length, start = _wide(extra, size, length, start)
             if raw.endswith(b"/"):
                 continue
             if flags & 1 or method not in (0, 8):
                 raise ValueError(f"{'an encrypted' if flags & 1 else 'an unusually packed'} file {raw.decode()!r}")
-            rows[:, len(names)] = start, length, size, method, crc
+            rows.extend((start, length, size, method, crc))
             names.append(raw.decode("utf-8" if flags & 0x800 or raw.isascii() else "cp437"))
     except (struct.error, ValueError, IndexError) as error:
         reason = error if isinstance(error, ValueError) else "a damaged directory"
         raise unreadable(path, f"not a zip that can be read: {reason}") from error
-    return names, list(rows[:, : len(names)])
+    if hasattr(buffer, "madvise"):
+        buffer.madvise(mmap.MADV_DONTNEED)  # the directory is not needed again: of millions of files it is large
+    return names, list(np.frombuffer(rows, np.int64).reshape(-1, 5).T)
 
 
 def _end_of_directory(buffer: mmap.mmap) -> tuple[int, int]:
