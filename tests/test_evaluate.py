@@ -137,6 +137,24 @@ def test_what_is_known_of_other_guides_or_data_is_measured_again(digits_run, cap
     assert said(capsys, *words).count("(known)") == 0
 
 
+def test_of_precision_the_highest_is_the_best(digits_run, capsys):
+    from backends.torch.sample import main as sample
+
+    made = "--run run --seeds 100-160 --steps 3 --device cpu --format npz --outdir out"
+    assert sample(made.split()) == 0
+    capsys.readouterr()
+    words = ("sweep", "--run", "run", "--seeds", "0-29", *QUICK[:-1], "out/samples.npz", "--metric", "manifold@pixels")
+    out = said(capsys, *words, "--vary", "sigma-rel=0.05,0.1,0.15,0.2")
+    lines = read_figures(digits_run / "figures.jsonl")
+    precisions = {line["point"]["sigma-rel"]: line["figures"]["precision"] for line in lines}
+    assert len(set(precisions.values())) > 1
+    best = next(line for line in out.splitlines() if line.startswith("best"))
+    assert best.endswith(f": {max(precisions.values()):.6g}")
+    assert said(capsys, "report", "run", "--no-samples")
+    page = Path("run/report/report.html").read_text()
+    assert f"best {max(precisions.values()):.4g}" in page
+
+
 @pytest.mark.parametrize(
     "vary", [("unet.enc.*=0.05,0.1",), ("guide-sigma-rel=0.05,0.07", "guidance=1.5,2"), ("guide-highest=1,5",)]
 )
@@ -162,9 +180,12 @@ def test_anything_of_sampling_is_varied(digits_run, capsys, vary):
         ),
         (("sweep", "--run", "nothing"), "must be a folder with a config.json"),
         (("evaluate", "--run", "run", "--metric", "fidd"), "a metric must be one of fid"),
-        (("evaluate", "--images", "run", "--metric", "frechet@pixels"), "data must hold images"),
+        (("evaluate", "--images", "run", *QUICK[-2:], "--metric", "frechet@pixels"), "data must hold images"),
         (("evaluate", "--images", "digits", "--metric", "frechet@pixels"), "must have a --reference, got none"),
-        (("evaluate", "--images", "digits", "--weights", "x", "--metric", "frechet@pixels"), "--weights are of one"),
+        (
+            ("evaluate", "--images", "digits", *QUICK[-2:], "--weights", "x", "--metric", "frechet@pixels"),
+            "--weights are of",
+        ),
         (
             ("evaluate", "--run", "run", "--metric", "frechet@pixels", "--seeds", "0", "--steps", "2"),
             "at least 2 images",

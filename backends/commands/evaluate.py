@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from backends.pipeline.metrics import statistics
-from backends.pipeline.metrics.figures import warnings
+from backends.pipeline.metrics.figures import Metric, warnings
 from backends.pipeline.runs.command_line import parse_seeds
 from backends.pipeline.runs.evaluation import (
     FIGURES,
@@ -54,6 +54,7 @@ def run(options: Options) -> None:
     Raises:
         InputError: as :class:`~backends.pipeline.runs.evaluation.Measure`, and as sampling.
     """
+    _check(options)
     port = import_module(f"backends.{options.port}.sample")
     team: Team = port.open_team(options.device)
     say = team.say
@@ -64,6 +65,9 @@ def run(options: Options) -> None:
         job = job_of(options, found)
         say(f"network    {found.origin}")
     reference = options.reference or _data_of(found)
+    if reference is None and options.save is None:  # known before anything is measured
+        for metric in map(Metric.called, options.metric):
+            metric.check_reference(None)
     measure = Measure.of(
         options.metric, reference=reference, weights=options.weights, device=_torch_device(options), team=team
     )
@@ -72,8 +76,6 @@ def run(options: Options) -> None:
     else:
         made = measure.statistics(generated(options, job, port, team))
     if options.save is not None:
-        if len(made) != 1:
-            raise InputError(f"--save keeps statistics of one extractor, got {', '.join(made)}: ask for one metric")
         if team.rank == 0:
             statistics.save(options.save, next(iter(made.values())))
         say(f"wrote      {options.save}")
@@ -89,6 +91,12 @@ def run(options: Options) -> None:
     if job is not None and found is not None and found.run is not None and team.rank == 0:
         known = described(options, job, reference)
         append_figures(found.run.path / FIGURES, [line | known for line in records])
+
+
+def _check(options: Options) -> None:
+    extractors = sorted({Metric.called(name).extractor for name in options.metric})
+    if options.save is not None and len(extractors) != 1:
+        raise InputError(f"--save keeps statistics of one extractor, got {', '.join(extractors)}: ask for one metric")
 
 
 def _data_of(found: FoundNetwork | None) -> str | None:

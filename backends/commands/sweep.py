@@ -45,7 +45,7 @@ class Options(SamplingOptions):
     grid: int = 9
     """Values of each range in a grid."""
     metric: str = "fid"
-    """The metric, as in edm2 evaluate; the lowest is the best."""
+    """The metric, as in edm2 evaluate; of precision-recall and is the highest is the best, else the lowest."""
     reference: str | None = None
     """Data, or a file of statistics. Without it: the data of the run."""
     seeds: str = "0-9999"
@@ -67,23 +67,24 @@ def run(options: Options) -> None:
     say(f"run      {sweep.run.path}, {options.metric} of seeds {options.seeds}")
     say("  ".join(f"{domain.name:>10}" for domain in options.vary) + f"  {options.metric:>12}")
     measured: dict[Point, float] = {}
+    (metric,) = sweep.measure.metrics
 
     def ask(point: Point) -> float:
         value, known = sweep.figure(point)
         measured[point] = value
         row = "  ".join(f"{x:10.4g}" for x in point)
         say(f"{row}  {value:12.6g}{'  (known)' if known else ''}")
-        return value
+        return metric.loss(value)
 
     search(options.vary, ask, kind=options.search, points=options.points, grid=options.grid)
-    best = min(measured, key=lambda point: (measured[point], point))
+    best = min(measured, key=lambda point: (metric.loss(measured[point]), point))
     names = [domain.name for domain in options.vary]
     say(f"best     {', '.join(f'{n} {x:g}' for n, x in zip(names, best, strict=True))}: {measured[best]:.6g}")
     say(f"next     {sweep.command(best)}")
     if sweep.measure.team.rank == 0:
         path = sweep.run.path / f"sweep-{options.metric.replace(':', '-')}.png"
         drawn, (axes,) = figure(1)
-        draw_sweep(axes, names, measured, options.metric)
+        draw_sweep(axes, names, measured, metric.main, best=best)
         save(drawn, path)
         say(f"wrote    {path}")
 

@@ -20,6 +20,7 @@ from .statistics import Statistics
 ENOUGH = 50_000
 """The number of images that published figures are of."""
 _KINDS = ("frechet", "kernel", "manifold", "inception-score")
+_HIGHER_IS_BETTER = ("manifold", "inception-score")
 _NAMES = {
     "fid": "frechet@inception",
     "fd-dinov2": "frechet@dinov2",
@@ -56,8 +57,17 @@ class Metric:
 
     @property
     def main(self) -> str:
-        """The name of the figure to choose by, the lower the better."""
+        """The name of the figure to choose by."""
         return "precision" if self.kind == "manifold" else self.name
+
+    def loss(self, figure: float, /) -> float:
+        """``figure``, the one called :attr:`main`, with the sign that makes the lowest the best."""
+        return -figure if self.kind in _HIGHER_IS_BETTER else figure
+
+    def check_reference(self, reference: Statistics | None, /) -> None:
+        """Raise InputError where the metric needs a reference and there is none."""
+        if reference is None and self.kind != "inception-score":
+            raise InputError(f"{self.name} must have a --reference, got none: name data, or a file of statistics")
 
     def of(self, made: Statistics, reference: Statistics | None, /) -> dict[str, float]:
         """Figures by name. ``reference`` may be None for the Inception score.
@@ -70,8 +80,8 @@ class Metric:
             if made.logits is None:
                 raise InputError("the Inception score must have class scores, got none: measure the images anew")
             return {self.name: inception_score(made.logits.astype(np.float64))}
-        if reference is None:
-            raise InputError(f"{self.name} must have a --reference, got none: name data, or a file of statistics")
+        self.check_reference(reference)
+        assert reference is not None  # checked
         if reference.size is not None and made.size is not None and reference.size != made.size:
             raise InputError(
                 f"images and reference must be of one size, got {_size(made)} and {_size(reference)}: measure data of "

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from backends.pipeline.metrics.figures import Metric
 from backends.pipeline.runs.evaluation import FIGURES, read_figures
 from backends.pipeline.runs.folder import Run
 
@@ -29,8 +30,11 @@ def measured(runs: Mapping[str, Run], canvas: Canvas, /) -> Section:
     )
     charts = [*_over_training(lines, canvas), *_swept(lines, canvas)]
     if rows := _best(lines):
-        body += page.table(["lowest", "length", "after images", "images measured"], rows)
-    text = "Metrics against the data that a run, or the command that measured it, named; the lower the better."
+        body += page.table(["best", "length", "after images", "images measured"], rows)
+    text = (
+        "Metrics against the data that a run, or the command that measured it, named. Of precision, recall, density, "
+        "coverage and the Inception score the highest is the best, else the lowest."
+    )
     return Section(title="Figures", text=text, body=body + page.charts(charts, columns=2))
 
 
@@ -53,25 +57,31 @@ def _over_training(lines: Mapping[str, Lines], canvas: Canvas) -> Iterator[Chart
 
 
 def _swept(lines: Mapping[str, Lines], canvas: Canvas) -> Iterator[Chart]:
-    sweeps: dict[tuple[str, str, tuple[str, ...]], dict[tuple[float, ...], float]] = defaultdict(dict)
+    """A chart for each sweep: points of one metric over the same settings, with the same seeds and steps."""
+    sweeps: dict[tuple[str, ...], dict[tuple[float, ...], Mapping[str, Any]]] = defaultdict(dict)
     for run, own in lines.items():
         for line in own:
             if isinstance(point := line.get("point"), dict) and point:
-                metric, value = next(iter(line["figures"].items()))
-                sweeps[run, metric, tuple(point)][tuple(map(float, point.values()))] = value
-    for (run, metric, names), points in sweeps.items():
-        title = f"{metric} by {' and '.join(names)}" + (f": {run}" if len(lines) > 1 else "")
-        draw = partial(draw_sweep, names=names, figures=points, metric=metric)
-        best = min(points, key=lambda point: points[point])
-        description = f"{title}; lowest {points[best]:.4g} at {', '.join(f'{x:g}' for x in best)}"
-        yield canvas.chart(f"sweep-{run}-{metric}-{'-'.join(names)}", title, description, draw)
+                key = (run, line["metric"], f"seeds {line.get('seeds')}, {line.get('steps')} steps", *point)
+                sweeps[key][tuple(map(float, point.values()))] = line
+    for (run, name, how, *names), points in sweeps.items():
+        metric = Metric.called(name)
+        values = {point: line["figures"][metric.main] for point, line in points.items()}
+        best = min(values, key=lambda point: metric.loss(values[point]))
+        title = f"{metric.main} by {' and '.join(names)}" + (f": {run}" if len(lines) > 1 else "")
+        draw = partial(draw_sweep, names=names, figures=values, metric=metric.main, best=best)
+        description = f"{title}; {how}; best {values[best]:.4g} at {', '.join(f'{x:g}' for x in best)}"
+        yield canvas.chart(f"sweep-{'-'.join((run, name, how, *names))}", title, description, draw)
 
 
 def _best(lines: Mapping[str, Lines]) -> dict[str, list[str]]:
     rows: dict[str, list[str]] = {}
     for run, own in lines.items():
-        for metric in dict.fromkeys(name for line in own for name in line["figures"]):
-            line = min((line for line in own if metric in line["figures"]), key=lambda one: one["figures"][metric])
-            name = metric if len(lines) == 1 else f"{run}: {metric}"
-            rows[name] = [f"{line['figures'][metric]:.5g}", *(str(line.get(k)) for k in ("length", "nimg", "count"))]
+        figures = [(name, value, line) for line in own for name, value in line["figures"].items()]
+        for name in dict.fromkeys(name for name, _, _ in figures):
+            _, value, line = min(
+                (one for one in figures if one[0] == name), key=lambda one: Metric.called(one[2]["metric"]).loss(one[1])
+            )
+            shown = name if len(lines) == 1 else f"{run}: {name}"
+            rows[shown] = [f"{value:.5g}", *(str(line.get(key)) for key in ("length", "nimg", "count"))]
     return rows

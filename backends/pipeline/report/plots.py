@@ -144,16 +144,23 @@ def draw_by_noise(
     _legend(axes)
 
 
-def draw_sweep(axes: "Axes", names: Sequence[str], figures: Mapping[tuple[float, ...], float], metric: str) -> None:
-    """Figures of points: a curve over one setting, or a map over two, of others the best; the lowest is marked."""
-    best = min(figures, key=lambda point: (figures[point], point))
+def draw_sweep(
+    axes: "Axes",
+    names: Sequence[str],
+    figures: Mapping[tuple[float, ...], float],
+    metric: str,
+    *,
+    best: tuple[float, ...],
+) -> None:
+    """Figures of points: a curve over one setting, or a map over two, of others the best; the best point is marked."""
     if len(names) == 1:
         xs = sorted(x for (x,) in figures)
         axes.plot(xs, [figures[(x,)] for x in xs], color=_COLOURS[0], marker=".")
         axes.plot(best[0], figures[best], color=_COLOURS[1], marker="o", linestyle="none")
         axes.set_ylabel(_plain(metric))
     else:
-        points = sorted(figures, key=lambda point: -figures[point])  # the lowest on top, where more settings differ
+        near = sorted(figures, key=lambda point: abs(figures[point] - figures[best]))
+        points = near[::-1]  # the best on top, where more settings differ
         x, y = ([point[i] for point in points] for i in range(2))
         shown = axes.scatter(x, y, c=[figures[point] for point in points], s=80, cmap="viridis")
         axes.plot(best[0], best[1], color=_COLOURS[1], marker="o", fillstyle="none", markersize=14, linestyle="none")

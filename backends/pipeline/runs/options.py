@@ -109,7 +109,7 @@ class ScoreOptions:
     evaluate: int | None = None
     """Images between evaluations of the tracked averages, such as 8Mi. Without it: none."""
     evaluate_metric: str = "fid"
-    """The metric, as in edm2 evaluate, against the training data; the lowest is the best."""
+    """The metric, as in edm2 evaluate, against the training data."""
     evaluate_images: int = 5000
     """Images that are sampled for each average."""
     evaluate_steps: int = 32

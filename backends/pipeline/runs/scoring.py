@@ -85,5 +85,5 @@ class Scores:
         return figures
 
     def _note(self, value: float, length: str, nimg: int) -> None:
-        if self._best is None or value < self._best[0]:
-            self._best = value, f"{value:.4g} by {length} at {nimg} images"
+        if self._best is None or self._metric.loss(value) < self._best[0]:
+            self._best = self._metric.loss(value), f"{value:.4g} by {length} at {nimg} images"
