@@ -34,22 +34,32 @@ SAMPLES, STEPS = 500, 16
 
 
 class Study:
-    """Runs of one port under ``folder``, on the first ``count`` digits, at most 1500; the last 297 are held out."""
+    """Runs of one port under ``folder``, on the first ``count`` digits, at most 1500; the last 297 are held out.
 
-    def __init__(self, folder: Path, *, port: str = "torch", count: int = TRAINING):
-        digits = open_dataset("digits")
-        indices = np.arange(len(digits))
-        self.folder, self.port, self.count = folder, port, count
-        self.images, self.labels = digits.read(indices), digits.labels(indices)
+    A subclass may be of other images: their number to train on, of classes, and the options of every run.
+    """
+
+    training, classes = TRAINING, CLASSES
+    options: tuple[object, ...] = ("--preset", "digits")
+
+    def __init__(self, folder: Path, *, port: str = "torch", count: int | None = None):
+        self.folder, self.port, self.count = folder, port, count or self.training
+        self.images, self.labels = self._read()
         self.data = folder / "data"
         if not (self.data / "dataset.json").exists():
             self._write()
+
+    def _read(self) -> tuple[np.ndarray, np.ndarray]:
+        """All images, uint8 [n, C, H, W], and their class ids; those held out are the last."""
+        digits = open_dataset("digits")
+        indices = np.arange(len(digits))
+        return digits.read(indices), digits.labels(indices)
 
     def _write(self) -> None:
         self.data.mkdir(parents=True, exist_ok=True)
         names = [f"{i:04d}.png" for i in range(self.count)]
         for name, image in zip(names, self.images, strict=False):
-            Image.fromarray(image[0]).save(self.data / name)
+            Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(self.data / name)
         pairs = [[name, int(label)] for name, label in zip(names, self.labels, strict=False)]
         (self.data / "dataset.json").write_text(json.dumps({"labels": pairs}))
 
@@ -61,7 +71,7 @@ class Study:
         """
         run = Run(self.folder / name)
         command = import_module(f"backends.{self.port}.train").main
-        first = () if run.exists() else ("--preset", "digits", "--data", self.data)
+        first = () if run.exists() else (*self.options, "--data", self.data)
         print(f"\n{name}: python -m backends.{self.port}.train {' '.join(map(str, options))}", flush=True)
         if command([*map(str, (*first, *options)), "--outdir", str(run.path), "--no-picture"]):
             raise InputError(f"a run must be complete, got {run.path}, which stopped: see the message above")
@@ -77,7 +87,7 @@ class Study:
         return next(s for s in sources if s.length == Length.of(sigma_rel) and s.time >= nimg).load()
 
     def losses(self, run: Run, sigma_rels: Sequence[float]) -> list[float]:
-        """The denoising loss on held-out digits of the averages of these lengths."""
+        """The denoising loss on held-out images of the averages of these lengths."""
         return [self.denoising_loss(network, held_out=True) for network in self.averages(run, sigma_rels)]
 
     def sample(
@@ -96,8 +106,8 @@ class Study:
         seeds, config = range(count), network.required_config()
         other = None if guide is None else (guide.required_config(), guide.params)
         sampler = self._adapter.sampler(config, network.params, guide=other)
-        labels = seeded_labels(seeds, CLASSES)
-        rows = one_hot(labels, CLASSES) if labelled else None
+        labels = seeded_labels(seeds, self.classes)
+        rows = one_hot(labels, self.classes) if labelled else None
         start = noise(seeds, (config.img_channels, *config.image_size))
         return visible(sampler(start, rows, guidance=guidance, num_steps=STEPS), DataFormat()), labels
 
@@ -106,14 +116,15 @@ class Study:
 
     def frechet(self, images: np.ndarray) -> float:
         """|m - m'|^2 + tr(C + C' - 2 (C C')^1/2), between ``images`` and the held-out digits."""
-        (m, c), (n, d) = (_gaussian(_flat(x)) for x in (images, self.images[TRAINING:]))
+        (m, c), (n, d) = (_gaussian(_flat(x)) for x in (images, self.images[self.training :]))
         product = np.linalg.eigvals(c @ d).real  # real and not negative, except for rounding
         return float(np.sum((m - n) ** 2) + np.trace(c + d) - 2 * np.sqrt(product.clip(0)).sum())
 
     def denoising_loss(self, network: Snapshot, *, held_out: bool) -> float:
         """Mean of lambda(sigma) (D(y + n; sigma) - y)^2 per pixel, with fixed noise, on training or held-out digits."""
-        part = slice(TRAINING, None) if held_out else slice(0, min(self.count, len(self.images) - TRAINING))
-        images, rows = PIXELS.encode(self.images[part]), one_hot(self.labels[part], CLASSES)
+        held = len(self.images) - self.training
+        part = slice(self.training, None) if held_out else slice(0, min(self.count, held))
+        images, rows = PIXELS.encode(self.images[part]), one_hot(self.labels[part], self.classes)
         seeds, total = range(len(images)), 0.0
         for sigma in np.exp(np.linspace(-2, 1, 7)):
             level = np.full((len(images), 1, 1, 1), sigma, np.float32)

@@ -16,6 +16,7 @@ from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot
 from backends.pipeline.runs.networks import stored_network
 from edm2_core.codec import SD_LATENTS, Codec, DataFormat
 from edm2_core.ema import Length
+from edm2_core.errors import InputError
 from edm2_core.ladder import LADDER
 from edm2_core.network import NetworkConfig, initialize
 
@@ -104,3 +105,75 @@ def test_what_the_official_network_cannot_be_is_refused(tmp_path, capsys, change
     err = capsys.readouterr().err
     assert re.search(message, err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # those of diffusers
+def test_diffusers_loads_samples_and_saves_it(tmp_path):
+    """The same noise gives the image of this library's sampler, before and after diffusers saved it itself."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    from backends.torch.api import load, sample
+    from backends.torch.diffusers_pipeline import EDM2Pipeline
+
+    store(tmp_path / "net.safetensors", data=DataFormat())
+    assert main(["export", str(tmp_path / "net.safetensors"), str(tmp_path / "out"), "--to", "diffusers"]) == 0
+    network, noise, classes = load(tmp_path / "net.safetensors", device="cpu"), torch.randn(2, 1, 8, 8), [3, 7]
+    wanted = sample(network, noise, torch.eye(10)[classes], num_steps=4)
+    pipeline = EDM2Pipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path / "again")
+    again = EDM2Pipeline.from_pretrained(tmp_path / "again")
+    for one in (pipeline, again):
+        got = one(classes, latents=noise, num_inference_steps=4, output_type="latent").images
+        assert torch.allclose(got, wanted, atol=1e-5, rtol=0)
+    pictures = pipeline(classes, latents=noise, num_inference_steps=4).images
+    assert [picture.size for picture in pictures] == [(8, 8)] * 2
+    as_array = pipeline(classes, latents=noise, num_inference_steps=4, output_type="np").images
+    assert as_array.shape == (2, 8, 8, 1)
+    assert 0 <= as_array.min() <= as_array.max() <= 1
+    seeded = [
+        pipeline(
+            num_inference_steps=2, batch_size=3, output_type="pt", generator=torch.Generator().manual_seed(5)
+        ).images
+        for _ in range(2)
+    ]
+    assert seeded[0].shape == (3, 1, 8, 8)
+    assert torch.equal(*seeded)
+    seen = []
+
+    def zeroed(_, step, sigma, values):
+        seen.append((step, sigma))
+        return {"latents": values["latents"] * 0}
+
+    ended = pipeline(classes, num_inference_steps=2, output_type="latent", callback_on_step_end=zeroed).images
+    assert [step for step, _ in seen] == [0, 1]
+    assert not ended.any()
+    for words, message in (
+        ({"output_type": "tensor"}, "output_type must be one of"),
+        ({"class_labels": [10]}, "class_labels must be from 0 to 9, got"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pipeline(**words)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_decodes_latents_by_an_autoencoder_that_is_given(tmp_path):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    from backends.torch.diffusers_pipeline import EDM2Pipeline
+
+    codec = Codec.standardizing(*SD_LATENTS, stored="moments", vae="stabilityai/sd-vae-ft-mse")
+    store(tmp_path / "net.safetensors", replace(CONFIG, img_channels=4), DataFormat(codec=codec))
+    assert main(["export", str(tmp_path / "net.safetensors"), str(tmp_path / "out"), "--to", "diffusers"]) == 0
+    pipeline = EDM2Pipeline.from_pretrained(tmp_path / "out")
+    with pytest.raises(InputError, match="latents must be decoded by an autoencoder, got none: give"):
+        pipeline([1])
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    pipeline = EDM2Pipeline.from_pretrained(tmp_path / "out", vae=vae)
+    words = {"num_inference_steps": 2, "latents": torch.randn(1, 4, 8, 8)}
+    latent = pipeline([1], output_type="latent", **words).images
+    wanted = (vae.decode(codec.decode(latent)).sample / 2 + 0.5).clamp(0, 1)
+    assert torch.allclose(pipeline([1], output_type="pt", **words).images, wanted, atol=1e-5)

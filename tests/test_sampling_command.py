@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from math import inf
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,6 +213,23 @@ def test_a_published_combination_names_network_guide_and_weight(run, capsys):
     assert (call["mean"], call["guidance"]) == (used(7), 1.7)
     assert np.mean(call["guide"][1]["unet.out_conv.weight"]) == used(8)
     assert "published fid 1.01 of 50000 images" in capsys.readouterr().out
+
+
+def test_published_networks_come_from_a_repository_of_the_hub(run, monkeypatch):
+    """From the hub's cache, as its package lays it out."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(Path("hub").absolute()))
+    repo = Path("hub", "models--someone--edm2")
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    names, folder = published("edm2-img64-s-autog-fid"), repo / "snapshots" / ("0" * 40)
+    store(str(folder / names.net.replace(".pkl", ".safetensors")), seed=7)
+    options = {"preset": "edm2-img64-s-autog-fid", "models": "hf://someone/edm2", "seeds": "0"}
+    with pytest.raises(InputError, match=f"--models must have {names.guide}, got none in hf://someone/edm2: download"):
+        sample(**options)
+    store(str(folder / names.guide.replace(".pkl", ".safetensors")), seed=8)
+    assert sample(**options)[0]["mean"] == used(7)
 
 
 def test_an_unconditional_network_gets_no_labels_and_says_minus_one():

@@ -3,6 +3,7 @@
 directory   model.safetensors, which edm2 reads as --net DIRECTORY and all others as weights by name; network.json
 official    the same, and make_pickle.py: run in a clone of the official code, it makes a file that its tools load. Such
             a file carries that code's own source, so it cannot be made without it.
+diffusers   a folder in diffusers' layout, for EDM2Pipeline.from_pretrained of backends.torch.diffusers_pipeline
 """
 
 import json
@@ -10,17 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tyro
 
 from backends.pipeline.checkpoints.atomic import write_bytes
+from backends.pipeline.checkpoints.safetensors_io import write_tensors
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot
-from backends.pipeline.checkpoints.storage import StorageDtype
+from backends.pipeline.checkpoints.storage import StorageDtype, stored_arrays
 from backends.pipeline.runs.networks import open_network
 from edm2_core.errors import InputError
 from edm2_core.ladder import LADDER
-from edm2_core.network import NetworkConfig
+from edm2_core.network import NetworkConfig, plan
 
 WEIGHTS, DESCRIPTION, SCRIPT = "model.safetensors", "network.json", "make_pickle.py"
+_PIPELINE = "backends.torch.diffusers_pipeline"
+_DIFFUSERS = "0.30.0"  # the oldest version that reads these files
 _OFFICIAL = (  # arguments of the official network, which have the names of ours
     *("model_channels", "channel_mult", "channel_mult_noise", "channel_mult_emb", "num_blocks", "attn_resolutions"),
     *("channels_per_head", "label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act", "dropout"),
@@ -47,7 +52,7 @@ class Options:
     """A snapshot, a run, an official pickle, or a folder of either."""
     dest: tyro.conf.Positional[Path]
     """Folder to write, which must not exist."""
-    to: Literal["directory", "official"] = "directory"
+    to: Literal["directory", "official", "diffusers"] = "directory"
     """For which tools."""
     sigma_rel: float | None = None
     """Relative length of the average of a run, reconstructed if it is not stored."""
@@ -65,14 +70,37 @@ def run(options: Options) -> None:
         raise InputError(f"dest must be a new folder, got {options.dest}, which exists: choose another")
     found = open_network(options.source, sigma_rel=options.sigma_rel)
     snapshot = found.snapshot
+    print(f"network   {found.origin}")
+    if options.to == "diffusers":
+        return _write_pipeline(options, snapshot)
     script = _script(snapshot) if options.to == "official" else None
     save_snapshot(options.dest / WEIGHTS, snapshot, dtype=options.dtype)
-    write_bytes(options.dest / DESCRIPTION, json.dumps(_described(snapshot), indent=1).encode() + b"\n")
-    print(f"network   {found.origin}")
+    _write_json(options.dest / DESCRIPTION, _described(snapshot))
     print(f"wrote     {options.dest / WEIGHTS}, {DESCRIPTION}")
     if script is not None:
         write_bytes(options.dest / SCRIPT, script.encode())
         print(f"next      in a clone of the official code: python {options.dest.absolute() / SCRIPT}")
+
+
+def _write_pipeline(options: Options, snapshot: Snapshot) -> None:
+    """The files that diffusers' ``save_pretrained`` writes of a pipeline."""
+    described = _described(snapshot)
+    model = {"_class_name": "EDM2Model", "_diffusers_version": _DIFFUSERS}
+    index = {"_class_name": "EDM2Pipeline", "_diffusers_version": _DIFFUSERS, "model": [_PIPELINE, "EDM2Model"]}
+    absent = {name: [None, None] for name in ("vae", "guide")}
+    params = ((f"net.{name}", np.asarray(array)) for name, array in snapshot.params.items())
+    constants = [f"net.{name}" for name, p in plan(snapshot.required_config()).parameters.items() if not p.trained]
+    arrays, _ = stored_arrays(params, kept=constants, dtype=options.dtype)
+    folder = options.dest / "model"
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", arrays, {"format": "pt"})
+    _write_json(folder / "config.json", {**model, "network": described["network"], "data": described["data"]})
+    _write_json(options.dest / "model_index.json", {**index, **absent})
+    print(f"wrote     {options.dest}")
+    print(f"next      from {_PIPELINE} import EDM2Pipeline; EDM2Pipeline.from_pretrained({str(options.dest)!r})")
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_bytes(path, json.dumps(values, indent=1).encode() + b"\n")
 
 
 def _described(snapshot: Snapshot) -> dict[str, Any]:

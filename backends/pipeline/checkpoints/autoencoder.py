@@ -14,6 +14,7 @@ import numpy as np
 
 from edm2_core.errors import InputError
 
+from .hub import hub_folder
 from .safetensors_io import TensorFile, read_array
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
@@ -77,21 +78,7 @@ def local_folder(name: str, /, *, only_local: bool = False) -> Path:
         return inner if not (path / "config.json").exists() and inner.is_dir() else path
     if path.is_absolute() or name.count("/") != 1:
         raise InputError(f"an autoencoder must be a folder or an ID such as stabilityai/sd-vae-ft-mse, got {name!r}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"{name} must be on this machine, got no folder of that name: give its folder with --vae, or pip install "
-            "huggingface_hub"
-        ) from error
-    try:
-        patterns = ["config.json", *_WEIGHTS[:1]]
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=only_local))
-    except Exception as error:  # of the hub, its cache or the network: many classes
-        why = str(error).split("\n")[0]
-        raise InputError(
-            f"{name} must be on the hub or in its cache, got '{why}': give its folder with --vae"
-        ) from error
+    return hub_folder(name, ["config.json", _WEIGHTS[0]], instead="give its folder with --vae", only_local=only_local)
 
 
 def read_autoencoder(folder: Path, /) -> Autoencoder:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from backends.pipeline.checkpoints.atomic import write_atomically
+from backends.pipeline.checkpoints.hub import SCHEME, hub_folder
 from backends.pipeline.checkpoints.reconstruct import reconstruct
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, snapshot_name
 from backends.pipeline.checkpoints.sources import Source, open_sources
@@ -111,17 +112,24 @@ def find_network(path: Path | None, /, *, sigma_rel: float | None, train: str) -
 
 
 def published_file(name: str, models: str | None, /) -> Path:
-    """The file ``name`` of the published networks: in the folder ``models``, else in the cache, else downloaded to it
-    from the address ``models``, by default the authors'.
+    """The file ``name`` of the published networks: in the folder ``models``; in a repository of the Hugging Face hub,
+    hf://user/name; else in the cache, or downloaded to it from the address ``models``, by default the authors'.
 
     Raises:
         InputError: it is nowhere, and cannot be downloaded.
     """
+    names = (name, f"{Path(name).stem}.safetensors")
+    if models is not None and models.startswith(SCHEME):
+        instead = f"download {URL}/{name}, and give its folder with --models"
+        folder = hub_folder(models.removeprefix(SCHEME), names, instead=instead)
+        if (found := _first(folder, names)) is None:
+            raise InputError(f"--models must have {name}, got none in {models}: {instead}")
+        return found
     address = models is not None and models.startswith(("http://", "https://"))
     folder = CACHE if models is None or address else Path(models)
     path = folder / name
-    if path.exists() or path.with_suffix(".safetensors").exists():
-        return path if path.exists() else path.with_suffix(".safetensors")
+    if (found := _first(folder, names)) is not None:
+        return found
     url = f"{(models if address else URL)}/{name}"
     if models is not None and not address:
         raise InputError(f"--models must be a folder with {name}, got none in {folder}: download {url}")
@@ -136,6 +144,10 @@ def published_file(name: str, models: str | None, /) -> Path:
             "with --models"
         ) from error
     return path
+
+
+def _first(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def _copy(answer: Any, file: BinaryIO) -> None:

@@ -271,8 +271,8 @@ class SamplingOptions:
     preset: str | None = None
     """Network, guide and guidance weight of a published score, such as edm2-img512-s-guid-fid."""
     models: str | None = None
-    """Folder of published networks, or the address to download them from. Without it: ~/.cache/edm2, and the authors'.
-    """
+    """Folder of published networks, hf://user/name, or the address to download them from. Without it: ~/.cache/edm2, and
+    the authors'."""
     sigma_rel: float | None = None
     """Relative length of the average, reconstructed if it is not stored. Without it: the stored average of length
     0.10, else the longest; for a run with --half-life the traditional average."""
