@@ -79,6 +79,15 @@ def conformance(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Each port on this CPU beside plain PyTorch; writes build/benchmarks and docs/benchmark_ports.md. Needs an idle
+    machine. On a GPU: ``python -m benchmarks.gpu``."""
+    session.install("-e", ".[test,torch,jax]")
+    session.run("python", "-m", "benchmarks.cpu", *session.posargs)
+    session.run("python", "-m", "benchmarks.ports_step")
+
+
+@nox.session(default=False)
 def bench_ema(session: nox.Session) -> None:
     """Reconstruction compared with ema-pytorch; writes docs/benchmarks.md. Needs an idle machine and 20 GB of disk."""
     session.install("-e", ".[test,torch]", "ema-pytorch>=0.8")

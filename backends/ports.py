@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -28,6 +28,9 @@ Batch = Sequence[np.ndarray | None]
 one, a condition [N, cond_channels, H, W]; float32."""
 
 
+Compile = Literal["auto", "off", "max"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """The device, and how many images it processes at once. It affects only the rounding of the result."""
@@ -38,6 +41,11 @@ class Machine:
     """Images per device at a time; gradients of a larger share of the batch are accumulated. Without it: all."""
     workers: int = 0
     """Processes that read and decode the data; 0: threads. Give 2 or more where images are decoded for a GPU."""
+    compile: Compile = "auto"
+    """Compilation of PyTorch's network: auto on GPUs; max also searches for the fastest kernels, which takes minutes;
+    off. JAX and MLX always compile."""
+    activation_checkpoint: bool = False
+    """Compute the activations of each block anew in the backward pass: less memory, a third more time."""
 
 
 # ---- sampling

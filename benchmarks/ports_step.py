@@ -18,17 +18,9 @@ import numpy as np
 import tyro
 
 from benchmarks.ema_reconstruct import machine
-from edm2_core.network import NetworkConfig, initialize
+from benchmarks.networks import BENCH_32
+from edm2_core.network import initialize
 
-CONFIG = NetworkConfig(
-    img_resolution=32,
-    img_channels=3,
-    model_channels=64,
-    channel_mult=(1, 2, 3),
-    num_blocks=2,
-    attn_resolutions=(16, 8),
-    channels_per_head=64,
-)
 BATCH = 16
 
 
@@ -88,7 +80,7 @@ def _torch() -> Callable[[], Any]:
     from backends.torch.step import Batch, Learner
     from backends.torch.weights import build
 
-    learner = Learner(build(CONFIG, initialize(CONFIG, seed=0)))
+    learner = Learner(build(BENCH_32, initialize(BENCH_32, seed=0)))
     batch = Batch(*map(torch.from_numpy, _arrays()))
     return lambda: float(learner.step(batch, lr=0.01)[0])
 
@@ -102,14 +94,14 @@ def _jax() -> Callable[[], Any]:
     images, noise, sigma = _arrays()
     batch = Batch(*map(jax.device_put, (to_nhwc(images), to_nhwc(noise), sigma)))
     rest, lengths = (batch, jax.random.key(0), jax.numpy.float32(0.01)), (0.05, 0.10)
-    step_of = make_network_step(CONFIG, sigma_rels=lengths)
+    step_of = make_network_step(BENCH_32, sigma_rels=lengths)
     step = compiled(
         lambda state, batch, key, lr: step_of(state, batch, key, lr=lr),
-        state_shapes(CONFIG, sigma_rels=lengths),
+        state_shapes(BENCH_32, sigma_rels=lengths),
         *rest,
         cpu=True,
     )
-    state = [init(CONFIG, initialize(CONFIG, seed=0), sigma_rels=lengths)]
+    state = [init(BENCH_32, initialize(BENCH_32, seed=0), sigma_rels=lengths)]
 
     def run() -> float:
         state[0], metrics = step(state[0], *rest)
@@ -125,7 +117,7 @@ def _mlx() -> Callable[[], Any]:
     from backends.mlx.weights import build, to_native
 
     mx.set_default_device(mx.cpu)
-    learner = Learner(build(CONFIG, initialize(CONFIG, seed=0)))
+    learner = Learner(build(BENCH_32, initialize(BENCH_32, seed=0)))
     batch = Batch(*map(to_native, _arrays()))
     return lambda: learner.step(batch, lr=0.01)[0].item()
 

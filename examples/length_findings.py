@@ -96,7 +96,9 @@ def length_findings(
     for seed in range(seeds):
         runs = {name: _train(study, f"{name}-{seed}", seed, *words) for name, words in study.runs.items()}
         for name, run in runs.items():
-            found.setdefault(name, []).append(_best(lambda length, run=run: study.metric(_at(study, run, length)), points))
+            found.setdefault(name, []).append(
+                _best(lambda length, run=run: study.metric(_at(study, run, length)), points)
+            )
         if isinstance(study, Digits):
             guide = _train(study, f"guide-{seed}", seed, "--unconditional")
             for weight in WEIGHTS:

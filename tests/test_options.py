@@ -87,7 +87,7 @@ def test_every_sample_flag_is_understood():
         "--run r --net n --sigma-rel 0.13 --seeds 0-63,70 --class 3 --steps 16 --sigma-min 0.01 --sigma-max 50 --rho 5 "
         "--S-churn 10 --S-min 0.05 --S-max inf --S-noise 1.003 --guidance 1.5 --guide g --guide-interval 0.2 5 "
         "--data d --condition c --vae v --outdir o --format npz --batch 8 --precision float16 --device cuda "
-        "--labels l --noise torch --guide-sigma-rel 0.1 --preset p --models m --skip-existing --subdirs"
+        "--labels l --noise torch --guide-sigma-rel 0.1 --preset p --models m --skip-existing --subdirs --compile off"
     )
     options = sample(*argv.split())
     assert all(

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -92,6 +92,14 @@ def room(name: str | None, /) -> Room:
 def choose_one(name: str | None, /) -> Any:
     """The first device of this process among those of :func:`choose`."""
     return next(device for device in choose(name) if device.process_index == jax.process_index())
+
+
+def fastest_precision(device: Any, /) -> Literal["float32", "bfloat16"]:
+    """The dtype of activations that ``device`` computes fastest in and that trains as well as float32."""
+    if device.platform == "gpu":
+        capability = getattr(device, "compute_capability", "0")
+        return "bfloat16" if float(capability) >= 8 else "float32"
+    return "bfloat16" if device.platform == "tpu" else "float32"
 
 
 def describe(devices: Sequence[Any], /) -> str:

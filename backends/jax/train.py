@@ -14,7 +14,7 @@ PROG = "python -m backends.jax.train"
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    from backends.pipeline.runs.options import parse_train  # needs packages that a plain install lacks
+    from backends.pipeline.runs.options import parse_train, with_precision  # needs packages that a plain install lacks
 
     options = parse_train(argv, prog=PROG, description="Train EDM2 with JAX; with no argument, on digits.")
     from backends.pipeline.runs.precision import say_if_slow
@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .trainer import JaxTrainer
 
     device.join()
-    port = Port(device=device.choose_one(options.machine.device))
+    place = device.choose_one(options.machine.device)
+    options = with_precision(options, argv, device.fastest_precision(place))
+    port = Port(device=place)
     say_if_slow(port, options.config.precision)
     return run_training(options, JaxTrainer, port.sampler, prog=PROG, room=device.room(options.machine.device))
 

@@ -3,7 +3,7 @@
 D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)                                                        (Eq. 4)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,9 +94,11 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SamplingDenoiser:
-    """``network`` as :class:`backends.ports.LabelledDenoiser`: sigma is a float, and logvar is dropped."""
+    """``network`` as :class:`backends.ports.LabelledDenoiser`: sigma is a float, and logvar is dropped. ``answer`` is
+    another way to call it, such as :class:`~.compiling.FixedSizes`; None: directly."""
 
     network: Denoiser
+    answer: Callable[..., Tensor] | None = None
 
     @property
     def label_dim(self) -> int:
@@ -109,5 +111,8 @@ class SamplingDenoiser:
     @torch.inference_mode()
     def __call__(self, x: Tensor, sigma: float, labels: Tensor | None, condition: Tensor | None = None, /) -> Tensor:
         level = x.new_full((len(x), *[1] * (x.ndim - 1)), sigma)  # (N, 1, ...)
-        denoised: Tensor = self.network(x, level, labels, condition)[0]
+        return (self.answer or self.denoised)(x, level, labels, condition)
+
+    def denoised(self, *inputs: Tensor | None) -> Tensor:
+        denoised: Tensor = self.network(*inputs)[0]
         return denoised

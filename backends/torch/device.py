@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,6 +49,20 @@ def describe(device: torch.device, /) -> str:
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
+def fastest_precision(device: torch.device, /) -> Literal["float32", "bfloat16"]:
+    """The dtype of activations that ``device`` computes fastest in and that trains as well as float32."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float32"
+
+
+def allow_tf32(device: torch.device, precision: str, /) -> None:
+    """Let CUDA compute float32 products of a training step in TF32, which has 10 bits of mantissa, and say so."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if precision == "float32":
+            print("note     products of float32 are in TF32 in training, and in float32 in sampling")
+
+
 def room(device: torch.device, /) -> Room:
     """The memory for a training step on each of the devices that share a batch."""
     world = Processes.here().world
@@ -59,13 +74,18 @@ def room(device: torch.device, /) -> Room:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Within it, float32 is computed in float32. CUDA's convolutions are in TF32 by default, whose 10 bits of mantissa
-    would show: a seed gives the same image in every port."""
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(
-        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-    ):
-        yield
+    """Within it, float32 is computed in float32, not in TF32, whose 10 bits of mantissa would show: a seed gives the
+    same image in every port."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = products.allow_tf32
+    products.allow_tf32 = False
+    try:
+        with cudnn.flags(
+            enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+        ):
+            yield
+    finally:
+        products.allow_tf32 = before
 
 
 @dataclass(frozen=True)
@@ -84,13 +104,13 @@ class Processes:
     def join(self, device: torch.device) -> None:
         """Open the group of processes, once; afterwards collective operations work on ``device``."""
         if self.world > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
-    def mean(self, value: float, device: torch.device) -> float:
-        """The mean of ``value`` over all processes, which must call this together."""
+    def mean(self, value: float) -> float:
+        """The mean of ``value`` over all processes, which must call this together. It waits for no device."""
         if self.world == 1:
             return value
-        total = torch.tensor(value, device=device)
+        total = torch.tensor(value, dtype=torch.float64)  # on the CPU, so sent between hosts
         torch.distributed.all_reduce(total)
         return float(total) / self.world
 

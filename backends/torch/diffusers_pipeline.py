@@ -31,7 +31,7 @@ from .network import Network
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
-class EDM2Model(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class EDM2Model(ModelMixin, ConfigMixin):
     """An EDM2 network as a model of diffusers; activations are computed in the dtype of its weights.
 
     Args:
@@ -59,7 +59,7 @@ class EDM2Model(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return SamplingDenoiser(self.net)
 
 
-class EDM2Pipeline(DiffusionPipeline):  # type: ignore[misc]
+class EDM2Pipeline(DiffusionPipeline):
     """Samples of an EDM2 network.
 
     Args:

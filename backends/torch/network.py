@@ -13,6 +13,7 @@ from math import pi, prod, sqrt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from edm2_core import ladder
 from edm2_core.network import GROUP_NORM_EPS, Block, NetworkConfig, Parameter, plan
@@ -251,6 +252,7 @@ class UNet(Planned):
         self.enc = nn.ModuleDict({short(block): module(config, block) for block in walk.encoder})
         self.dec = nn.ModuleDict({short(block): module(config, block) for block in walk.decoder})
         self.takes_skip = [block.takes_skip for block in walk.decoder]
+        self.recomputes = False
         self.out_norm = GroupNorm(config, "unet.out_norm", width) if has.output_norm else None
         self.out_conv = Layer(config, "unet.out_conv")
 
@@ -265,16 +267,24 @@ class UNet(Planned):
             x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # (N, in_channels, H, W)
         skips = []
         for block in self.enc.values():
-            x = block(x) if isinstance(block, Layer) else block(x, emb)
+            x = block(x) if isinstance(block, Layer) else self.run(block, x, emb)
             skips.append(x)
         for block, takes_skip in zip(self.dec.values(), self.takes_skip, strict=True):
-            x = block(self.join(x, skips.pop()) if takes_skip else x, emb)
+            x = self.run(block, self.join(x, skips.pop()) if takes_skip else x, emb)
         gain: float | Tensor = 1.0 if self.out_gain is None else self.out_gain
         if self.out_norm is not None:
             x, gain = F.silu(self.out_norm(x)), gain / self.config.silu_rms
         x = self.out_conv(x, gain=gain)
         height, width = self.config.image_size
         return x[:, :, above : above + height, left : left + width]  # (N, C, H, W)
+
+    def run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        """A block; with ``recomputes``, only its input is kept for the backward pass."""
+        if self.recomputes and torch.is_grad_enabled():
+            recomputed: Tensor = checkpoint(block, x, emb, use_reentrant=False)
+            return recomputed
+        output: Tensor = block(x, emb)
+        return output
 
     def embedding(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """c_noise [N] and labels [N, label_dim] to [N, emb_channels]. See :func:`edm2_core.reference.embedding`."""

@@ -2,8 +2,6 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from os import environ
-from shutil import which
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +14,7 @@ from backends.ports import Params
 from edm2_core.network import NetworkConfig
 from edm2_core.state import State
 
+from .compiling import FixedSizes, Graphs, Mode, has_cpp, made_ready
 from .denoiser import SamplingDenoiser
 from .device import full_precision
 from .network import Network, fold
@@ -25,12 +24,18 @@ from .weights import build, dump
 
 @dataclass(frozen=True)
 class Port(ports.Port):
-    """Computes on ``device`` with activations in ``precision``; ``compiles`` the network by torch.compile."""
+    """Computes on ``device`` with activations in ``precision``. ``mode`` is that of torch.compile, None without it;
+    with ``graphs``, networks are sampled from by CUDA graphs."""
 
     name: ClassVar[str] = "torch"
     device: str = "cpu"
     precision: str = "float32"
-    compiles: bool = False
+    mode: Mode | None = None
+    graphs: bool = False
+
+    @property
+    def compiles(self) -> bool:
+        return self.mode is not None
 
     def native_denoise(self, network: ports.Network, /, *inputs: Any) -> Any:
         with torch.inference_mode():
@@ -51,7 +56,7 @@ class Port(ports.Port):
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         devices = {name: replace(self, device=name) for name, there in available.items() if there}
         narrow = {name: replace(self, precision=name) for name in ("bfloat16", "float16")}
-        compiled = {"compiled": replace(self, compiles=True)} if _has_a_compiler() else {}
+        compiled = {"compiled": replace(self, mode="default")} if has_cpp() else {}
         return devices | narrow | compiled
 
     def native_training(self, config: NetworkConfig, state: State, betas: ports.Betas, /) -> Any:
@@ -65,7 +70,9 @@ class Port(ports.Port):
     def denoiser(self, config: NetworkConfig, params: Params) -> SamplingDenoiser:
         network = self.network(config, params)
         fold(network)
-        return SamplingDenoiser(network)
+        denoiser = SamplingDenoiser(network)
+        answer = Graphs(denoiser.denoised) if self.graphs else denoiser.denoised
+        return SamplingDenoiser(network, FixedSizes(answer)) if self.graphs or self.mode else denoiser
 
     def to_native(self, array: np.ndarray, /) -> Tensor:
         return torch.tensor(np.asarray(array), dtype=torch.float32, device=self.device)
@@ -76,14 +83,8 @@ class Port(ports.Port):
     def network(self, config: NetworkConfig, params: Params) -> Network:
         """With these parameters, in evaluation mode."""
         network = build(config, params, device=self.device, dtype=getattr(torch, self.precision))
-        if self.compiles:
-            network.compile(fullgraph=True, dynamic=False)
+        made_ready(network, torch.device(self.device), self.mode)
         return network
-
-
-def _has_a_compiler() -> bool:
-    """torch.compile writes C++ for a CPU."""
-    return any(map(which, (environ.get("CXX", "g++"), "clang++", "cl")))
 
 
 PORT = Port()

@@ -46,9 +46,13 @@ def open_sampler(options: "SamplingOptions") -> "OpenSampler":
     from backends.pipeline.runs.precision import say_if_slow
 
     from . import device  # PyTorch takes seconds to import: help and wrong flags do without it
+    from .compiling import compile_mode
     from .port import Port
 
-    port = Port(device=str(device.choose(options.device)), precision=options.precision)
+    place = device.choose(options.device)
+    mode = compile_mode(options.compile, place) if options.compile == "max" else None
+    graphs = place.type == "cuda" and options.compile != "off"
+    port = Port(device=str(place), precision=options.precision, mode=mode, graphs=graphs)
     say_if_slow(port, options.precision)
     return port.sampler
 

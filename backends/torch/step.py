@@ -5,10 +5,11 @@ normalization; zero non-finite gradient elements; Adam; average the stored weigh
 forced again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,12 +50,21 @@ def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
     return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=sigma_data)
 
 
-@torch.no_grad()
 def force_weight_norm(network: nn.Module) -> None:
     """Put the stored weights back on their spheres, in place, on rungs that do so. Source: Eq. 66."""
-    for layer in network.modules():
-        if isinstance(layer, Layer) and layer.forced:
-            layer.weight.copy_(forced(layer))
+    force(weights_on_spheres(network))
+
+
+def weights_on_spheres(network: nn.Module) -> list[Tensor]:
+    """The weights that are forced back onto their spheres."""
+    return [layer.weight for layer in network.modules() if isinstance(layer, Layer) and layer.forced]
+
+
+@torch.no_grad()
+def force(weights: Sequence[Tensor]) -> None:
+    """Normalize rows in place."""
+    for weight in weights:
+        weight.copy_(normalize(weight, tuple(range(1, weight.ndim))))
 
 
 def forced(layer: Layer) -> Tensor:
@@ -81,6 +91,7 @@ class Learner:
         loss_scaling: factor on the loss while gradients are computed; keeps float16 gradients from underflow.
         microbatch: images per forward pass; larger batches accumulate gradients.
         world: number of processes (torch.distributed) that share each batch in equal parts.
+        compiles: forced normalization, and the check of gradients, are compiled into few kernels.
     """
 
     def __init__(
@@ -92,6 +103,7 @@ class Learner:
         loss_scaling: float = 1.0,
         microbatch: int | None = None,
         world: int = 1,
+        compiles: bool = False,
     ):
         self.network, self.loss_scaling, self.microbatch, self.world = network.train(), loss_scaling, microbatch, world
         self.weights = {name: p for name, p in tensors(network).items() if p.requires_grad}
@@ -100,6 +112,9 @@ class Learner:
         self.optimizer = torch.optim.Adam(list(self.weights.values()), betas=betas, eps=1e-8, fused=self.fused or None)
         self.ema = PowerEMA(network, sigma_rels=sigma_rels)
         self.steps = 0
+        self._spheres = weights_on_spheres(network)
+        self._force: Callable[[Sequence[Tensor]], None] = torch.compile(force) if compiles else force
+        self._zero_nonfinite: Callable[..., Tensor] = torch.compile(zero_nonfinite) if compiles else zero_nonfinite
 
     @property
     def nimg(self) -> int:
@@ -109,7 +124,7 @@ class Learner:
     def step(self, batch: Batch, *, lr: float) -> tuple[Tensor, Tensor]:
         """Train on this process's share of a batch. Returns its mean loss per element and the number of non-finite
         gradient elements that were zeroed, both 0-d on the device."""
-        force_weight_norm(self.network)
+        self._force(self._spheres)
         total = len(batch.images) * self.world
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
@@ -122,7 +137,7 @@ class Learner:
             sum_over_processes(gradients)
         if self.loss_scaling != 1:
             torch._foreach_mul_(gradients, 1 / self.loss_scaling)
-        nonfinite = zero_nonfinite(gradients)
+        nonfinite = self._zero_nonfinite(gradients)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.steps += 1
@@ -156,8 +171,8 @@ class Learner:
         for name, weight in self.weights.items():
             self.optimizer.state[weight] = {
                 "step": torch.tensor(float(state.steps), device=weight.device if self.fused else "cpu"),
-                "exp_avg": torch.tensor(state.moments1[name], device=weight.device),  # copies: Adam writes to its own
-                "exp_avg_sq": torch.tensor(state.moments2[name], device=weight.device),
+                "exp_avg": _like(weight, state.moments1[name]),
+                "exp_avg_sq": _like(weight, state.moments2[name]),
             }
         tracked = next(iter(self.ema.averages.values()))
         averages = {
@@ -166,6 +181,11 @@ class Learner:
         }
         self.ema.load_state_dict({"time": state.nimg, "averages": averages})
         self.steps = state.steps
+
+
+def _like(weight: Tensor, array: np.ndarray) -> Tensor:
+    """``array`` in memory of its own, laid out as ``weight``, so that Adam takes all tensors in one pass."""
+    return torch.empty_like(weight, requires_grad=False).copy_(torch.tensor(array))
 
 
 def sum_over_processes(gradients: Sequence[Tensor]) -> None:

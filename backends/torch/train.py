@@ -13,7 +13,7 @@ PROG = "python -m backends.torch.train"
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    from backends.pipeline.runs.options import parse_train  # needs packages that a plain install lacks
+    from backends.pipeline.runs.options import parse_train, with_precision  # needs packages that a plain install lacks
 
     options = parse_train(argv, prog=PROG, description="Train EDM2 with PyTorch; with no argument, on digits.")
     from backends.pipeline.runs.precision import say_if_slow
@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .trainer import TorchTrainer
 
     place = device.choose(options.machine.device)
+    options = with_precision(options, argv, device.fastest_precision(place))
+    device.allow_tf32(place, options.config.precision)
     port = Port(device=str(place))
     say_if_slow(port, options.config.precision)
     return run_training(options, TorchTrainer, port.sampler, prog=PROG, room=device.room(place))

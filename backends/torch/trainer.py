@@ -18,6 +18,7 @@ from edm2_core.network import initialize
 from edm2_core.state import Arrays, State
 
 from . import device as devices
+from .compiling import compile_mode, made_ready
 from .denoiser import evaluating
 from .step import Batch, Learner
 from .telemetry import measured
@@ -41,13 +42,17 @@ class TorchTrainer(Trainer):
         self._copies = torch.cuda.Stream(self._device) if on_cuda else None
         self._compute = torch.cuda.current_stream(self._device) if on_cuda else None
         hyper, params = config.hyper, initialize(config.network, seed=config.seed)
+        network = build(config.network, params, device=self._device, dtype=getattr(torch, config.precision))
+        network.unet.recomputes = machine.activation_checkpoint
+        mode = compile_mode(machine.compile, self._device)
+        made_ready(network, self._device, mode)
         self.learner = Learner(
-            build(config.network, params, device=self._device, dtype=getattr(torch, config.precision)),
+            network,
             **hyper.of_step,
             microbatch=machine.batch_per_device,
             world=self.world,
+            compiles=mode is not None,
         )
-
         for name in config.frozen:
             self.learner.weights[name].register_hook(torch.zeros_like)  # Adam then never moves it
 
@@ -83,7 +88,8 @@ class TorchTrainer(Trainer):
         with evaluating(self.learner.network):
             for part in whole.split(self.learner.microbatch):
                 noisy = part.images + part.unit_noise * part.sigma
-                denoised, _ = self.learner.network(noisy, part.sigma, part.labels, part.condition)
+                # not compiled: that would take a compilation for each size of a part
+                denoised, _ = self.learner.network.forward(noisy, part.sigma, part.labels, part.condition)
                 weight = objective.weight(part.sigma, sigma_data=self._config.network.sigma_data)
                 losses.append((weight * (denoised - part.images).square()).flatten(1).mean(dim=1))
         return torch.cat(losses).cpu().numpy()
@@ -113,7 +119,7 @@ class TorchTrainer(Trainer):
         return torch.stack(list(values)).cpu().numpy()
 
     def mean_over_processes(self, value: float, /) -> float:
-        return self._processes.mean(value, self._device)
+        return self._processes.mean(value)
 
     def is_out_of_memory(self, error: Exception, /) -> bool:
         on_cpu = isinstance(error, RuntimeError) and any(text in str(error) for text in _EXHAUSTED)

@@ -81,7 +81,7 @@ class TrainConfig:
     snapshot_dtype: StorageDtype = "float16"
     """Dtype of the averages in snapshots; tensors that it cannot hold are stored in float32."""
     precision: Precision = "float32"
-    """Dtype of the network's activations."""
+    """Dtype of the network's activations. The train command takes bfloat16 on GPUs and TPUs with hardware for it."""
     seed: int = 0
     """Seed of all random numbers."""
     edm2: tyro.conf.Fixed[str] = __version__

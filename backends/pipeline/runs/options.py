@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from backends.pipeline.data.datasets import DIGITS, Kind, open_dataset
-from backends.ports import Machine
+from backends.ports import Compile, Machine
 from edm2_core.codec import DataFormat
 from edm2_core.errors import InputError
 from edm2_core.ladder import Rung
@@ -181,6 +181,14 @@ def parse_train(argv: Sequence[str] | None = None, *, prog: str, description: st
     return replace(options, preset=_plain(options.preset), config=config)
 
 
+def with_precision(options: TrainOptions, argv: Sequence[str] | None, fastest: Precision, /) -> TrainOptions:
+    """``options`` with the ``fastest`` precision of the device, where a fresh run's line names none."""
+    words = sys.argv[1:] if argv is None else argv
+    if options.previous is not None or "precision" in flags_given(words):
+        return options
+    return replace(options, config=replace(options.config, precision=fastest))
+
+
 def _absolute(path: str | None) -> str | None:
     """As the config records it, wherever the command runs."""
     return None if path is None else str(Path(path).absolute())
@@ -271,8 +279,8 @@ class SamplingOptions:
     preset: str | None = None
     """Network, guide and guidance weight of a published score, such as edm2-img512-s-guid-fid."""
     models: str | None = None
-    """Folder of published networks, hf://user/name, or the address to download them from. Without it: ~/.cache/edm2, and
-    the authors'."""
+    """Folder of published networks, hf://user/name, or the address to download them from. Without it: ~/.cache/edm2,
+    and the authors'."""
     sigma_rel: float | None = None
     """Relative length of the average, reconstructed if it is not stored. Without it: the stored average of length
     0.10, else the longest; for a run with --half-life the traditional average."""
@@ -321,6 +329,9 @@ class SamplingOptions:
     """Images per call of the network; has no effect on the result."""
     precision: Precision = "float32"
     """Dtype of the network's activations."""
+    compile: Compile = "auto"
+    """Of PyTorch's network: auto launches its kernels at once on GPUs, by CUDA graphs; max compiles it first, which
+    takes a minute or more; off. JAX and MLX always compile."""
     device: str | None = None
     """Device to sample on. Without it: the fastest available."""
 
