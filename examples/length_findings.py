@@ -96,9 +96,7 @@ def length_findings(
     for seed in range(seeds):
         runs = {name: _train(study, f"{name}-{seed}", seed, *words) for name, words in study.runs.items()}
         for name, run in runs.items():
-            found.setdefault(name, []).append(
-                _best(lambda length, run=run: study.metric(_at(study, run, length)), points)
-            )
+            found.setdefault(name, []).append(_best(_plain(study, run), points))
         if isinstance(study, Digits):
             guide = _train(study, f"guide-{seed}", seed, "--unconditional")
             for weight in WEIGHTS:
@@ -119,6 +117,10 @@ def _train(study: Digits | Photographs, name: str, seed: int, *words: object) ->
 
 def _at(study: Study, run: Run, length: float) -> Snapshot:
     return study.averages(run, [length])[0]
+
+
+def _plain(study: Digits | Photographs, run: Run) -> Callable[[float], float]:
+    return lambda length: study.metric(_at(study, run, length))
 
 
 def _guided(study: Study, run: Run, guide: Run, weight: float) -> Callable[[float], float]:
