@@ -130,7 +130,7 @@ def weight_or_gain_is_0(config, params, name):
 
 
 def test_gradients_flow_through_activations():
-    """Blocks are rematerialized in the backward pass; what they collect is a result like any other."""
+    """What blocks collect is a result like any other."""
     config = LADDER["G"]
     params, batch = weights.init_params(config, seed=0), draw.random_batch(config, 3)
     name = "unet.enc.4x4_block0.conv_res0.weight"
@@ -150,6 +150,16 @@ def one_step(config, params, batch, **options):
     native = Batch(weights.to_nhwc(batch.images), weights.to_nhwc(batch.unit_noise), batch.sigma, batch.labels)
     state, metrics = step(init(config, params, sigma_rels=(0.05,)), native, jax.random.key(0), lr=np.float32(0.01))
     return to_state(state), metrics
+
+
+def test_recomputed_activations_give_the_same_step():
+    """The compiled program with them keeps less between the two passes."""
+    config = LADDER["G"]
+    params, batch = arguments(config)
+    plain, _ = one_step(config, params, batch)
+    recomputed, _ = one_step(config, params, batch, recomputes=True)
+    for name, array in plain.moments1.items():
+        assert tolerance.relative(recomputed.moments1[name], array) < tolerance.network(config)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():

@@ -62,6 +62,17 @@ def trained(config, params, batch, *, steps=1, dtype=mx.float32, key=None, **opt
     return learner, metrics[-1]
 
 
+def test_recomputed_activations_give_the_same_gradients():
+    params, batch = arguments(SMALL)
+    results = []
+    for recomputes in (False, True):
+        network = weights.build(SMALL, params)
+        network.unet.recomputes = recomputes
+        results.append(step.gradients_of(network, native(batch), scale=0.1)[1])
+    for name, array in results[0].items():
+        assert tolerance.relative(np.array(results[1][name]), np.array(array)) < tolerance.network(SMALL)
+
+
 # ---- the network
 
 

@@ -63,11 +63,12 @@ def denoise(
 
 
 @lru_cache(maxsize=64)
-def network_denoiser(config: NetworkConfig, dtype: Any = jnp.float32, /) -> Denoise:
-    """:func:`denoise` of this config, with activations in ``dtype``; the same function each time."""
+def network_denoiser(config: NetworkConfig, dtype: Any = jnp.float32, recomputes: bool = False, /) -> Denoise:
+    """:func:`denoise` of this config, with activations in ``dtype``; the same function each time. ``recomputes``: as in
+    :func:`unet`."""
 
     def backbone(params: Params, x: Array, c_noise: Array, labels: Any, /, *, key: Array | None) -> Array:
-        output, _ = unet(config, params, x.astype(dtype), c_noise, labels, key=key)
+        output, _ = unet(config, params, x.astype(dtype), c_noise, labels, key=key, recomputes=recomputes)
         return output.astype(x.dtype)
 
     return _preconditioned(config, backbone)
@@ -124,9 +125,11 @@ def unet(
     *,
     key: Array | None = None,
     collect: bool = False,
+    recomputes: bool = False,
 ) -> tuple[Array, Activations]:
     """The raw network F, and its activations, {} unless ``collect``. See :func:`edm2_core.reference.unet`.
 
+    ``recomputes``: for the backward pass only the products of layers are saved; all else is computed again.
     Shapes: x [N, H, W, C + cond_channels]; c_noise [N]; labels [N, label_dim] or None; F [N, H, W, C].
     """
     activations: Activations = {}
@@ -140,7 +143,8 @@ def unet(
     for index, block in enumerate((*walk.encoder, *walk.decoder)):
         if block.takes_skip:
             x = joined(config, x, skips.pop())
-        x, outputs = run_block(config, block, collect, params, x, emb, _fold(key, index))
+        run = _run_recomputed if recomputes else run_block
+        x, outputs = run(config, block, collect, params, x, emb, _fold(key, index))
         activations.update(outputs)
         if index < len(walk.encoder):
             skips.append(x)
@@ -164,17 +168,18 @@ def embedding(scope: Scope, c_noise: Array, labels: Array | None) -> Array:
     return silu(config, emb)
 
 
-@partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT), static_argnums=(0, 1, 2))
 def run_block(
     config: NetworkConfig, block: Block, collect: bool, params: Params, x: Array, emb: Array, key: Array | None
 ) -> tuple[Array, Activations]:
-    """One block, and its activations, {} unless ``collect``. See :func:`edm2_core.reference.run_block`.
-
-    Rematerialized: only the products of layers are saved for the backward pass.
-    """
+    """One block, and its activations, {} unless ``collect``. See :func:`edm2_core.reference.run_block`."""
     activations: Activations = {}
     x = _block(Scope(config, params, activations if collect else None), block, x, emb, key)
     return x, activations
+
+
+_run_recomputed = jax.checkpoint(
+    run_block, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT), static_argnums=(0, 1, 2)
+)
 
 
 def _block(scope: Scope, block: Block, x: Array, emb: Array, key: Array | None) -> Array:

@@ -202,14 +202,16 @@ def make_network_step(
     sigma_rels: Sequence[LengthLike],
     betas: tuple[float, float] = (0.9, 0.99),
     dtype: Any = jnp.float32,
+    recomputes: bool = False,
     **options: Any,
 ) -> Step:
     """:func:`make_step` of the EDM2 network; activations in ``dtype``, parameters float32. Called with ``lr=``.
+    ``recomputes``: as in :func:`~.network.unet`.
 
     ``options``: ``loss_scaling``, ``microbatch``, ``frozen`` and ``summarize``.
     """
     return make_step(
-        network_denoiser(config, dtype),
+        network_denoiser(config, dtype, recomputes),
         adam_with_averages(sigma_rels, betas=betas),
         sigma_data=config.sigma_data,
         force=partial(force_weight_norm, config),

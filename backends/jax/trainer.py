@@ -61,6 +61,7 @@ class JaxTrainer(Trainer):
         self.device = devices.describe(list(self._mesh.devices.flat))
         count, batch = self._mesh.size, config.hyper.batch
         self._microbatch = batch // microbatches(batch, machine.batch_per_device, world=count)
+        self._recomputes = machine.activation_checkpoint
         with self._memory(batch // self.world):
             self._step = self._compiled_step()  # before there is a state: compiling needs memory as well
             params = initialize(config.network, seed=config.seed)
@@ -117,6 +118,7 @@ class JaxTrainer(Trainer):
             microbatch=self._microbatch,
             frozen=self._config.frozen,
             dtype=self._dtype,
+            recomputes=self._recomputes,
             summarize=partial(summarize_rows, network) if self._config.telemetry else None,
         )
         draw = self._draw

@@ -230,6 +230,7 @@ class UNet(nn.Module):
     def __init__(self, config: NetworkConfig):
         super().__init__()
         self.config, walk, has = config, plan(config), config.switches
+        self.recomputes = False
         self.emb_fourier = Fourier(config, "unet.emb_fourier")
         self.emb_noise = Layer(config, "unet.emb_noise")
         if has.embedding_layers == 2:
@@ -259,16 +260,22 @@ class UNet(nn.Module):
         skips = []
         for block in walk.encoder:
             run = self.enc[short(block)]
-            x = run(x) if block.role == "conv" else run(x, emb, next(keys))
+            x = run(x) if block.role == "conv" else self.run(run, x, emb, next(keys))
             skips.append(x)
         for block in walk.decoder:
             x = self.join(x, skips.pop()) if block.takes_skip else x
-            x = self.dec[short(block)](x, emb, next(keys))
+            x = self.run(self.dec[short(block)], x, emb, next(keys))
         gain = self.out_gain if has.gains else 1.0
         if has.output_norm:
             x, gain = nn.silu(self.out_norm(x)), gain / self.config.silu_rms
         x, (height, width) = self.out_conv(x, gain=gain), self.config.image_size
         return x[:, above : above + height, left : left + width]
+
+    def run(self, block: UNetBlock, x: mx.array, emb: mx.array, key: mx.array | None) -> mx.array:
+        """A block; with ``recomputes``, only its input is kept for the backward pass."""
+        if not self.recomputes:
+            return block(x, emb, key)
+        return nn.utils.checkpoint(block, lambda x, emb: block(x, emb, key))(x, emb)
 
     def block_keys(self, dropout: mx.array | None) -> Keys:
         """A dropout key for each block in running order, or None."""

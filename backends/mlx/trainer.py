@@ -38,8 +38,10 @@ class MLXTrainer(Trainer):
         self.device = devices.describe(device)
         self._config, self._microbatch, hyper = config, machine.batch_per_device, config.hyper
         params = initialize(config.network, seed=config.seed)
+        network = build(config.network, params, dtype=devices.arithmetic(config.precision))
+        network.unet.recomputes = machine.activation_checkpoint
         self.learner = Learner(
-            build(config.network, params, dtype=devices.arithmetic(config.precision)),
+            network,
             **hyper.of_step,
             microbatch=machine.batch_per_device,
             processes=self._processes,
