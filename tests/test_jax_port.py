@@ -159,7 +159,7 @@ def test_recomputed_activations_give_the_same_step():
     plain, _ = one_step(config, params, batch)
     recomputed, _ = one_step(config, params, batch, recomputes=True)
     for name, array in plain.moments1.items():
-        assert tolerance.relative(recomputed.moments1[name], array) < tolerance.network(config)
+        assert np.allclose(recomputed.moments1[name], array, rtol=1e-3, atol=1e-5 * np.abs(array).max() + 1e-7)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():

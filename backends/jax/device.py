@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from backends.pipeline.runs.fitting import Room, free_bytes
+from backends.pipeline.runs.networks import CACHE
 from backends.pipeline.runs.team import Team
 from edm2_core.errors import InputError
 
@@ -59,12 +60,14 @@ def team() -> Team:
 def choose(name: str | None, /) -> list[Any]:
     """The devices of a kind: ``name`` is cpu, gpu or tpu, or one of them as in gpu:1. None: JAX's default devices.
 
-    Where ``JAX_COMPILATION_CACHE_DIR`` is set, JAX stores compiled programs there, small ones too.
+    Compiled programs are kept in ~/.cache/edm2/jax, unless ``JAX_COMPILATION_CACHE_DIR`` names another folder.
 
     Raises:
         InputError: this machine has no such device.
     """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if name is None:
         return list(jax.devices())

@@ -26,7 +26,7 @@ from .denoiser import Denoise, Network, denoiser
 Params = Mapping[str, Array]
 Activations = dict[str, Array]  # outputs of layers, by name of the weight, bias and gain included
 PRODUCT = "product"  # the name of what is saved for the backward pass; all else is recomputed
-_PIXELS = 1 << 12  # whose neighbourhoods are in memory at a time
+_CACHED = 1 << 17  # numbers of a part of x
 _EPS = 1e-4
 
 
@@ -249,7 +249,7 @@ def layer(scope: Scope, name: str, x: Array, gain: Any = 1.0) -> Array:
     if (w := params.get(f"{name}.folded")) is None:
         w = effective_weight(config, params[f"{name}.weight"], gain)
     w = w.astype(x.dtype)
-    y = checkpoint_name(x @ w.reshape(w.shape[-2:]) if prod(w.shape[:-2]) == 1 else convolution(x, w), PRODUCT)
+    y = checkpoint_name(x @ w if w.ndim == 2 else convolution(x, w), PRODUCT)
     if f"{name}.bias" in plan(config).parameters:
         y = y + params[f"{name}.bias"].astype(x.dtype)
     if scope.activations is not None:
@@ -320,16 +320,19 @@ def _convolution_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]
 
 
 def by_products(x: Array, w: Array) -> Array:
-    """:func:`convolution` as a product of the pixels' neighbourhoods and the kernel, a few images at a time."""
+    """:func:`convolution` as a matrix product for each tap of the kernel, on as many images at a time as caches hold.
+    Its transpose, the kernel's gradient, is a product for each tap too, summed over those parts."""
     (n, height, width, channels), (kh, kw) = x.shape, w.shape[:2]
-    matrix = w.reshape(-1, w.shape[-1])
-    some = max(c for c in range(1, n + 1) if n % c == 0 and (c == 1 or c * height * width <= _PIXELS))
+    taps, size = w.reshape(-1, *w.shape[2:]), height * width * channels
+    some = max(c for c in range(1, n + 1) if n % c == 0 and (c == 1 or c * size <= _CACHED))
 
     @jax.checkpoint  # saves x for the backward pass, not all its shifted copies
     def convolved(images: Array) -> Array:
         padded = jnp.pad(images, ((0, 0), (kh // 2,) * 2, (kw // 2,) * 2, (0, 0)))
-        shifted = [padded[:, i : i + height, j : j + width] for i in range(kh) for j in range(kw)]
-        return jnp.concatenate(shifted, axis=-1) @ matrix
+        shifted = (padded[:, i : i + height, j : j + width] for i in range(kh) for j in range(kw))
+        rows = (pixels.reshape(-1, channels) for pixels in shifted)
+        total: Array = sum(pixels @ tap for pixels, tap in zip(rows, taps, strict=True))
+        return total.reshape(*images.shape[:3], -1)
 
     if some == n:
         return convolved(x)

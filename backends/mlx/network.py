@@ -271,7 +271,7 @@ class UNet(nn.Module):
         x, (height, width) = self.out_conv(x, gain=gain), self.config.image_size
         return x[:, above : above + height, left : left + width]
 
-    def run(self, block: UNetBlock, x: mx.array, emb: mx.array, key: mx.array | None) -> mx.array:
+    def run(self, block: nn.Module, x: mx.array, emb: mx.array, key: mx.array | None) -> mx.array:
         """A block; with ``recomputes``, only its input is kept for the backward pass."""
         if not self.recomputes:
             return block(x, emb, key)

@@ -45,7 +45,7 @@ def has_cpp() -> bool:
 def made_ready(network: nn.Module, device: torch.device, mode: Mode | None, /) -> None:
     """Lay out the weights as the device's convolutions read them, and compile calls of ``network``, as one graph for
     each size of batch."""
-    if device.type == "cuda":
+    if device.type in ("cuda", "cpu"):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if mode is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "torch"))

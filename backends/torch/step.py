@@ -18,7 +18,7 @@ from edm2_core.ema import Length
 from edm2_core.state import State
 
 from .ema import PowerEMA
-from .network import Layer, normalize
+from .network import Layer, inverse_norm, normalize
 from .weights import dump, load, tensors, unwrapped
 
 
@@ -64,7 +64,7 @@ def weights_on_spheres(network: nn.Module) -> list[Tensor]:
 def force(weights: Sequence[Tensor]) -> None:
     """Normalize rows in place."""
     for weight in weights:
-        weight.copy_(normalize(weight, tuple(range(1, weight.ndim))))
+        weight.mul_(inverse_norm(weight, tuple(range(1, weight.ndim))))
 
 
 def forced(layer: Layer) -> Tensor:
@@ -75,10 +75,18 @@ def forced(layer: Layer) -> Tensor:
 @torch.no_grad()
 def zero_nonfinite(gradients: Sequence[Tensor]) -> Tensor:
     """Replace infinities and NaN by 0, in place; returns how many there were, without waiting for the device."""
+    if gradients[0].device.type == "cpu" and _all_finite(gradients):  # there is nothing to wait for there
+        return torch.zeros((), dtype=torch.int64)
     finite = torch.stack([gradient.isfinite().sum() for gradient in gradients]).sum()
     for gradient in gradients:
         gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     return sum(gradient.numel() for gradient in gradients) - finite
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    """In one pass."""
+    largest = torch._foreach_norm(list(tensors), float("inf"))
+    return bool(torch.stack(list(largest)).isfinite().all())
 
 
 class Learner:
