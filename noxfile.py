@@ -28,16 +28,25 @@ PARALLEL = ("-n", "auto", "--maxprocesses", "4")
 shared = functools.partial(nox.session, venv_backend="none")
 
 
+HOME = Path(".nox", "all").absolute()
+PYTHON = str(HOME / ("Scripts" if os.name == "nt" else "bin") / "python")
+ready: list[str] = []  # the environments that this invocation has updated
+
+
 def run(session: nox.Session, module: str, *arguments: str, **environment: str) -> None:
     """Run ``python -m module`` in the shared environment, after creating or updating it."""
-    home = Path(".nox", "all").absolute()
-    python = str(home / ("Scripts" if os.name == "nt" else "bin") / "python")
-    if not Path(python).exists():
-        session.run(sys.executable, "-m", "venv", str(home), external=True)
-    session.run(python, "-m", "pip", "install", "--quiet", "-e", ".[dev,torch,jax,mlx]", external=True)
+    if PYTHON not in ready:
+        install(session)
+        ready.append(PYTHON)
+    session.run(PYTHON, "-m", module, *arguments, external=True, env=environment)
+
+
+def install(session: nox.Session) -> None:
+    if not Path(PYTHON).exists():
+        session.run(sys.executable, "-m", "venv", str(HOME), external=True)
+    session.run(PYTHON, "-m", "pip", "install", "--quiet", "-e", ".[dev,torch,jax,mlx]", external=True)
     # without torchvision, whose builds for CUDA cannot be imported beside a PyTorch without it
-    session.run(python, "-m", "pip", "install", "--quiet", "--no-deps", "torch-fidelity>=0.4", external=True)
-    session.run(python, "-m", module, *arguments, external=True, env=environment)
+    session.run(PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "torch-fidelity>=0.4", external=True)
 
 
 def pytest(session: nox.Session, *arguments: str, module: str = "pytest") -> None:
@@ -65,7 +74,7 @@ def types(session: nox.Session) -> None:
 @shared
 def tests(session: nox.Session) -> None:
     """The project's own tests: pipeline, commands, ports, public API, digits runs and examples."""
-    pytest(session, "tests")
+    pytest(session, "--durations", "15", "tests")
 
 
 @shared

@@ -151,7 +151,7 @@ _DIGITS = Preset(  # ours
         channels_per_head=32,
         logvar_channels=32,
     ),
-    hyper=Hyperparameters(duration=32 * Ki, batch=64, lr=0.0500, decay=200, rampup=4 * Ki, P_std=1.0, snapshot=2 * Ki),
+    hyper=Hyperparameters(lr=0.0500, decay=200, rampup=4 * Ki, P_std=1.2),
     any_data=True,
 )
 

@@ -59,7 +59,7 @@ class Photographs(Study):
         "24Ki images": ("--duration", "24Ki"),
         "8 channels": ("--channels", 8),
     }
-    usual: Words = ("--lr", 0.03, "--duration", "8Ki", "--snapshot", "512", "--channels", 16)
+    usual: Words = ("--lr", 0.03, "--duration", "8Ki", "--snapshot", "1Ki", "--channels", 16)
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
         pictures, path = self.folder / "pictures", self.folder / "all.zip"
