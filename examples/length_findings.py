@@ -66,7 +66,7 @@ class Photographs(Study):
         if not pictures.exists():
             make_pictures(pictures, 60)
         if not path.exists():
-            words = ("--resolution", "32x32", "--transform", "center-crop")
+            words = ("--resolution", "16x16", "--transform", "center-crop")
             edm2(["dataset", "convert", str(pictures), str(path), *words])
         crops = open_dataset(str(path))
         order = np.random.default_rng(0).permutation(len(crops))
