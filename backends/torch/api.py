@@ -24,6 +24,7 @@ from backends.pipeline.runs.training import train as run_train
 from backends.ports import Machine
 
 from . import device as devices
+from .compiling import made_ready
 from .denoiser import Denoiser, SamplingDenoiser, evaluating
 from .network import Network
 from .port import Port
@@ -53,7 +54,9 @@ def load(
     """
     snapshot = stored_network(path, sigma_rel=sigma_rel)
     place = devices.choose(None if device is None else str(device))
-    return build(snapshot.required_config(), snapshot.params, device=place, dtype=dtype)
+    network = build(snapshot.required_config(), snapshot.params, device=place, dtype=dtype)
+    made_ready(network, place, None)
+    return network
 
 
 @torch.inference_mode()
