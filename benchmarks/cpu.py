@@ -47,6 +47,7 @@ def main(options: Options) -> None:
         table.add(row)
     digits = Bench("digits", preset("digits").network, device)
     table.add(cases.step(digits, 128, rounds=rounds, peak=peak))
+    table.add(cases.losses(digits, 64))
     table.add(cases.sampling(digits, 64, rounds=3))
     table.add(cases.sampling(digits, 64, rounds=3, guidance=2.0))
     for name in ("xs", "s") if options.paper else ():

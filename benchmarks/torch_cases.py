@@ -63,8 +63,8 @@ class Bench:
         if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
-    def batch(self, size: int) -> Batch:
-        draw, config = torch.Generator().manual_seed(0), self.config
+    def batch(self, size: int, *, seed: int = 0) -> Batch:
+        draw, config = torch.Generator().manual_seed(seed), self.config
         shape = (size, config.img_channels, *config.image_size)
         images, noise = (torch.randn(shape, generator=draw) for _ in range(2))
         sigma = torch.randn((size, 1, 1, 1), generator=draw).exp()
@@ -133,6 +133,22 @@ def averages(bench: Bench, *, rounds: int, step_seconds: float) -> Row:
 
     seconds = in_turns({"ours": ours, "plain": plain}, rounds=max(rounds, 10), settle=bench.settle)
     return Row(f"{bench.name}: two averages", seconds, {"of a step": f"{seconds['ours'] / step_seconds:.1%}"})
+
+
+def losses(bench: Bench, size: int, *, steps: int = 200) -> Row:
+    """Both train on the same batches from the same weights: the mean loss of the last quarter of the steps."""
+    fresh = replace(bench)  # with weights of its own
+    seconds, late = {"ours": 0.0, "plain": 0.0}, {"ours": 0.0, "plain": 0.0}
+    for index in range(steps):
+        batch = fresh.batch(size, seed=index)
+        runs = {"ours": lambda: fresh.learner.step(batch, lr=LR)[0], "plain": lambda: fresh.plain.step(batch, lr=LR)}  # noqa: B023
+        for name, run in runs.items():
+            start = time.perf_counter()
+            loss = float(run())
+            seconds[name] += time.perf_counter() - start
+            late[name] += loss / (steps // 4) if index >= steps - steps // 4 else 0.0
+    notes = {f"loss, {name}": f"{loss:.5f}" for name, loss in late.items()}
+    return Row(f"{bench.name}: {steps} steps, batch {size}", seconds, notes)
 
 
 def growth(bench: Bench, sizes: tuple[int, ...], *, rounds: int) -> list[Row]:
