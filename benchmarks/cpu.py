@@ -1,4 +1,4 @@
-"""Every port on this CPU beside what people would use instead: ``nox -s bench``. Needs an idle machine, 15 minutes.
+"""The PyTorch port on this CPU beside plain PyTorch. Needs an idle machine for four minutes.
 
 python -m benchmarks.cpu                                  # writes build/benchmarks/cpu.md after each case
 """

@@ -45,7 +45,7 @@ class Options:
 
 def main(options: Options) -> None:
     device = devices.choose(options.device)
-    devices.allow_tf32(device, "bfloat16")
+    devices.allow_tf32(device)
     end = time.monotonic() + options.seconds
     on_cuda = device.type == "cuda"
     dtype, plain = (torch.bfloat16, torch.float16) if on_cuda else (torch.float32, torch.float32)
@@ -88,7 +88,9 @@ def _cases(bench: Bench, batch: int, options: Options, peak: float) -> list[Call
         lambda: [cases.forward(bench, batch, rounds=rounds, peak=peak)],
         lambda: [cases.sampling(bench, batch, rounds=1, steps=steps)],
         lambda: [cases.sampling(bench, batch, rounds=1, steps=steps, guidance=1.5)] if guided else [],
-        lambda: cases.growth(replace(bench, mode=None), (batch // 4, batch // 2, batch), rounds=rounds),
+        lambda: cases.growth(
+            replace(bench, name=f"{bench.name}, eager", mode=None), (batch // 4, batch // 2, batch), rounds=rounds
+        ),
     ]
 
 

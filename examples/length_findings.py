@@ -1,7 +1,7 @@
 """The best averaging length over learning rate, duration, capacity and guidance, with its spread over seeds.
 
-    python -m examples.length_findings                         # digits: about 40 minutes on one core
-    python -m examples.length_findings --data photographs      # about 30
+    python -m examples.length_findings                         # digits
+    python -m examples.length_findings --data photographs
 
 Sections 3.3 and 4, Figures 6 and 13. Networks are trained with each of three seeds, and a golden section finds the
 length that is best by a metric: of 1500 digits, the Fréchet distance of samples to held-out digits; of 600 crops of

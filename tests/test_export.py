@@ -151,6 +151,7 @@ def test_diffusers_loads_samples_and_saves_it(tmp_path):
     for words, message in (
         ({"output_type": "tensor"}, "output_type must be one of"),
         ({"class_labels": [10]}, "class_labels must be from 0 to 9, got"),
+        ({"class_labels": [1, 2], "batch_size": 3}, "batch_size must be that of the labels or latents, 2, got 3"),
     ):
         with pytest.raises(InputError, match=message):
             pipeline(**words)

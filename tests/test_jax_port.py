@@ -153,9 +153,14 @@ def one_step(config, params, batch, **options):
 
 
 def test_recomputed_activations_give_the_same_step():
-    """The compiled program with them keeps less between the two passes."""
+    """Each block, and nothing else, is recomputed where that is asked for."""
     config = LADDER["G"]
     params, batch = arguments(config)
+    x = weights.to_nhwc(batch.noisy)
+    for recomputes, blocks in ((True, len(plan(config).encoder + plan(config).decoder)), (False, 0)):
+        denoise = network.network_denoiser(config, "float32", recomputes)
+        traced = jax.make_jaxpr(denoise)(weights.load(config, params), x, batch.sigma, batch.labels)
+        assert sum(equation.primitive.name in ("checkpoint", "remat2") for equation in traced.eqns) == blocks
     plain, _ = one_step(config, params, batch)
     recomputed, _ = one_step(config, params, batch, recomputes=True)
     for name, array in plain.moments1.items():

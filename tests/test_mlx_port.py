@@ -24,6 +24,8 @@ from edm2_core.network import NetworkConfig, initialize, plan
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
+from mlx import nn  # noqa: E402
+
 from backends.mlx import convolution, step, weights  # noqa: E402
 from backends.mlx import device as devices  # noqa: E402
 from backends.mlx.port import PORT, Port  # noqa: E402
@@ -62,15 +64,19 @@ def trained(config, params, batch, *, steps=1, dtype=mx.float32, key=None, **opt
     return learner, metrics[-1]
 
 
-def test_recomputed_activations_give_the_same_gradients():
+def test_recomputed_activations_give_the_same_gradients(monkeypatch):
+    """Each block is checkpointed where that is asked for."""
     params, batch = arguments(SMALL)
-    results = []
+    results, blocks, plain = [], [], nn.utils.checkpoint
+    monkeypatch.setattr(nn.utils, "checkpoint", lambda block, run: blocks.append(block) or plain(block, run))
     for recomputes in (False, True):
         network = weights.build(SMALL, params)
         network.unet.recomputes = recomputes
         results.append(step.gradients_of(network, native(batch), scale=0.1)[1])
     for name, array in results[0].items():
         assert tolerance.relative(np.array(results[1][name]), np.array(array)) < tolerance.network(SMALL)
+    walk = plan(SMALL)
+    assert len(blocks) == sum(block.role != "conv" for block in (*walk.encoder, *walk.decoder))
 
 
 # ---- the network

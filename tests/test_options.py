@@ -1,12 +1,12 @@
 """The command lines: what is typed becomes typed values, and a fault becomes one line and status 2."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from backends.pipeline.runs.command_line import count_text, flag, parse, parse_count
-from backends.pipeline.runs.options import SampleOptions, parse_train
+from backends.pipeline.runs.options import SampleOptions, parse_train, with_precision
 from backends.ports import Machine
 from edm2_core.errors import InputError
 from edm2_core.presets import PRESETS, Hyperparameters, on_rung
@@ -127,6 +127,15 @@ def shown(capsys, read, *argv):
         read(*argv, "--help")
     assert caught.value.code == 0
     return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_fresh_run_takes_the_fastest_precision_unless_one_is_named():
+    assert with_precision(train(), [], "bfloat16").config.precision == "bfloat16"
+    named = ["--precision", "float32"]
+    assert with_precision(train(*named), named, "bfloat16").config.precision == "float32"
+    options = train()
+    resumed = replace(options, previous=options.config)
+    assert with_precision(resumed, [], "bfloat16").config.precision == "float32"
 
 
 def test_help_shows_every_sample_flag_with_its_default(capsys):

@@ -25,7 +25,7 @@ from .denoiser import Denoise, Network, denoiser
 
 Params = Mapping[str, Array]
 Activations = dict[str, Array]  # outputs of layers, by name of the weight, bias and gain included
-PRODUCT = "product"  # the name of what is saved for the backward pass; all else is recomputed
+PRODUCT = "product"  # the name of what is saved for the backward pass where all else is recomputed
 _CACHED = 1 << 17  # numbers of a part of x
 _EPS = 1e-4
 

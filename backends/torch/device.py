@@ -55,12 +55,10 @@ def fastest_precision(device: torch.device, /) -> Literal["float32", "bfloat16"]
     return "bfloat16" if native else "float32"
 
 
-def allow_tf32(device: torch.device, precision: str, /) -> None:
-    """Let CUDA compute float32 products of a training step in TF32, which has 10 bits of mantissa, and say so."""
+def allow_tf32(device: torch.device, /) -> None:
+    """Let CUDA compute float32 products in TF32, which has 10 bits of mantissa: for training."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        if precision == "float32":
-            print("note     products of float32 are in TF32 in training, and in float32 in sampling")
 
 
 def room(device: torch.device, /) -> Room:

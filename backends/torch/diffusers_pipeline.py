@@ -109,13 +109,17 @@ class EDM2Pipeline(DiffusionPipeline):
                 :func:`edm2_core.sampler.sample`.
 
         Raises:
-            InputError: an output type that is not one of these, latents to decode without a ``vae``, labels that do not
-                fit, or as :func:`backends.ports.sample`.
+            InputError: an output type that is not one of these, a ``batch_size`` that contradicts the inputs, latents
+                to decode without a ``vae``, labels that do not fit, or as :func:`backends.ports.sample`.
         """
         config, place = self.model.net.config, self._execution_device
         self._check(output_type)
         generators = generator if isinstance(generator, list) else [generator]
         given = next((len(x) for x in (class_labels, latents, condition) if x is not None), batch_size or 1)
+        if batch_size not in (None, given):
+            raise InputError(
+                f"batch_size must be that of the labels or latents, {given}, got {batch_size}: leave it out"
+            )
         labels = self._labels(class_labels, given, generators[0])
         shape = (given, config.img_channels, *config.image_size)
         noise = randn_tensor(shape, generator=generator, device=place) if latents is None else latents.to(place)

@@ -68,8 +68,9 @@ class Port(ports.Port):
         return full_precision()  # arrays name their device
 
     def denoiser(self, config: NetworkConfig, params: Params) -> SamplingDenoiser:
-        network = self.network(config, params)
-        fold(network)
+        network = replace(self, mode=None).network(config, params)
+        fold(network)  # before it is compiled, as a network whose weights are constants
+        made_ready(network, torch.device(self.device), self.mode)
         denoiser = SamplingDenoiser(network)
         answer = Graphs(denoiser.denoised) if self.graphs else denoiser.denoised
         return SamplingDenoiser(network, FixedSizes(answer)) if self.graphs or self.mode else denoiser

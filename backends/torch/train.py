@@ -25,7 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     place = device.choose(options.machine.device)
     options = with_precision(options, argv, device.fastest_precision(place))
-    device.allow_tf32(place, options.config.precision)
     port = Port(device=str(place))
     say_if_slow(port, options.config.precision)
     return run_training(options, TorchTrainer, port.sampler, prog=PROG, room=device.room(place))

@@ -36,9 +36,11 @@ class TorchTrainer(Trainer):
         self.rank, self.world = self._processes.rank, self._processes.world
         self._device = devices.choose(machine.device)
         self.team = self._processes.team(self._device)
-        self.device = devices.describe(self._device)
-        self._config = config
+        devices.allow_tf32(self._device)
         on_cuda = self._device.type == "cuda"
+        tf32 = ", products of float32 in TF32" if on_cuda and config.precision == "float32" else ""
+        self.device = devices.describe(self._device) + tf32
+        self._config = config
         self._copies = torch.cuda.Stream(self._device) if on_cuda else None
         self._compute = torch.cuda.current_stream(self._device) if on_cuda else None
         hyper, params = config.hyper, initialize(config.network, seed=config.seed)
