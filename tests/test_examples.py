@@ -95,7 +95,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 STUDIES = {
     "ema_length": ("--rates", 0.05, "--durations", "2Ki"),
-    "ema_tensors": ("--duration", "2Ki", "--tensors", "out_conv"),
+    "ema_tensors": ("--duration", "2Ki", "--tensors", "out_conv", "--seeds", 2),
     "guidance_length": ("--duration", "2Ki", "--weights", 1, "--samples", 70),
     "weight_growth": ("--duration", "2Ki"),
     "overfitting": ("--duration", "2Ki", "--dropout", 0.1, "--count", 50),

@@ -236,13 +236,14 @@ def test_weights_that_would_execute_something_are_refused(fidelity, tmp_path):
         open_extractor("inception", weights=str(path))
 
 
-def test_dinov2_is_that_of_its_library(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", "tpu"])  # PyTorch has none called tpu: its fastest is taken
+def test_dinov2_is_that_of_its_library(tmp_path, device):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = transformers.Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=518)
     torch.manual_seed(1)
     network = transformers.Dinov2Model(config).eval()
     network.save_pretrained(tmp_path)
-    extractor = open_extractor("dinov2", weights=str(tmp_path), device="cpu")
+    extractor = open_extractor("dinov2", weights=str(tmp_path), device=device)
     x = torch.nn.functional.interpolate(
         torch.from_numpy(IMAGES[:3]).float(), size=(224, 224), mode="bicubic", antialias=True
     )

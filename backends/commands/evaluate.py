@@ -68,9 +68,7 @@ def run(options: Options) -> None:
     if reference is None and options.save is None:  # known before anything is measured
         for metric in map(Metric.called, options.metric):
             metric.check_reference(None)
-    measure = Measure.of(
-        options.metric, reference=reference, weights=options.weights, device=_torch_device(options), team=team
-    )
+    measure = Measure.of(options.metric, reference=reference, weights=options.weights, device=options.device, team=team)
     if job is None:
         made = measure.statistics(stored_images(str(options.images), team, len(parse_seeds(options.seeds))))
     else:
@@ -101,11 +99,6 @@ def _check(options: Options) -> None:
 
 def _data_of(found: FoundNetwork | None) -> str | None:
     return found.run.config().data if found is not None and found.run is not None else None
-
-
-def _torch_device(options: Options) -> str | None:
-    """The extractors' device: that of the port, if it is PyTorch's."""
-    return options.device if options.port == "torch" else None
 
 
 def _hash(weights: str) -> str:

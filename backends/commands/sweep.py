@@ -113,7 +113,7 @@ class Sweep:
             [options.metric],
             reference=options.reference or config.data,
             weights=options.weights,
-            device=options.device if options.port == "torch" else None,
+            device=options.device,
             team=port.open_team(options.device),
         )
         return cls(options, run, sources, measure, port)

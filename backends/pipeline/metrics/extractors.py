@@ -51,7 +51,8 @@ def open_extractor(name: str, /, *, weights: str | None = None, device: str | No
         name: see the module.
         weights: a file for inception, a folder or an ID of the hub for dinov2; None: the published ones, which are
             downloaded if they are not on this machine.
-        device: PyTorch's name of the device of a network; None: the fastest.
+        device: what a port calls the device it makes images on. A network runs there too if PyTorch has a device of
+            that name, else (JAX's ``tpu``, MLX's ``gpu``, None) on the fastest that PyTorch has.
 
     Raises:
         InputError: an unknown name, weights that are missing or do not fit, or a package that is not installed.
@@ -104,7 +105,10 @@ def _torch(device: str | None) -> tuple[Any, Any]:
 
     from backends.torch import device as devices
 
-    return torch, devices.choose(device)
+    try:
+        return torch, devices.choose(device)
+    except InputError:  # a name of JAX's or MLX's
+        return torch, devices.choose(None)
 
 
 def _inception(weights: str | None, device: str | None) -> Extractor:

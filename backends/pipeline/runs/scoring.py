@@ -1,6 +1,7 @@
 """Metrics of a run's averages while it trains."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.data.datasets import Dataset
@@ -18,20 +19,28 @@ from .job import Conditions, Job, batches, labels_of_seeds
 from .options import ScoreOptions
 
 
+class Measured(NamedTuple):
+    """Whose averages are measured, against what, and the name of the device."""
+
+    config: TrainConfig
+    dataset: Dataset
+    trainer: Trainer
+    device: str | None
+
+
 class Scores:
     """Measures the averages that a trainer tracks. All processes must make and call it together."""
 
     def __init__(
         self,
         options: ScoreOptions,
-        config: TrainConfig,
-        dataset: Dataset,
+        measured: Measured,
         open_sampler: OpenSampler,
         *,
-        trainer: Trainer,
         run: Run | None,
         say: Callable[[str], None],
     ) -> None:
+        config, dataset, trainer, device = measured
         if config.format.codec.stored != "uint8":
             raise InputError(
                 f"--evaluate measures 8-bit images, got {config.format.codec.stored} data: measure snapshots with "
@@ -39,7 +48,7 @@ class Scores:
             )
         self._options, self._config, self._dataset, self._open = options, config, dataset, open_sampler
         self._trainer, self._run, self._say = trainer, run, say
-        self._measure = Measure.of([options.evaluate_metric], reference=dataset.spec, team=trainer.team)
+        self._measure = Measure.of([options.evaluate_metric], reference=dataset.spec, device=device, team=trainer.team)
         self._best: tuple[float, str] | None = None
         for line in read_figures(run.path / FIGURES) if run is not None else ():
             if line.get("training") and line["metric"] == options.evaluate_metric and line["nimg"] <= trainer.nimg:

@@ -35,7 +35,7 @@ from .messages import Estimate, ladder_text, say_begin, say_epochs, say_initial,
 from .options import ScoreOptions, TrainOptions
 from .progress import Progress
 from .resolve import microbatches, open_data, resolve, with_free_options
-from .scoring import Scores
+from .scoring import Measured, Scores
 
 
 def run_training(
@@ -72,7 +72,7 @@ def run_training(
         return _draw(run, config, dataset, state.params, open_sampler, nimg=start, prog=prog)
     machine = _machine(options.machine, config, room)
     trainer, picture = open_trainer(config, machine), not options.no_picture
-    job = Training(config, dataset, trainer, options.machine.workers, options.scores)
+    job = Training(config, dataset, trainer, machine, options.scores)
     return _train(job, open_sampler, options.outdir, start=start, picture=picture, prog=prog)[1]
 
 
@@ -108,7 +108,7 @@ def train(
         return run
     trainer = open_trainer(config, machine)
     folder = None if run is None else run.path
-    job = Training(config, dataset, trainer, machine.workers)
+    job = Training(config, dataset, trainer, machine)
     finished, status = _train(job, open_sampler, folder, start=start, picture=picture, prog=prog)
     if status:
         raise KeyboardInterrupt
@@ -141,12 +141,12 @@ def _start(run: Run, previous: TrainConfig) -> int:
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, on what, by what; how many processes read the data; and what is measured meanwhile."""
+    """What is trained, on what, by what, on which machine; and what is measured meanwhile."""
 
     config: TrainConfig
     dataset: Dataset
     trainer: Trainer
-    workers: int = 0
+    machine: Machine = Machine()
     scores: ScoreOptions = field(default_factory=ScoreOptions)
 
 
@@ -245,8 +245,8 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler) -> int:
 def _scores(job: Training, run: Run | None, open_sampler: OpenSampler, progress: Progress) -> Scores | None:
     if job.scores.evaluate is None:
         return None
-    say = progress.say
-    return Scores(job.scores, job.config, job.dataset, open_sampler, trainer=job.trainer, run=run, say=say)
+    measured = Measured(job.config, job.dataset, job.trainer, job.machine.device)
+    return Scores(job.scores, measured, open_sampler, run=run, say=progress.say)
 
 
 def _batches(job: Training, dataset: Dataset) -> Batches[Any]:
@@ -262,7 +262,7 @@ def _batches(job: Training, dataset: Dataset) -> Batches[Any]:
         batch=config.hyper.batch,
         offset=trainer.rank * share,
         count=share,
-        workers=job.workers,
+        workers=job.machine.workers,
         place=trainer.place,
     )
 
