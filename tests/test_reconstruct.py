@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from backends.pipeline.checkpoints import safetensors_io
+from backends.pipeline.checkpoints.checksums import of_array
 from backends.pipeline.checkpoints.combination import Combination
 from backends.pipeline.checkpoints.described import Described
 from backends.pipeline.checkpoints.reconstruct import averages, reconstruct
@@ -142,7 +143,7 @@ def test_files_of_several_dtypes_are_added_up(tmp_path):
     arrays = np.random.default_rng(0).standard_normal((4, 5000)).astype(np.float32)
     for step, (code, array) in enumerate(zip(("F16", "BF16", "F32", "F64"), arrays, strict=True), 1):
         bits = (array.view(np.uint32) >> 16).astype("<u2") if code == "BF16" else array.astype(DTYPES[code])
-        text, _ = layout({"w": (code, (5000,))}, {})
+        text, _ = layout({"w": (code, (5000,))}, {}, sums={"w": of_array(bits)})
         (tmp_path / f"{step}000.safetensors").write_bytes(text + bits.tobytes())
     sources = open_sources(tmp_path, described=Described(lengths=(Length.of(0.1),)))
     combination = Combination.of(sources, sigma_rels=[0.2, 0.07])

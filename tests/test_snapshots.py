@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from stored_files import unchecked
 
 from backends.pipeline.checkpoints import safetensors_io
+from backends.pipeline.checkpoints.checksums import PIECE, of_array
 from backends.pipeline.checkpoints.safetensors_io import TensorFile
 from backends.pipeline.checkpoints.snapshots import (
     Metadata,
@@ -192,6 +194,41 @@ def test_a_file_cut_short_names_the_array_and_how_many_bytes_there_are(path):
     refused(path, rf": {last} must have {need} bytes, got {need - 2}: it is cut short, copy it again$")
 
 
+def test_a_flipped_bit_is_an_error_that_names_the_file_or_changes_nothing(path):
+    whole, entries = path.read_bytes(), safetensors_io.read_header(path)[0]
+    body, rng = min(entry.offset for entry in entries.values()), np.random.default_rng(0)
+    found = 0
+    for at in (*rng.integers(0, body, 300), *rng.integers(body, len(whole), 300)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            read = load_snapshot(path)
+        except InputError as error:
+            named = [name for name, e in entries.items() if e.offset <= at < e.offset + e.nbytes]
+            found += all(word in str(error) for word in (str(path), *named))
+        else:  # the name of a checksum in the metadata
+            assert at < body
+            assert replace(read, params={}) == replace(SNAPSHOT, kept=read.kept, params={})
+            assert all(np.array_equal(read.params[name], array) for name, array in load_file(path).items())
+    assert found > 580
+
+
+def test_parts_of_an_array_are_checked_where_they_hold_whole_pieces(tmp_path):
+    array = np.arange(2.5 * PIECE, dtype=np.float32)
+    safetensors_io.write_tensors(tmp_path / "a", {"w": array}, {})
+    damaged = bytearray((tmp_path / "a").read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "a").write_bytes(damaged)
+    file = TensorFile(tmp_path / "a")
+    for start, count in ((0, 2 * PIECE), (PIECE, PIECE), (1, PIECE), (2 * PIECE, 5)):
+        file.fill(part := np.empty(count, np.float32), "w", start)
+        assert np.array_equal(part, array[start : start + count])
+    for start in (0, PIECE, 2 * PIECE, 7):
+        with pytest.raises(InputError, match="w must have the bytes that were written"):
+            file.fill(np.empty(array.size - start, np.float32), "w", start)
+
+
 @pytest.mark.parametrize("share", [0, 3, 8, 9, 200])
 def test_a_file_cut_within_its_header_is_refused(path, share):
     path.write_bytes(path.read_bytes()[:share])
@@ -248,7 +285,7 @@ def test_metadata_that_cannot_be_understood_is_refused(path, change, message):
 
 def test_an_array_of_a_kind_we_never_store_is_refused_by_name(path):
     whole = path.read_bytes()
-    path.write_bytes(whole.replace(b'"unet.out_gain": {"dtype": "F32"', b'"unet.out_gain": {"dtype": "C64"'))
+    path.write_bytes(unchecked(whole).replace(b'"unet.out_gain": {"dtype": "F32"', b'"unet.out_gain": {"dtype": "C64"'))
     assert path.read_bytes() != whole
     refused(path, "arrays must be .*, got unet.out_gain as C64")
 
@@ -256,7 +293,7 @@ def test_an_array_of_a_kind_we_never_store_is_refused_by_name(path):
 def test_bfloat16_is_read_as_float32(tmp_path):
     values = np.array([1.0, -2.5, 3e38, 1e-40], np.float32)
     upper = (values.view(np.uint32) >> 16).astype("<u2")
-    text, _ = safetensors_io.layout({"w": ("BF16", (4,))}, {})
+    text, _ = safetensors_io.layout({"w": ("BF16", (4,))}, {}, sums={"w": of_array(upper)})
     (tmp_path / "b.safetensors").write_bytes(text + upper.tobytes())
     read = safetensors_io.read_array(TensorFile(tmp_path / "b.safetensors"), "w")
     assert read.dtype == np.float32

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,9 +22,10 @@ from edm2_core.ema import Length
 from edm2_core.errors import InputError
 
 from .atomic import write_bytes, write_error
+from .checksums import PIECE, of_array
 from .combination import Block, Combination
 from .reconstruct import block_size, compute_blocks
-from .safetensors_io import DTYPES, Entry, layout, read_array, read_header
+from .safetensors_io import DTYPES, FileReader, layout, read_array, read_header
 from .snapshots import metadata_text, snapshot_name, tracked_name
 from .storage import LARGEST, StorageDtype, fitting_dtype, narrowed
 
@@ -34,6 +35,7 @@ _NAMES: dict[str, StorageDtype] = {"F64": "float32", "F32": "float32", "BF16": "
 _CODES = {"float64": "F32", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _JOURNAL_EVERY = 10.0  # seconds
 _FLUSH_EVERY = 0.1  # seconds
+_SUMMED = 64 * PIECE  # elements that are read at a time for their checksums
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,10 @@ class Writer:
         self._memory, size = memory, block_size(self._combination, memory=memory)
         self._sizes = [block.stop - block.start for block in self._combination.blocks(size)]
         self.total, self.done = len(self._sizes), 0
-        self._headers, self._entries = _headers(self._outputs, self._combination, dtype)
+        entries = self._combination.entries
+        self._kinds = {name: (_stored(self._combination, name, dtype), entry.shape) for name, entry in entries.items()}
+        self._texts = [_metadata(output, self._combination) for output in self._outputs]
+        self._layouts = [layout(self._kinds, text) for text in self._texts]
         key = "".join([*(output.made_from for output in outputs), str(size)])
         self._key = hashlib.sha256(key.encode()).hexdigest()
         self._descriptors: list[int] = []
@@ -121,11 +126,11 @@ class Writer:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self.done = self._journalled()
-            size = sum(entry.nbytes for entry in self._entries.values())
-            for output, header in zip(self._outputs, self._headers, strict=True):
+            for output, (header, entries) in zip(self._outputs, self._layouts, strict=True):
+                size = len(header) + sum(entry.nbytes for entry in entries.values())
                 self._descriptors.append(os.open(output.partial, os.O_RDWR | os.O_CREAT, 0o644))
-                os.ftruncate(self._descriptors[-1], len(header) + size)
-                _reserve(self._descriptors[-1], len(header) + size)
+                os.ftruncate(self._descriptors[-1], size)
+                _reserve(self._descriptors[-1], size)
                 _write_all(self._descriptors[-1], header, 0)
             self._flushed = self._flushing.submit(self._flush)
         except OSError as error:
@@ -163,25 +168,25 @@ class Writer:
 
     def _write(self, block: Block, values: np.ndarray) -> None:
         """Write values [n_out, elements] of a block; called from any thread."""
-        entry = self._entries[block.name]
-        stored = values
+        kind, stored = self._kinds[block.name][0], values
         if self._combination.averaged(block.name):
-            dtype = _NAMES[entry.dtype]
+            dtype = _NAMES[kind]
             if (largest := max(values.max(), -values.min())) > LARGEST[dtype]:
                 raise InputError(
                     f"values of {block.name} must be within {LARGEST[dtype]:g}, got {largest:g}: use --dtype float32"
                 )
             stored = narrowed(values, dtype)
-        at = entry.offset + block.start * DTYPES[entry.dtype].itemsize
+        at = block.start * DTYPES[kind].itemsize
         try:
-            for descriptor, header, row in zip(self._descriptors, self._headers, stored, strict=True):
-                _write_all(descriptor, np.ascontiguousarray(row).view(np.uint8).data, len(header) + at)
+            for descriptor, (_, entries), row in zip(self._descriptors, self._layouts, stored, strict=True):
+                _write_all(descriptor, np.ascontiguousarray(row).view(np.uint8).data, entries[block.name].offset + at)
         except OSError as error:
             raise write_error(self._outputs[0].path, error) from error
 
     def finish(self) -> list[Path]:
         """Rename the complete files. Returns their paths."""
         self._complete.set()
+        self._seal()
         self._sync()
         try:
             for output in self._outputs:
@@ -190,6 +195,18 @@ class Writer:
         except OSError as error:
             raise write_error(self._outputs[0].path, error) from error
         return [output.path for output in self._outputs]
+
+    def _seal(self) -> None:
+        """Put the checksums of the arrays into the headers."""
+        for output, (_, entries), text, descriptor in zip(
+            self._outputs, self._layouts, self._texts, self._descriptors, strict=True
+        ):
+            reader = FileReader(output.partial, entries)
+            header, _ = layout(self._kinds, text, sums={name: _sums(reader, name) for name in entries})
+            try:
+                _write_all(descriptor, header, 0)
+            except OSError as error:
+                raise write_error(output.path, error) from error
 
     def _write_journal(self) -> None:
         self._sync()
@@ -232,22 +249,21 @@ class Writer:
         (self._folder / _JOURNAL).unlink(missing_ok=True)
 
 
-def _headers(
-    outputs: Sequence[Output], combination: Combination, dtype: StorageDtype
-) -> tuple[list[bytes], Mapping[str, Entry]]:
-    """The header of each output, and the entries of all, with offsets from the end of the header."""
-    arrays = {name: (_stored(combination, name, dtype), entry.shape) for name, entry in combination.entries.items()}
-    headers: list[bytes] = []
-    entries: dict[str, Entry] = {}
-    for output in outputs:
-        of_latest = combination.latest.metadata
-        own = replace(of_latest, nimg=combination.time, length=Length.of(output.sigma_rel))
-        text = metadata_text(own) | {MADE_FROM: output.made_from}
-        if combination.overrides:
-            text["overrides"] = json.dumps(combination.overrides)
-        header, entries = layout(arrays, text)
-        headers.append(header)
-    return headers, {name: replace(entry, offset=entry.offset - len(headers[-1])) for name, entry in entries.items()}
+def _metadata(output: Output, combination: Combination) -> dict[str, str]:
+    """The metadata of the file of ``output``."""
+    own = replace(combination.latest.metadata, nimg=combination.time, length=Length.of(output.sigma_rel))
+    overrides = {"overrides": json.dumps(combination.overrides)} if combination.overrides else {}
+    return metadata_text(own) | {MADE_FROM: output.made_from} | overrides
+
+
+def _sums(reader: FileReader, name: str) -> str:
+    """The checksums of the array called ``name``, which is read in parts."""
+    entry, sums = reader.entries[name], []
+    for start in range(0, entry.size, _SUMMED):
+        part = np.empty(min(_SUMMED, entry.size - start), DTYPES[entry.dtype])
+        reader.fill(part, name, start)
+        sums.append(of_array(part))
+    return "".join(sums)
 
 
 def _stored(combination: Combination, name: str, dtype: StorageDtype) -> str:

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 
+from .checksums import PIECE
 from .combination import Block, Combination, Override, Workspace
 from .safetensors_io import BFLOAT16, DTYPES
 from .snapshots import Snapshot, with_params
@@ -25,7 +26,8 @@ from .sources import Source
 
 GiB = 1 << 30
 THREADS = os.cpu_count() or 1
-_BLOCKS = (1 << 12, 1 << 17)  # least and most elements: below overhead dominates, above blocks leave the cache
+# Least and most elements: blocks are of whole pieces, so that checksums cover them, and do not leave the cache.
+_BLOCKS = (PIECE, 1 << 17)
 _AHEAD = 2  # blocks submitted per thread
 
 

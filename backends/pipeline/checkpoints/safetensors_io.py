@@ -1,8 +1,9 @@
 """Reading and writing safetensors files: named arrays and text metadata in one file.
 
 The format: eight bytes with the length of the header, the header in JSON (dtype, shape and position of each array, and
-the metadata), then the arrays. This module replaces the safetensors library because that copies all arrays before it
-writes, stores transposed views in their memory order, and cannot read part of an array or bfloat16 into NumPy.
+the metadata, :mod:`.checksums` among them), then the arrays. This module replaces the safetensors library because that
+copies all arrays before it writes, stores transposed views in their memory order, and cannot read part of an array or
+bfloat16 into NumPy.
 """
 
 import json
@@ -19,6 +20,7 @@ import numpy as np
 
 from edm2_core.errors import InputError
 
+from . import checksums
 from .atomic import write_atomically
 
 _CODES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "BOOL": "?"}
@@ -62,27 +64,42 @@ def dtype_name(array: np.ndarray, /) -> str:
 
 def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write ``arrays`` (of any strides and byte order) and ``metadata`` to ``path``, all or nothing."""
-    text, entries = layout({name: (dtype_name(array), array.shape) for name, array in arrays.items()}, metadata)
+    kinds = {name: (dtype_name(array), array.shape) for name, array in arrays.items()}
+
+    def stored(name: str) -> np.ndarray:
+        dtype = BFLOAT16 if kinds[name][0] == "BF16" else DTYPES[kinds[name][0]]
+        return arrays[name].astype(dtype, order="C", copy=False)
+
+    sums = {name: checksums.of_array(stored(name)) for name in arrays}
+    text, entries = layout(kinds, metadata, sums=sums)
 
     def write(file: BinaryIO) -> None:
         file.write(text)
-        for name, entry in entries.items():
-            dtype = BFLOAT16 if entry.dtype == "BF16" else DTYPES[entry.dtype]
-            file.write(arrays[name].astype(dtype, order="C", copy=False).data)
+        for name in entries:
+            file.write(stored(name).data)
 
     write_atomically(path, write)
 
 
 def layout(
-    arrays: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+    arrays: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    *,
+    sums: Mapping[str, str] | None = None,
 ) -> tuple[bytes, dict[str, Entry]]:
-    """The header of a file with arrays of these dtypes and shapes, and the entries in the file's order."""
+    """The header of a file with arrays of these dtypes and shapes, and the entries in the file's order.
+
+    ``sums``: checksums by array, of :mod:`.checksums`. None: zeros in their place, to be replaced by another header of
+    the same length when the arrays are written.
+    """
     ordered = sorted(arrays, key=lambda name: (-DTYPES[arrays[name][0]].itemsize, name))  # keeps all aligned
     entries, end = {}, 0
     for name in ordered:
         entries[name] = Entry(*arrays[name], end)
         end += entries[name].nbytes
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    sums = sums or {name: checksums.blank(entry.size) for name, entry in entries.items()}
+    own = {checksums.KEY: json.dumps(sums), checksums.OF_HEADER: checksums.BLANK}
+    header: dict[str, Any] = {"__metadata__": {**metadata, **own}}
     for name, entry in entries.items():
         where = [entry.offset, entry.offset + entry.nbytes]
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": where}
@@ -90,7 +107,7 @@ def layout(
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     shifted = {name: Entry(entry.dtype, entry.shape, start + entry.offset) for name, entry in entries.items()}
-    return len(text).to_bytes(8, "little") + text, shifted
+    return len(text).to_bytes(8, "little") + checksums.sealed(text), shifted
 
 
 class Reader(Protocol):
@@ -116,10 +133,10 @@ def read_array(reader: Reader, name: str, /, *, exactly: bool = False) -> np.nda
 
 
 class FileReader:
-    """Arrays that lie in the file at ``path`` where ``entries`` say."""
+    """Arrays that lie in the file at ``path`` where ``entries`` say; ``sums`` are the checksums of those that have."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
-        self.path, self.entries = path, entries
+    def __init__(self, path: Path, entries: Mapping[str, Entry], *, sums: Mapping[str, str] | None = None) -> None:
+        self.path, self.entries, self._sums = path, entries, sums or {}
 
     def fill(self, out: np.ndarray, name: str, start: int, /) -> None:
         """Fill ``out`` with the elements of the flattened array from ``start`` on, in their stored dtype.
@@ -127,7 +144,8 @@ class FileReader:
         ``out`` is 1-D and contiguous; its dtype is the entry's in :data:`DTYPES`.
 
         Raises:
-            InputError: the file has become shorter since it was opened, or cannot be read.
+            InputError: the file has become shorter since it was opened, has other bytes than were written, or cannot be
+                read.
         """
         entry, got = self.entries[name], 0
         view, at = out.view(np.uint8).data, entry.offset + start * out.itemsize
@@ -139,6 +157,11 @@ class FileReader:
         if got < len(view):
             raise InputError(
                 f"{self.path}: {name} must have {entry.nbytes} bytes, got fewer: it is cut short, copy it again"
+            )
+        if name in self._sums and not checksums.agrees(self._sums[name], start, out, entry.size):
+            raise InputError(
+                f"{self.path}: {name} must have the bytes that were written, got others: the file is damaged, copy it "
+                "again"
             )
 
     @cached_property
@@ -156,8 +179,14 @@ class TensorFile(FileReader):
     """
 
     def __init__(self, path: Path) -> None:
-        entries, self.metadata = read_header(path)
-        super().__init__(path, entries)
+        entries, metadata = read_header(path)
+        own = {key: metadata.pop(key, None) for key in (checksums.KEY, checksums.OF_HEADER)}
+        try:
+            sums = checksums.parse(own[checksums.KEY], {name: entry.size for name, entry in entries.items()})
+        except (TypeError, ValueError) as error:
+            raise _damaged_header(path) from error
+        self.metadata = metadata
+        super().__init__(path, entries, sums=sums)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -208,10 +237,18 @@ def _parse(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
         raise InputError(
             f"{path} must have a header of {length} bytes, got {len(text)}: it is cut short, copy it again"
         )
+    if not checksums.is_whole(text):
+        raise _damaged_header(path)
     try:
         return dict(json.loads(text)), 8 + length
     except (TypeError, ValueError) as error:
         raise _not_safetensors(path) from error
+
+
+def _damaged_header(path: Path) -> InputError:
+    return InputError(
+        f"{path} must have the header that was written, got another one: the file is damaged, copy it again"
+    )
 
 
 def _not_safetensors(path: Path) -> InputError:
