@@ -250,6 +250,25 @@ def test_a_damaged_config_json_is_one_line_that_names_it(change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_another_digit_in_config_json_is_found_and_other_spaces_are_not():
+    text, read = config_of().to_json(), lambda text: TrainConfig.from_json(text, name="runs/x/config.json")
+    assert read(text.replace("\n", "\r\n").replace("  ", "\t")) == config_of()
+    digits = [at for at, character in enumerate(text) if character.isdecimal()]
+    for at in digits:
+        changed = text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
+        with pytest.raises(InputError, match=r"runs/x/config\.json|must"):
+            read(changed)
+
+
+def test_a_config_file_may_be_edited():
+    Run("first").save_config(config_of())
+    path = Run("first").config_path
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    assert config_of(config="first/config.json", data="digits").network == config_of().network
+    with pytest.raises(InputError, match="got changed values: restore the file"):
+        Run("first").config()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1, "preset": "digits", "network": {"img_res'])
 def test_a_config_json_cut_short_is_refused(text):
     with pytest.raises(InputError, match=r"runs/x/config\.json must be the config of a run"):

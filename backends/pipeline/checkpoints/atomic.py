@@ -32,11 +32,26 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            sync_folder(path.parent)
         finally:
             if os.path.lexists(temporary):
                 temporary.unlink()
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names of the files in ``folder`` to the disk, so that a renamed file survives a loss of power.
+
+    Raises:
+        OSError: the operating system refuses. Systems that cannot open a folder keep names by themselves.
+    """
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

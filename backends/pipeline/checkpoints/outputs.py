@@ -21,7 +21,7 @@ import numpy as np
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 
-from .atomic import write_bytes, write_error
+from .atomic import sync_folder, write_bytes, write_error
 from .checksums import PIECE, of_array
 from .combination import Block, Combination
 from .reconstruct import block_size, compute_blocks
@@ -191,6 +191,7 @@ class Writer:
         try:
             for output in self._outputs:
                 os.replace(output.partial, output.path)
+            sync_folder(self._folder)
             (self._folder / _JOURNAL).unlink(missing_ok=True)
         except OSError as error:
             raise write_error(self._outputs[0].path, error) from error

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from backends.pipeline.checkpoints.checksums import KEY, digest
 from backends.pipeline.data.datasets import Dataset, Kind
 from edm2_core import __version__
 from edm2_core.codec import DataFormat
@@ -110,22 +111,24 @@ class TrainConfig:
         )
 
     def to_json(self) -> str:
-        """The text of config.json: one object, flat except for network, data summary and plan."""
+        """The text of config.json: one object, flat except for network, data summary and plan, with a checksum."""
         values = asdict(self) | {"network": self.network.to_json()}
         values |= values.pop("hyper")
         values["sigma_rels"] = () if self.hyper.half_life is not None else values["sigma_rels"]
         values["snapshot_plan"] = self.snapshot_plan and json.loads(self.snapshot_plan.to_json())
-        return json.dumps({"format": FORMAT, **values}, indent=2) + "\n"
+        values = {"format": FORMAT, **values}
+        return json.dumps({**values, KEY: _sum(values)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, name: str) -> "TrainConfig":
         """Read the text that :meth:`to_json` wrote; ``name`` is the file, for errors.
 
         Raises:
-            InputError: invalid JSON, a newer format, or missing or unknown fields.
+            InputError: invalid JSON, a newer format, missing or unknown fields, or values that were not written so.
         """
         try:
             values = dict(json.loads(text))
+            written, now = values.pop(KEY, None), _sum(values)
             version = values.pop("format")
             if version > FORMAT:
                 raise InputError(f"{name} must have format {FORMAT} or less, got {version}: install a newer edm2")
@@ -139,7 +142,7 @@ class TrainConfig:
             hyper = {f.name: _tuple(values.pop(f.name)) for f in fields(Hyperparameters) if f.name in values}
             if not hyper.get("sigma_rels", True):
                 del hyper["sigma_rels"]  # the file has [] beside a half-life
-            return cls(hyper=Hyperparameters(**hyper), **values)
+            config = cls(hyper=Hyperparameters(**hyper), **values)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -147,6 +150,16 @@ class TrainConfig:
             raise InputError(
                 f"{name} must be the config of a run as it was written, got {why}: restore the file"
             ) from error
+        if written not in (None, now):
+            raise InputError(
+                f"{name} must be the config of a run as it was written, got changed values: restore the file"
+            )
+        return config
+
+
+def _sum(values: dict[str, Any]) -> str:
+    """A checksum of ``values``, whatever the spaces and line ends of their file."""
+    return digest(json.dumps(values).encode())
 
 
 def _tuple(value: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from backends.pipeline.checkpoints.checksums import KEY
 from backends.pipeline.data.datasets import DIGITS, Kind, open_dataset
 from backends.ports import Compile, Machine
 from edm2_core.codec import DataFormat
@@ -254,7 +255,8 @@ def preset_in(path: Path, /) -> Preset:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
         if isinstance(values, dict) and "network" in values:
-            config = TrainConfig.from_json(text, name=str(path))
+            edited = {key: value for key, value in values.items() if key != KEY}  # it may have been changed by hand
+            config = TrainConfig.from_json(json.dumps(edited), name=str(path))
             return Preset(network=config.network, hyper=config.hyper, any_data=True)
         given: dict[str, Any] = {"img_resolution": 1, "img_channels": 1, "pad": True, **values}
         network = NetworkConfig(**given)
