@@ -9,11 +9,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from PIL import Image
-from toy_port import PRESET, ToySampler, ToyTrainer, run_toy
+from toy_port import PRESET, ToySampler, ToyTrainer, run_toy, together
 
 from backends.pipeline.checkpoints.snapshots import load_snapshot, save_snapshot
 from backends.pipeline.checkpoints.states import load_state, read_counters
+from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.resolve import configure
+from backends.pipeline.runs.team import Team
+from backends.pipeline.runs.training import train as run_api
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
@@ -326,17 +330,62 @@ def test_a_run_opens_each_snapshot_once_for_its_picture_and_none_while_it_trains
 
 
 def test_a_process_of_several_gets_its_part_and_only_the_first_writes(tmp_path):
-    def second(config, machine):
-        return ToyTrainer(config, machine, rank=1, world=4)
+    dataset, opened = open_dataset("digits"), {}
+    config = configure(dataset, preset_name="toy", duration=128)
 
-    _, trainer, _ = train(trainer=second, duration=128)
-    assert trainer.seen == [(0, (16, 1, 8, 8), (16, 10)), (64, (16, 1, 8, 8), (16, 10))]
-    assert not list(tmp_path.iterdir())
+    def work(team):
+        def open_trainer(config, machine):
+            return opened.setdefault(team.rank, ToyTrainer(config, machine, team=team))
+
+        return run_api(config, dataset, open_trainer, ToySampler(), outdir=f"run{team.rank}", prog=PROG)
+
+    first, *others = together(work, 4)
+    assert others == [None] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["run0"]
+    assert stored(first) == [(128, 0.05), (128, 0.1)]
+    for trainer in opened.values():
+        assert trainer.seen == [(0, (16, 1, 8, 8), (16, 10)), (64, (16, 1, 8, 8), (16, 10))]
+
+
+def test_processes_whose_weights_drift_apart_stop_before_a_state_is_written():
+    dataset = open_dataset("digits")
+    config = configure(dataset, preset_name="toy", duration=128)
+
+    class Faulty(ToyTrainer):
+        def take_step(self, batch, *, lr):
+            made = super().take_step(batch, lr=lr)
+            self.params["unet.out_gain"] += np.float32(1e-7 * self.rank)
+            return made
+
+    def work(team):
+        def open_trainer(config, machine):
+            return Faulty(config, machine, team=team)
+
+        return run_api(config, dataset, open_trainer, ToySampler(), outdir="run", prog=PROG)
+
+    assert ["got another in process 1 after 64 " in str(error) for error in together(work, 2)] == [True] * 2
+    assert not Run("run").state_path.exists()
+
+
+def test_a_second_writer_is_refused_and_the_first_goes_on():
+    said = []
+
+    class Twice(ToyTrainer):
+        def step(self, *args, lr):
+            if self.nimg == 1024:
+                with pytest.raises(InputError, match=r"a run must have one writer, got run, which process \d+ on "):
+                    train("run")
+                said.append(self.nimg)
+            super().step(*args, lr=lr)
+
+    _, _, run = train("run", trainer=Twice, checkpoint=512)
+    assert said == [1024]
+    assert contents(run)[1] == contents(train("alone", checkpoint=512)[2])[1]
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="divisible by the number of devices, got 64 for 3"):
-        train(trainer=lambda config, machine: ToyTrainer(config, machine, world=3))
+        train(trainer=lambda config, machine: ToyTrainer(config, machine, team=Team(0, 3)))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,7 +1,9 @@
 """A port small enough to see through: its training depends on every input and on nothing else."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 
@@ -11,11 +13,13 @@ from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs.command_line import flag, parse
 from backends.pipeline.runs.options import parse_train
 from backends.pipeline.runs.resolve import resolve
+from backends.pipeline.runs.team import Team
 from backends.pipeline.runs.training import run_training
 from backends.ports import Machine
 from backends.trainer import Trainer
 from edm2_core.codec import DataFormat
 from edm2_core.ema import Length
+from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, initialize, plan
 from edm2_core.presets import PRESETS, Preset
 from edm2_core.state import State
@@ -42,9 +46,10 @@ class ToyTrainer(Trainer):
 
     device = "numpy"
 
-    def __init__(self, config, machine=Machine(), *, rank=0, world=1):
+    def __init__(self, config, machine=Machine(), *, team=Team()):
         super().__init__()
-        self.rank, self.world, self.batch, self.precision = rank, world, config.hyper.batch, config.precision
+        self.team = team
+        self.rank, self.world, self.batch, self.precision = team.rank, team.world, config.hyper.batch, config.precision
         params = initialize(config.network, seed=config.seed)
         trained = [name for name, parameter in plan(config.network).parameters.items() if parameter.trained]
         self.load_state(State.start(params, trained=trained, lengths=config.hyper.lengths))
@@ -63,7 +68,8 @@ class ToyTrainer(Trainer):
 
     def take_step(self, batch, *, lr):
         images, labels, _ = prepared(batch, DataFormat(), label_dim=10)
-        share = np.float32(images.sum() + (0 if labels is None else labels.argmax(1).sum()))
+        own = images.sum() + (0 if labels is None else labels.argmax(1).sum())
+        share = np.float32(sum(float(part) for part in self.team.gather(np.asarray(own))))
         self.seen.append((self.nimg, images.shape, None if labels is None else labels.shape))
         self.rates.append(lr)
         self.dropped += 0 if labels is None else int((labels.sum(axis=1) == 0).sum())
@@ -174,3 +180,25 @@ def train(trainer, outdir, duration, **options):
     assert run_toy(trainer, ToySampler(), outdir=outdir, duration=duration, **options) == 0
     lengths = (Length.of(0.05), Length.of(0.10))
     return load_state(Path(outdir) / "state" / "state.safetensors", CONFIG, lengths)
+
+
+def together(work, count=3):
+    """What ``work(team)`` returns or raises in each of ``count`` processes, here threads."""
+    barrier, slots = Barrier(count, timeout=30), [None] * count
+
+    def of(rank):
+        def all_gather(data):
+            assert data.dtype == np.uint8
+            slots[rank] = data.copy()
+            barrier.wait()
+            rows = np.stack(slots)
+            barrier.wait()
+            return rows
+
+        try:
+            return work(Team(rank, count, all_gather))
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(of, range(count)))

@@ -27,9 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     device.join()
     place = device.choose_one(options.machine.device)
     options = with_precision(options, argv, device.fastest_precision(place))
+    team = device.team()
     port = Port(device=place)
     say_if_slow(port, options.config.precision)
-    return run_training(options, JaxTrainer, port.sampler, prog=PROG, room=device.room(options.machine.device))
+    return run_training(
+        options, JaxTrainer, port.sampler, prog=PROG, team=team, room=device.room(options.machine.device)
+    )
 
 
 if __name__ == "__main__":

@@ -34,13 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .trainer import MLXTrainer
 
     where = options.machine.device
+    team = device.Processes.here().team()
     port = Port(device=where)
     if device.is_slow(device.choose(where)) and _asks_for_defaults(options, sys.argv[1:] if argv is None else argv):
         options = replace(options, config=replace(options.config, hyper=replace(options.config.hyper, **SMALLER)))
         said = ", ".join(f"--{name} {count_text(value)}" for name, value in SMALLER.items())
         print(f"smaller  for MLX on a CPU is slow here: {said}")
     say_if_slow(port, options.config.precision)
-    status = run_training(options, MLXTrainer, port.sampler, prog=PROG, room=device.room())
+    status = run_training(options, MLXTrainer, port.sampler, prog=PROG, team=team, room=device.room())
     device.report(where)
     return status
 

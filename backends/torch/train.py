@@ -25,9 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     place = device.choose(options.machine.device)
     options = with_precision(options, argv, device.fastest_precision(place))
+    team = device.Processes.here().team(place)
     port = Port(device=str(place))
     say_if_slow(port, options.config.precision)
-    return run_training(options, TorchTrainer, port.sampler, prog=PROG, room=device.room(place))
+    return run_training(options, TorchTrainer, port.sampler, prog=PROG, team=team, room=device.room(place))
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def layout(
     for name in ordered:
         entries[name] = Entry(*arrays[name], end)
         end += entries[name].nbytes
-    sums = sums or {name: checksums.blank(entry.size) for name, entry in entries.items()}
+    sums = {name: sums[name] if sums else checksums.blank(entry.size) for name, entry in entries.items()}
     own = {checksums.KEY: json.dumps(sums), checksums.OF_HEADER: checksums.BLANK}
     header: dict[str, Any] = {"__metadata__": {**metadata, **own}}
     for name, entry in entries.items():

@@ -30,13 +30,29 @@ def _prefix(length: Length) -> str:
     return f"ema/{length.key}"
 
 
-def save_state(path: Path, state: State, /) -> None:
-    """Write ``state``, all or nothing. Raises InputError where that fails, for lack of space for example."""
-    arrays = {
+def arrays_of(state: State, /) -> dict[str, np.ndarray]:
+    """The arrays of ``state`` by their names in the file, float32."""
+    return {
         f"{prefix}/{name}": np.asarray(array, np.float32)
         for prefix, part in parts(state).items()
         for name, array in part.items()
     }
+
+
+def state_of(arrays: Arrays, /, *, nimg: int, steps: int) -> State:
+    """The state of these :func:`arrays_of` it."""
+    by_prefix: dict[str, dict[str, np.ndarray]] = {"params": {}, "adam1": {}, "adam2": {}}
+    for full, array in arrays.items():
+        prefix, _, name = full.rpartition("/")
+        by_prefix.setdefault(prefix, {})[name] = array
+    params, first, second = (by_prefix.pop(prefix) for prefix in ("params", "adam1", "adam2"))
+    averages = {Length.of(prefix.removeprefix("ema/")): part for prefix, part in by_prefix.items()}
+    return State(params=params, moments1=first, moments2=second, averages=averages, nimg=nimg, steps=steps)
+
+
+def save_state(path: Path, state: State, /) -> None:
+    """Write ``state``, all or nothing. Raises InputError where that fails, for lack of space for example."""
+    arrays = arrays_of(state)
     metadata = {"format": KIND, "version": str(VERSION), "nimg": str(state.nimg), "steps": str(state.steps)}
     write_tensors(path, arrays, metadata)
 

@@ -15,7 +15,7 @@ from edm2_core.errors import InputError
 
 P = ParamSpec("P")
 _FRAMEWORKS = ("torch", "jax", "mlx")
-_OF_COMMANDS = ("tyro", "tqdm", "PIL", "threadpoolctl", "numkong", "xxhash", "matplotlib")
+_OF_COMMANDS = ("tyro", "tqdm", "PIL", "threadpoolctl", "numkong", "xxhash", "filelock", "matplotlib")
 
 
 def command(main: Callable[P, int | None], /) -> Callable[P, int]:

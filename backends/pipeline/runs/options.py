@@ -120,7 +120,7 @@ class ScoreOptions:
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Options of the train command. Those in ``config`` are stored with the run; ``previous`` is the config of the run
-    that is resumed, or None."""
+    that is resumed, or None; ``words`` are the line that they were read from."""
 
     outdir: Path | None = None
     """Run folder; an existing run is resumed. Without it: a new numbered folder under runs/."""
@@ -146,6 +146,7 @@ class TrainOptions:
     """File written by edm2 plan: which averages to store when, instead of --sigma-rels and --snapshot."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     previous: tyro.conf.Fixed[TrainConfig | None] = None
+    words: tyro.conf.Fixed[tuple[str, ...]] = ()
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
     scores: Annotated[ScoreOptions, tyro.conf.arg(name="")] = ScoreOptions()
     no_picture: bool = False
@@ -166,20 +167,24 @@ class _Choice:
     ladder: Rung = "G"
 
 
-def parse_train(argv: Sequence[str] | None = None, *, prog: str, description: str) -> TrainOptions:
+def parse_train(
+    argv: Sequence[str] | None = None, *, prog: str, description: str, previous: TrainConfig | None = None
+) -> TrainOptions:
     """The options of the train command. Defaults come from the resumed run, else from the preset on its rung.
+
+    ``previous`` is the config of the resumed run; None: that in the folder --outdir, if there is one.
 
     Raises:
         InputError: as :func:`parse`; an unknown preset; a damaged run; or options that exclude each other.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     words = [re.sub("^--batch-gpu(?=$|=)", "--batch-per-device", word) for word in given]  # the official spelling
-    default = _defaults(words, prog=prog)
+    default = _defaults(words, prog=prog) if previous is None else _resuming(previous)
     options = parse(TrainOptions, words, prog=prog, description=description, default=default)
     _check_exclusive(flags_given(words))
     config = options.config
     config = replace(config, condition=_absolute(config.condition), init=_absolute(config.init))
-    return replace(options, preset=_plain(options.preset), config=config)
+    return replace(options, preset=_plain(options.preset), config=config, words=tuple(given))
 
 
 def with_precision(options: TrainOptions, argv: Sequence[str] | None, fastest: Precision, /) -> TrainOptions:
@@ -209,15 +214,7 @@ def _check_exclusive(names: set[str]) -> None:
 def _defaults(words: Sequence[str], *, prog: str) -> TrainOptions:
     choice = parse_some(_Choice, [word for word in words if word not in ("-h", "--help")], prog=prog)
     if choice.outdir is not None and (run := Run(choice.outdir)).exists():
-        config = run.config()
-        return TrainOptions(
-            preset=config.preset,
-            ladder=config.network.ladder,
-            dropout=config.network.dropout,
-            label_dropout=config.network.label_dropout,
-            config=config,
-            previous=config,
-        )
+        return _resuming(run.config())
     name, base = _base(choice)
     base = on_rung(base, choice.ladder)
     hyper = base.hyper
@@ -231,6 +228,17 @@ def _defaults(words: Sequence[str], *, prog: str) -> TrainOptions:
         dropout=network.dropout,
         label_dropout=network.label_dropout,
         config=config,
+    )
+
+
+def _resuming(config: TrainConfig) -> TrainOptions:
+    return TrainOptions(
+        preset=config.preset,
+        ladder=config.network.ladder,
+        dropout=config.network.dropout,
+        label_dropout=config.network.label_dropout,
+        config=config,
+        previous=config,
     )
 
 

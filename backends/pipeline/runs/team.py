@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edm2_core.errors import InputError
+
 AllGather = Callable[[np.ndarray], np.ndarray]
 """Of uint8 [n] in each process, [world, n] in all of them; n is the same everywhere."""
 _MESSAGE = 1 << 20  # bytes
@@ -36,6 +38,30 @@ class Team:
             np.load(io.BytesIO(row[:length].tobytes()), allow_pickle=False)
             for row, length in zip(rows, lengths, strict=True)
         ]
+
+    def first(self, make: Callable[[], bytes], /) -> bytes:
+        """What ``make`` returns in the first process, in all; in the others it is not called.
+
+        Raises:
+            InputError: ``make`` raises it; then all do.
+        """
+        if self.all_gather is None:
+            return make()
+        message = b""
+        if self.rank == 0:
+            try:
+                message = b"." + make()
+            except InputError as error:
+                message = b"!" + str(error).encode()
+        sizes = self.all_gather(np.frombuffer(np.int64(len(message)).tobytes(), np.uint8))
+        data = np.zeros(int.from_bytes(sizes[0].tobytes(), "little"), np.uint8)
+        if self.rank == 0:
+            data[:] = np.frombuffer(message, np.uint8)
+        for start in range(0, len(data), _MESSAGE):
+            data[start : start + _MESSAGE] = self.all_gather(data[start : start + _MESSAGE])[0]
+        if data[0] == ord("!"):
+            raise InputError(data[1:].tobytes().decode())
+        return data[1:].tobytes()
 
     @property
     def say(self) -> Callable[[str], None]:

@@ -6,6 +6,7 @@ the averages and the state. The result depends only on the config: stopping and 
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -24,18 +25,19 @@ from edm2_core.schedule import learning_rate
 from edm2_core.state import Arrays
 
 from . import telemetry
+from .agreement import check_same_config, check_same_state, hold, load_into, resumed_by_first, stored_images
 from .config import DataSummary, TrainConfig
 from .exit_codes import Interrupts
 from .fitting import Room, images_at_a_time
-from .folder import Run, create
+from .folder import Run
 from .holdout import HeldOut, Overfitting
-from .initial import initial
 from .length_picture import draw_lengths
 from .messages import Estimate, ladder_text, say_begin, say_epochs, say_initial, say_next
 from .options import ScoreOptions, TrainOptions
 from .progress import Progress
 from .resolve import microbatches, open_data, resolve, with_free_options
 from .scoring import Measured, Scores
+from .team import Team
 
 
 def run_training(
@@ -44,20 +46,25 @@ def run_training(
     open_sampler: OpenSampler,
     *,
     prog: str,
+    team: Team = Team(),
     room: Room | None = None,
 ) -> int:
     """The train command: start a run, or resume the one in ``options.outdir``. Returns the exit status.
 
-    ``room`` is the memory of the devices, by which preset auto divides a batch that would not fit.
+    ``team`` are the processes that share each batch: they train what the first one starts or resumes. ``room`` is the
+    memory of the devices, by which preset auto divides a batch that would not fit.
 
     Raises:
-        InputError: as :func:`~.resolve.resolve`; a damaged state; or a failed write.
+        InputError: as :func:`~.resolve.resolve`; a damaged state; another writer of the run; processes that would train
+            something else; or a failed write.
     """
+    options = resumed_by_first(options, team, prog=prog)
     previous = options.previous
     dataset = open_data(options, previous)
     config = resolve(options, dataset, previous)
+    check_same_config(config, team)
     run = None if options.outdir is None else Run(options.outdir)
-    start = _start(run, previous) if run is not None and previous is not None else 0
+    start = stored_images(run, previous, team)
     if options.dry_run:
         place = run.path if run is not None else "a new folder under runs/"
         print(f"{config.to_json()}{ladder_text(config.network)}")
@@ -65,8 +72,8 @@ def run_training(
         print(f"would train from {start} to {config.hyper.duration} images in {place}")
         return 0
     if run is not None and start >= config.hyper.duration:
-        print(f"complete {run.path} at {start} images; give a longer --duration to continue it")
-        if options.no_picture or (run.samples_path / "lengths.png").exists():
+        team.say(f"complete {run.path} at {start} images; give a longer --duration to continue it")
+        if team.rank > 0 or options.no_picture or (run.samples_path / "lengths.png").exists():
             return 0
         state = load_state(run.state_path, config.network, config.hyper.lengths)
         return _draw(run, config, dataset, state.params, open_sampler, nimg=start, prog=prog)
@@ -95,7 +102,8 @@ def train(
         prog: the train command, for messages that suggest the next one.
 
     Raises:
-        InputError: the folder holds a run of another config or a damaged state, or cannot be written.
+        InputError: the folder holds a run of another config or a damaged state, has another writer, or cannot be
+            written; or another process would train something else.
         KeyboardInterrupt: after SIGINT or SIGTERM; the state was saved, and the same call continues from it.
     """
     config = replace(config, data_summary=DataSummary.of(dataset)).intervals_filled()
@@ -103,10 +111,11 @@ def train(
     previous = run.config() if run is not None and run.exists() else None
     if previous is not None and config.to_json() != with_free_options(previous, config).to_json():
         raise InputError(f"a run must be resumed with its own config, got another for {outdir}: choose another outdir")
-    start = _start(run, previous) if run is not None and previous is not None else 0
-    if run is not None and start >= config.hyper.duration:
-        return run
     trainer = open_trainer(config, machine)
+    check_same_config(config, trainer.team)
+    start = stored_images(run, previous, trainer.team)
+    if run is not None and start >= config.hyper.duration:
+        return run if trainer.rank == 0 else None
     folder = None if run is None else run.path
     job = Training(config, dataset, trainer, machine)
     finished, status = _train(job, open_sampler, folder, start=start, picture=picture, prog=prog)
@@ -126,17 +135,6 @@ def _machine(machine: Machine, config: TrainConfig, room: Room | None) -> Machin
         f"memory   {count} images at a time on each device, by an estimate; --batch-per-device chooses another number"
     )
     return replace(machine, batch_per_device=count)
-
-
-def _start(run: Run, previous: TrainConfig) -> int:
-    """Images seen by the stored state. Raises InputError if the log shows that a state was stored and it is missing."""
-    last = max((record["nimg"] for record in run.log()), default=0)
-    if not run.state_path.exists() and last > (previous.checkpoint or 0) + previous.hyper.batch:
-        raise InputError(
-            f"a run must have its state to be resumed after {last} images, got none at {run.state_path}: "
-            "restore it, or choose another --outdir"
-        )
-    return run.state_nimg()
 
 
 @dataclass(frozen=True)
@@ -162,28 +160,25 @@ def _train(
     """The run, None in processes that do not write, and the exit status."""
     config, dataset, trainer = job.config, job.dataset, job.trainer
     microbatches(config.hyper.batch, None, world=trainer.world)
-    if outdir is not None and start:
-        trainer.load_state(load_state(Run(outdir).state_path, config.network, config.hyper.lengths))
-    begin = initial(config) if config.init is not None and not start else None
-    if begin is not None:
-        trainer.load_state(begin.state(config))
-    if trainer.rank != 0:
-        if not (status := _loop(job, None, open_sampler)) and picture:
-            trainer.parameters()  # gathered in every process, for the picture
-        return None, status
-    resumed = outdir is not None and Run(outdir).exists()
-    run = Run(create(outdir, dataset.name))
-    run.save_config(config)
-    say_begin(run, config, trainer, resumed=resumed)
-    if begin is not None:
-        say_initial(config, begin)
-    if status := _loop(job, run, open_sampler):
-        print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.path}")
-        return run, status
-    if not picture:
-        say_next(run, config, prog=prog)
-        return run, 0
-    return run, _draw(run, config, dataset, trainer.parameters(), open_sampler, nimg=trainer.nimg, prog=prog)
+    with ExitStack() as held:
+        resumed = outdir is not None and trainer.rank == 0 and Run(outdir).exists()
+        run = hold(outdir, dataset.name, held, start=start, team=trainer.team)
+        begin = load_into(trainer, config, outdir, start=start)
+        if run is None:
+            if not (status := _loop(job, None, open_sampler)) and picture:
+                trainer.parameters()  # gathered in every process, for the picture
+            return None, status
+        run.save_config(config)
+        say_begin(run, config, trainer, resumed=resumed)
+        if begin is not None:
+            say_initial(config, begin)
+        if status := _loop(job, run, open_sampler):
+            print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.path}")
+            return run, status
+        if not picture:
+            say_next(run, config, prog=prog)
+            return run, 0
+        return run, _draw(run, config, dataset, trainer.parameters(), open_sampler, nimg=trainer.nimg, prog=prog)
 
 
 def _draw(
@@ -278,6 +273,8 @@ def _learning_rate(config: TrainConfig, nimg: int) -> float:
 
 def _save_state(run: Run | None, trainer: Trainer) -> None:
     state = trainer.state()  # in every process: they gather it together
+    if trainer.team.world > 1:
+        check_same_state(state, trainer.team)
     if run is not None:
         save_state(run.state_path, state)
 
