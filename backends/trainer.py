@@ -24,7 +24,7 @@ class Measurement:
     ``gradients``; in ``updates``, the norm of the change of the weight and that of the weight. An activation is the
     output of a layer, bias and gain included, before any nonlinearity; its magnitude is the root mean square over the
     pixels of a feature in one image. The magnitude of a weight, as it is after forcing, or of a gradient, as Adam
-    receives it (summed over processes, without loss scaling, non-finite elements 0), is the root mean square of a row.
+    receives it (summed over processes, without loss scaling, zeroed by SPEC STEP-2), is the root mean square of a row.
 
     By image, each [N]: ``sigma``; ``loss``, lambda(sigma) times the mean square error; ``u``, the learned uncertainty,
     or None. Each process measures its own images. Activations and losses are without dropout.
@@ -54,6 +54,8 @@ class Trainer(ABC):
 
     def __init__(self) -> None:
         self._metrics: list[tuple[Any, Any]] = []
+        self.zeroed_in_a_row = 0
+        """The number of steps in a row, up to the last call of :meth:`metrics`, with zeroed gradient elements."""
 
     @property
     @abstractmethod
@@ -83,6 +85,8 @@ class Trainer(ABC):
         elements that were zeroed."""
         losses, nonfinite = (self.fetch(values) for values in zip(*self._metrics, strict=True))
         self._metrics = []
+        for count in nonfinite:
+            self.zeroed_in_a_row = self.zeroed_in_a_row + 1 if count else 0
         return {"loss": self.mean_over_processes(float(losses.mean())), "nonfinite": int(nonfinite.sum())}
 
     def settle(self) -> None:

@@ -11,6 +11,10 @@ from typing import cast
 
 from .arrays import A, Array, namespace, scalars_too
 
+LARGEST_GRADIENT = 2.0**63
+"""Elements of gradients of this magnitude and more are 0, as those that are not finite are: the mean of their squares,
+which Adam keeps, would overflow float32, and the weight would never move again. Source: SPEC STEP-2."""
+
 
 @scalars_too
 def noise_level(normal: Array, /, *, P_mean: float = -0.4, P_std: float = 1.0) -> Array:

@@ -54,14 +54,15 @@ def test_ctrl_c_outside_the_loop_is_status_130():
     assert ends_with(KeyboardInterrupt())() == 130
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_noted_and_the_handler_restored(signum, status):
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT", "USR1", "USR2"])
+def test_a_signal_is_noted_and_the_handler_restored(name):
+    signum = getattr(signal, f"SIG{name}")
     before = signal.getsignal(signum)
     with Interrupts() as interrupts:
         assert interrupts.status == 0
         os.kill(os.getpid(), signum)
         assert interrupts.signum == signum
-        assert interrupts.status == status
+        assert interrupts.status == 128 + signum
     assert signal.getsignal(signum) is before
 
 

@@ -214,6 +214,15 @@ def test_a_flipped_bit_is_an_error_that_names_the_file_or_changes_nothing(path):
     assert found > 580
 
 
+@pytest.mark.parametrize("name", ["unet.out_gain", "unet.out_conv.weight"])
+def test_a_network_that_is_not_finite_is_not_read(path, name):
+    stored = {n: np.array(array) for n, array in load_file(path).items()}
+    stored[name][...] = np.nan
+    safetensors_io.write_tensors(path, stored, TensorFile(path).metadata)
+    with pytest.raises(InputError, match=rf"{name} must be finite, got other numbers"):
+        load_snapshot(path)
+
+
 def test_parts_of_an_array_are_checked_where_they_hold_whole_pieces(tmp_path):
     array = np.arange(2.5 * PIECE, dtype=np.float32)
     safetensors_io.write_tensors(tmp_path / "a", {"w": array}, {})

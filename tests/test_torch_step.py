@@ -105,13 +105,15 @@ def test_nonfinite_gradients_are_zeroed_and_counted() -> None:
     assert gradients[2].sum() == 4
 
 
-def test_a_step_survives_a_poisoned_batch() -> None:
+@pytest.mark.parametrize("value", [float("nan"), 1e16])  # the second's gradients are finite, and their squares are not
+def test_a_step_survives_a_poisoned_batch(value: float) -> None:
     learner = Learner(make_network())
     batch = make_batch()
-    batch.images[3] = float("nan")
+    batch.images[3] = value
     _, nonfinite = learner.step(batch, lr=0.01)
     assert nonfinite.item() > 0
     assert all(weight.isfinite().all() for weight in learner.weights.values())
+    assert all(moment["exp_avg_sq"].isfinite().all() for moment in learner.optimizer.state.values())
 
 
 def test_forward_writes_nothing() -> None:

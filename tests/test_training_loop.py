@@ -9,7 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from PIL import Image
-from toy_port import PRESET, ToySampler, ToyTrainer, run_toy, together
+from toy_port import PRESET, PROG, ToySampler, ToyTrainer, contents, together
+from toy_port import train_toy as train
 
 from backends.pipeline.checkpoints.snapshots import load_snapshot, save_snapshot
 from backends.pipeline.checkpoints.states import load_state, read_counters
@@ -23,26 +24,7 @@ from edm2_core.errors import InputError
 from edm2_core.network import initialize
 from edm2_core.schedule import learning_rate
 
-PROG = "python -m backends.toy.train"
-
-
 pytestmark = pytest.mark.usefixtures("toy")
-
-
-def train(outdir="run", trainer=ToyTrainer, sampler=None, **options):
-    """Run the loop on the toy; returns (status, trainer, run)."""
-    opened = []
-
-    def open_trainer(config, machine):
-        opened.append(trainer(config, machine))
-        return opened[0]
-
-    if not (outdir and Run(outdir).exists()):
-        options = {"preset": "toy", "data": "digits"} | options
-    if outdir:
-        options["outdir"] = outdir
-    status = run_toy(open_trainer, sampler or ToySampler(), prog=PROG, **options)
-    return status, opened[0] if opened else None, Run(outdir) if outdir else None
 
 
 def stopping(at, signum=signal.SIGTERM):
@@ -55,13 +37,6 @@ def stopping(at, signum=signal.SIGTERM):
             super().step(*args, lr=lr)
 
     return Stopping
-
-
-def contents(run):
-    """Everything that a run's end consists of, but for the clock."""
-    log = [{key: record[key] for key in ("nimg", "loss", "lr", "nonfinite")} for record in run.log()]
-    files = {str(p.relative_to(run.path)): p.read_bytes() for p in run.path.rglob("*.safetensors")}
-    return log, files, run.config(), (run.path / "samples/lengths.png").read_bytes()
 
 
 def stored(run):
@@ -345,42 +320,6 @@ def test_a_process_of_several_gets_its_part_and_only_the_first_writes(tmp_path):
     assert stored(first) == [(128, 0.05), (128, 0.1)]
     for trainer in opened.values():
         assert trainer.seen == [(0, (16, 1, 8, 8), (16, 10)), (64, (16, 1, 8, 8), (16, 10))]
-
-
-def test_processes_whose_weights_drift_apart_stop_before_a_state_is_written():
-    dataset = open_dataset("digits")
-    config = configure(dataset, preset_name="toy", duration=128)
-
-    class Faulty(ToyTrainer):
-        def take_step(self, batch, *, lr):
-            made = super().take_step(batch, lr=lr)
-            self.params["unet.out_gain"] += np.float32(1e-7 * self.rank)
-            return made
-
-    def work(team):
-        def open_trainer(config, machine):
-            return Faulty(config, machine, team=team)
-
-        return run_api(config, dataset, open_trainer, ToySampler(), outdir="run", prog=PROG)
-
-    assert ["got another in process 1 after 64 " in str(error) for error in together(work, 2)] == [True] * 2
-    assert not Run("run").state_path.exists()
-
-
-def test_a_second_writer_is_refused_and_the_first_goes_on():
-    said = []
-
-    class Twice(ToyTrainer):
-        def step(self, *args, lr):
-            if self.nimg == 1024:
-                with pytest.raises(InputError, match=r"a run must have one writer, got run, which process \d+ on "):
-                    train("run")
-                said.append(self.nimg)
-            super().step(*args, lr=lr)
-
-    _, _, run = train("run", trainer=Twice, checkpoint=512)
-    assert said == [1024]
-    assert contents(run)[1] == contents(train("alone", checkpoint=512)[2])[1]
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_is_written(tmp_path):

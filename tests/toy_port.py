@@ -11,6 +11,7 @@ from backends.pipeline.checkpoints.states import load_state
 from backends.pipeline.data.batches import prepared
 from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs.command_line import flag, parse
+from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.options import parse_train
 from backends.pipeline.runs.resolve import resolve
 from backends.pipeline.runs.team import Team
@@ -24,6 +25,7 @@ from edm2_core.network import NetworkConfig, initialize, plan
 from edm2_core.presets import PRESETS, Preset
 from edm2_core.state import State
 
+PROG = "python -m backends.toy.train"
 CONFIG = NetworkConfig(
     img_resolution=8,
     img_channels=1,
@@ -202,3 +204,26 @@ def together(work, count=3):
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(of, range(count)))
+
+
+def train_toy(outdir="run", trainer=ToyTrainer, sampler=None, **options):
+    """Run the loop on the toy; returns (status, trainer, run)."""
+    opened = []
+
+    def open_trainer(config, machine):
+        opened.append(trainer(config, machine))
+        return opened[0]
+
+    if not (outdir and Run(outdir).exists()):
+        options = {"preset": "toy", "data": "digits"} | options
+    if outdir:
+        options["outdir"] = outdir
+    status = run_toy(open_trainer, sampler or ToySampler(), prog=PROG, **options)
+    return status, opened[0] if opened else None, Run(outdir) if outdir else None
+
+
+def contents(run):
+    """Everything that a run's end consists of, but for the clock."""
+    log = [{key: record[key] for key in ("nimg", "loss", "lr", "nonfinite")} for record in run.log()]
+    files = {str(p.relative_to(run.path)): p.read_bytes() for p in run.path.rglob("*.safetensors")}
+    return log, files, run.config(), (run.path / "samples/lengths.png").read_bytes()

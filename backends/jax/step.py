@@ -145,8 +145,9 @@ def make_step(
         params = force(state.params)
         gradients, loss = gradients_of(params, state.constants, batch, key)
         gradients = jax.tree.map(lambda g: g / loss_scaling, gradients)
-        nonfinite = sum(jnp.sum(~jnp.isfinite(g)) for g in jax.tree.leaves(gradients))
-        gradients = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0), gradients)
+        fits = jax.tree.map(lambda g: jnp.abs(g) < objective.LARGEST_GRADIENT, gradients)  # NaN is not less
+        nonfinite = sum(jnp.sum(~there) for there in jax.tree.leaves(fits))
+        gradients = jax.tree.map(lambda g, there: jnp.where(there, g, 0), gradients, fits)
         if frozen:
             gradients = {name: jnp.zeros_like(g) if name in frozen else g for name, g in gradients.items()}
         extra = {"t_delta": len(batch.images), **extra}

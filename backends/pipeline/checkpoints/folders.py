@@ -129,6 +129,7 @@ class ShardedFile:
     """
 
     def __init__(self, index: Path) -> None:
+        self.path = index
         try:
             places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             files = {name: _part(index.with_name(Path(name).name)) for name in set(places.values())}

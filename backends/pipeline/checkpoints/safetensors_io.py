@@ -114,6 +114,8 @@ class Reader(Protocol):
     """Arrays by name that can be read in parts, from any thread; a :class:`TensorFile` for example."""
 
     @property
+    def path(self) -> Path: ...
+    @property
     def entries(self) -> Mapping[str, Entry]: ...
 
     def fill(self, out: np.ndarray, name: str, start: int, /) -> None:

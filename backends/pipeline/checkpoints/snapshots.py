@@ -155,9 +155,16 @@ def with_params(metadata: Metadata, stored: Arrays, /) -> Snapshot:
 
 
 def read_params(reader: Reader, kept: Collection[str], /) -> dict[str, np.ndarray]:
-    """All arrays of a file, floating-point ones as float32 unless they are in ``kept``."""
+    """All arrays of a file, floating-point ones as float32 unless they are in ``kept``.
+
+    Raises:
+        InputError: averages with values that are not finite, or as ``reader``.
+    """
     arrays = {name: read_array(reader, name, exactly=name in kept) for name in reader.entries}
     averaged = {n for n, array in arrays.items() if n not in kept and np.issubdtype(array.dtype, np.floating)}
+    for name in averaged:
+        if not (np.isfinite(arrays[name].min(initial=0)) and np.isfinite(arrays[name].max(initial=0))):  # NaN is both
+            raise InputError(f"{reader.path}: {name} must be finite, got other numbers: choose another snapshot")
     return {n: a.astype(np.float32) if n in averaged else a for n, a in arrays.items()}
 
 

@@ -85,8 +85,8 @@ def stored_arrays(
 def _check_finite(name: str, values: np.ndarray) -> None:
     if not (largest := _largest(values)) < np.inf:  # in this form it also catches NaN
         raise InputError(
-            f"weights must be finite to be stored, got {largest:g} in {name}: training has diverged, go back to an "
-            "earlier state with a smaller learning rate"
+            f"weights must be finite to be stored, got {largest:g} in {name}: training has diverged, begin again with "
+            "a smaller learning rate"
         )
 
 

@@ -32,6 +32,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         import torch
 
+        self.path = path
         codes = {torch.from_numpy(np.empty(0, dtype)).dtype: code for code, dtype in DTYPES.items() if code != "BF16"}
         codes[torch.bfloat16] = "BF16"
         self._bits = torch.uint16

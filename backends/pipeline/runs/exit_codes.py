@@ -68,10 +68,16 @@ def _fail(message: str) -> int:
     return 2
 
 
-class Interrupts:
-    """Context manager that stores SIGINT or SIGTERM in ``signum``, so that a loop can finish its step before it stops.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+_ENDS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows has the first two
 
-    A second SIGINT raises KeyboardInterrupt at once. In other threads than the main one it has no effect.
+
+class Interrupts:
+    """Context manager that stores the signal that asks the process to end in ``signum``, so that a loop can finish its
+    step before it stops: SIGINT, SIGTERM, SIGHUP of a closed terminal, SIGQUIT, and SIGUSR1 and SIGUSR2, by which
+    clusters announce the end.
+
+    A SIGINT after another signal raises KeyboardInterrupt at once. In other threads than the main one it has no effect.
     """
 
     def __init__(self) -> None:
@@ -80,12 +86,12 @@ class Interrupts:
 
     @property
     def status(self) -> int:
-        """The exit status: 130 after SIGINT, 143 after SIGTERM, 0 without a signal."""
+        """The exit status: 128 + the signal, such as 130 after SIGINT; 0 without a signal."""
         return 0 if self.signum is None else 128 + self.signum
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {signum: signal.signal(signum, self._note) for signum in _ENDS}
         return self
 
     def __exit__(

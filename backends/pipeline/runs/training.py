@@ -1,7 +1,7 @@
 """The training loop of every port: batches, learning rate, log, snapshots, states, signals and printed messages.
 
-Order of an iteration: learning rate, batch, step; then, whenever a multiple of its interval was crossed, the log line,
-the averages and the state. The result depends only on the config: stopping and resuming do not change it.
+Order of an iteration: learning rate, batch, step; then, whenever a multiple of its interval was crossed, the averages,
+the log line and the state. The result depends only on the config: stopping and resuming do not change it.
 """
 
 import time
@@ -13,7 +13,7 @@ from signal import SIGINT, SIGTERM
 from typing import Any
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
-from backends.pipeline.checkpoints.states import load_state, save_state
+from backends.pipeline.checkpoints.states import load_state
 from backends.pipeline.data.batches import Batches, Reading
 from backends.pipeline.data.datasets import Dataset, held_out
 from backends.ports import Machine, OpenSampler
@@ -25,7 +25,7 @@ from edm2_core.schedule import learning_rate
 from edm2_core.state import Arrays
 
 from . import telemetry
-from .agreement import check_same_config, check_same_state, hold, load_into, resumed_by_first, stored_images
+from .agreement import check_same_config, hold, load_into, resumed_by_first, stored_images
 from .config import DataSummary, TrainConfig
 from .exit_codes import Interrupts
 from .fitting import Room, images_at_a_time
@@ -36,6 +36,7 @@ from .messages import Estimate, ladder_text, say_begin, say_epochs, say_initial,
 from .options import ScoreOptions, TrainOptions
 from .progress import Progress
 from .resolve import microbatches, open_data, resolve, with_free_options
+from .safety import Divergence, SavedAtErrors, store
 from .scoring import Measured, Scores
 from .team import Team
 
@@ -204,9 +205,11 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler) -> int:
     kept, held = held_out(job.dataset, config.holdout, seed=config.seed)
     with (
         Interrupts() as interrupts,
+        SavedAtErrors(run, trainer) as safe,
         _batches(job, kept) as batches,
         Progress(total=hyper.duration, start=trainer.nimg, shown=run is not None) as progress,
     ):
+        diverged = Divergence(trainer.nimg, hyper.batch)
         report = _Report(run, progress, trainer.nimg, None if held is None else HeldOut(config, held, trainer))
         snapshots = _Snapshots(config, run)
         scores = _scores(job, run, open_sampler, progress)
@@ -215,23 +218,25 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler) -> int:
             before, lr = trainer.nimg, _learning_rate(config, trainer.nimg)
             batch = next(batches)
             estimate(nimg=before)
-            if config.telemetry and before // hyper.batch % config.telemetry == 0:
-                measurement = trainer.measured_step(batch, lr=lr)
-                if run is not None:
-                    run.append_telemetry(telemetry.record(config, measurement, nimg=before))
-            else:
-                trainer.step(batch, lr=lr)
-            nimg = trainer.nimg
+            measurement = None
+            with safe.step():
+                if config.telemetry and before // hyper.batch % config.telemetry == 0:
+                    measurement = trainer.measured_step(batch, lr=lr)
+                else:
+                    trainer.step(batch, lr=lr)
+                nimg, end = trainer.nimg, trainer.nimg >= hyper.duration
+                snapshots.store_due(trainer, before, nimg, end=end)
+            if run is not None and measurement is not None:
+                run.append_telemetry(telemetry.record(config, measurement, nimg=before))
             progress.advance(nimg - before)
             stop = trainer.agree(interrupts.signum is not None)
-            end = nimg >= hyper.duration
             if stop or end or _crossed(config.status, before, nimg):
                 report(trainer.metrics(), nimg, lr)
-            snapshots.store_due(trainer, before, nimg, end=end)
+                diverged(trainer, end=end)
             if scores is not None and (end or _crossed(job.scores.evaluate, before, nimg)):
                 scores(nimg)
             if stop or end or _crossed(config.checkpoint, before, nimg):
-                _save_state(run, trainer)
+                store(run, trainer)
             if stop:
                 return interrupts.status or 128 + SIGTERM  # another process may have received the signal
     return 0
@@ -269,14 +274,6 @@ def _crossed(interval: int | None, before: int, now: int) -> bool:
 def _learning_rate(config: TrainConfig, nimg: int) -> float:
     hyper = config.hyper
     return learning_rate(nimg, batch=hyper.batch, ref_lr=hyper.lr, ref_batches=hyper.decay, rampup_nimg=hyper.rampup)
-
-
-def _save_state(run: Run | None, trainer: Trainer) -> None:
-    state = trainer.state()  # in every process: they gather it together
-    if trainer.team.world > 1:
-        check_same_state(state, trainer.team)
-    if run is not None:
-        save_state(run.state_path, state)
 
 
 class _Snapshots:

@@ -1,0 +1,109 @@
+"""What a run keeps: one writer, one state for all processes, and that state at every end."""
+
+import numpy as np
+import pytest
+from toy_port import PRESET, PROG, ToySampler, ToyTrainer, contents, together
+from toy_port import train_toy as train
+
+from backends.pipeline.checkpoints.states import load_state, read_counters
+from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.resolve import configure
+from backends.pipeline.runs.training import train as run_api
+from edm2_core.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("toy")
+
+
+def test_processes_whose_weights_drift_apart_stop_before_a_state_is_written():
+    dataset = open_dataset("digits")
+    config = configure(dataset, preset_name="toy", duration=128)
+
+    class Faulty(ToyTrainer):
+        def take_step(self, batch, *, lr):
+            made = super().take_step(batch, lr=lr)
+            self.params["unet.out_gain"] += np.float32(1e-7 * self.rank)
+            return made
+
+    def work(team):
+        def open_trainer(config, machine):
+            return Faulty(config, machine, team=team)
+
+        return run_api(config, dataset, open_trainer, ToySampler(), outdir="run", prog=PROG)
+
+    assert ["got another in process 1 after 64 " in str(error) for error in together(work, 2)] == [True] * 2
+    assert not Run("run").state_path.exists()
+
+
+def test_a_second_writer_is_refused_and_the_first_goes_on():
+    said = []
+
+    class Twice(ToyTrainer):
+        def step(self, *args, lr):
+            if self.nimg == 1024:
+                with pytest.raises(InputError, match=r"a run must have one writer, got run, which process \d+ on "):
+                    train("run")
+                said.append(self.nimg)
+            super().step(*args, lr=lr)
+
+    _, _, run = train("run", trainer=Twice, checkpoint=512)
+    assert said == [1024]
+    assert contents(run)[1] == contents(train("alone", checkpoint=512)[2])[1]
+
+
+@pytest.mark.parametrize("error", [InputError("no room"), BrokenPipeError(), ZeroDivisionError()], ids=repr)
+def test_an_error_between_steps_saves_the_state_and_the_run_goes_on_from_there(error, monkeypatch, capsys):
+    _, _, whole = train("whole", checkpoint=4096)
+    append = Run.append_log
+
+    def failing(run, record):
+        if record["nimg"] == 3072:
+            raise error
+        append(run, record)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "append_log", failing)
+        with pytest.raises(type(error)):
+            train("parts", checkpoint=4096)
+    assert "at 3072 images" in capsys.readouterr().err
+    assert read_counters(Run("parts").state_path) == (3072, 48)
+    _, trainer, run = train("parts")
+    assert trainer.seen[0][0] == 3072
+    assert contents(whole)[1:] == contents(run)[1:]  # the log lacks the line
+
+
+def test_an_error_within_a_step_keeps_the_state_before():
+    class Half(ToyTrainer):
+        def step(self, *args, lr):
+            super().step(*args, lr=lr)
+            if self.nimg == 3072:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train("parts", trainer=Half, checkpoint=1024)
+    assert read_counters(Run("parts").state_path) == (2048, 32)
+
+
+def test_weights_that_are_not_finite_do_not_replace_the_state():
+    class Diverging(ToyTrainer):
+        def take_step(self, batch, *, lr):
+            made = super().take_step(batch, lr=lr)
+            if self.nimg == 2560:
+                self.moments2["unet.out_gain"] = np.float32("nan")
+            return made
+
+    with pytest.raises(InputError, match=r"got other numbers in adam2/unet\.out_gain after 3072 images.*smaller --lr"):
+        train("run", trainer=Diverging, checkpoint=1024)
+    state = load_state(Run("run").state_path, PRESET.network, PRESET.hyper.lengths)
+    assert state.nimg == 2048
+    assert all(np.isfinite(array).all() for array in state.moments2.values())
+
+
+@pytest.mark.parametrize(("first", "duration"), [(512, 16384), (0, 1024)], ids=["a hundred in a row", "all of a run"])
+def test_gradients_that_are_never_finite_stop_the_run(first, duration):
+    class Zeroed(ToyTrainer):
+        def take_step(self, batch, *, lr):
+            return super().take_step(batch, lr=lr)[0], int(self.nimg > first)
+
+    with pytest.raises(InputError, match=rf"gradients must be finite, got others in all \d+ steps from {first} to \d+"):
+        train("run", trainer=Zeroed, duration=duration)
