@@ -12,6 +12,7 @@ from backends.pipeline.data.batches import prepared, stored_batch
 from backends.pipeline.data.datasets import held_out, open_dataset
 from backends.pipeline.data.seeds import noise
 from backends.pipeline.runs.holdout import HeldOut, Overfitting
+from backends.pipeline.runs.team import Team
 from backends.ports import Machine
 from edm2_core import loss, reference
 
@@ -45,7 +46,7 @@ def test_every_level_has_its_share_and_processes_share_the_images():
     config = config_of(preset="toy", data="digits", batch=64, holdout=0.1)
     _, held = held_out(DIGITS, 0.1, seed=0)
     whole = HeldOut(config, held, ToyTrainer(config))
-    shares = [HeldOut(config, held, ToyTrainer(config, rank=rank, world=2)) for rank in range(2)]
+    shares = [HeldOut(config, held, ToyTrainer(config, team=Team(rank, 2))) for rank in range(2)]
     for part, (batch, unit, sigma, _) in enumerate(whole._parts):
         for i, of_whole in enumerate((batch.images, unit, sigma)):
             halves = [share._parts[part][i] for share in shares]

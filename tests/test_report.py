@@ -58,6 +58,7 @@ def page(trained):
 
 def edit_config(run, **values):
     config = json.loads(run.config_path.read_text())
+    del config["xxh3"]  # as of a run of other settings
     for name, value in values.items():
         (config["network"] if name in config["network"] else config)[name] = value
     run.config_path.write_text(json.dumps(config))

@@ -2,9 +2,12 @@
 
 import pytest
 from test_training_loop import stopping, stored, train
-from toy_port import ToyTrainer
+from toy_port import ToySampler, ToyTrainer, together
 
 from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.options import parse_train
+from backends.pipeline.runs.resolve import open_data, resolve
+from backends.pipeline.runs.training import train as run_api
 from edm2_core.ema import OpenPlan, plan_snapshots
 from edm2_core.errors import InputError
 
@@ -81,22 +84,44 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path):
         train(snapshot_plan=tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_every_process_asks_for_the_averages_that_are_due_and_for_nothing_else(tmp_path, rank):
+def test_every_process_asks_for_the_averages_that_are_due_and_for_nothing_else(tmp_path):
     """Asking gathers arrays of all processes: each must ask, as often as the others."""
-    asked = []
+    asked = {0: [], 1: []}
 
     class Asked(ToyTrainer):
         def average(self, length):
-            asked.append((self.nimg, length.value))
+            asked[self.rank].append((self.nimg, length.value))
             return super().average(length)
 
         def parameters(self):
-            asked.append((self.nimg, "weights"))
+            asked[self.rank].append((self.nimg, "weights"))
             return super().parameters()
 
     plan, path = planned(tmp_path, 4096)
-    train(trainer=lambda *given: Asked(*given, rank=rank, world=2), snapshot_plan=path, duration=4096, checkpoint=8192)
+    words = (
+        "--preset",
+        "toy",
+        "--data",
+        "digits",
+        "--snapshot-plan",
+        str(path),
+        "--duration",
+        "4096",
+        "--checkpoint",
+        "4096",
+    )
+    options = parse_train(words, prog="train", description="")
+    dataset = open_data(options)
+    config = resolve(options, dataset)
+
+    def work(team):
+        def open_trainer(config, machine):
+            return Asked(config, machine, team=team)
+
+        run_api(config, dataset, open_trainer, ToySampler(), outdir="run", prog="train")
+
+    together(work, 2)
     due = [(-(-t // 64) * 64, s) for s, times in zip(plan.sigma_rels, plan.times, strict=True) for t in times]
-    assert sorted(asked[:-1]) == sorted(due)
-    assert asked[-1] == (4096, "weights")  # for the picture
+    for of_process in asked.values():
+        assert sorted(of_process[:-1]) == sorted(due)
+        assert of_process[-1] == (4096, "weights")  # for the picture

@@ -1,7 +1,9 @@
 """Devices, and how batches and parameters are distributed over them."""
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from backends.pipeline.runs import team as teams
 from backends.pipeline.runs.fitting import Room, free_bytes
 from backends.pipeline.runs.networks import CACHE
 from backends.pipeline.runs.team import Team
@@ -47,6 +50,18 @@ def join() -> None:
         ) from error
 
 
+@contextmanager
+def meeting() -> Iterator[None]:
+    """:func:`backends.pipeline.runs.team.meeting`, which ends this process with its line when another has ended: JAX
+    would wait for that one at the exit, for a minute, and then abort."""
+    try:
+        with teams.meeting():
+            yield
+    except InputError as error:
+        print("error:", error, file=sys.stderr, flush=True)
+        os._exit(2)
+
+
 def team() -> Team:
     """The processes of this job, as those that divide the images of a command among them; see :func:`join`."""
     join()
@@ -54,7 +69,8 @@ def team() -> Team:
         return Team()
 
     def all_gather(data: np.ndarray) -> np.ndarray:
-        return np.asarray(multihost_utils.process_allgather(data))
+        with meeting():
+            return np.asarray(multihost_utils.process_allgather(data))
 
     return Team(jax.process_index(), jax.process_count(), all_gather)
 

@@ -224,13 +224,17 @@ class JaxTrainer(Trainer):
         return metrics
 
     def fetch(self, values: Sequence[Any], /) -> np.ndarray:
-        return np.array(jax.device_get(list(values)))
+        if self.team.world == 1:
+            return np.array(jax.device_get(list(values)))
+        with devices.meeting():  # it waits for the messages of the steps
+            return np.array(jax.device_get(list(values)))
 
     def mean_over_processes(self, value: float, /) -> float:
         """The mean of ``value`` in float32."""
         if self.world == 1:
             return value
-        return float(np.mean(multihost_utils.process_allgather(np.float32(value))))
+        with devices.meeting():
+            return float(np.mean(multihost_utils.process_allgather(np.float32(value))))
 
     def is_out_of_memory(self, error: Exception, /) -> bool:
         return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

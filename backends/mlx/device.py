@@ -2,9 +2,7 @@
 
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +12,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from backends.pipeline.runs.fitting import Room
-from backends.pipeline.runs.team import Team
+from backends.pipeline.runs.team import Team, meeting
 from edm2_core.errors import InputError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -99,7 +97,7 @@ class Processes:
         """Join the group of processes, if there is one."""
         if "MLX_RANK" not in os.environ:
             return cls()
-        with _timeout():
+        with meeting():
             group = mx.distributed.init(strict=True)
         return cls(group.rank(), group.size())
 
@@ -108,7 +106,7 @@ class Processes:
         if self.world == 1:
             return gradients
         mx.eval(gradients)
-        with _timeout():
+        with meeting():
             means = dict(tree_flatten(nn.average_gradients(gradients, all_reduce_size=_BUCKET)))
             mx.eval(means)
         return means
@@ -117,7 +115,7 @@ class Processes:
         """The mean of a number over the processes. All must call it together."""
         if self.world == 1:
             return value
-        with _timeout():
+        with meeting():
             return float(mx.distributed.all_sum(mx.array(value))) / self.world
 
     def team(self) -> Team:
@@ -126,35 +124,7 @@ class Processes:
             return Team()
 
         def all_gather(data: np.ndarray) -> np.ndarray:
-            with _timeout():
+            with meeting():
                 return np.array(mx.distributed.all_gather(mx.array(data)[None]))
 
         return Team(self.rank, self.world, all_gather)
-
-
-@contextmanager
-def _timeout() -> Iterator[None]:
-    """Within it, wait for the other processes for at most ``EDM2_TIMEOUT`` seconds, 300 by default.
-
-    MLX itself waits without limit, and no exception can interrupt it: after that time the process prints one line and
-    exits.
-
-    Raises:
-        InputError: another process has ended.
-    """
-    seconds = float(os.environ.get("EDM2_TIMEOUT", 300))
-
-    def give_up() -> None:
-        rule = f"error: processes must meet within {seconds:g} s, got no answer from another"
-        print(f"{rule}: see what it says, or set EDM2_TIMEOUT higher", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except RuntimeError as error:
-        raise InputError(f"all processes must stay until the end, got '{error}': see what the others say") from error
-    finally:
-        timer.cancel()

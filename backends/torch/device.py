@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 
 from backends.pipeline.runs.fitting import Room, free_bytes
-from backends.pipeline.runs.team import Team
+from backends.pipeline.runs.team import Team, meeting
 from edm2_core.errors import InputError
 
 _KEPT = 15  # tensors of the size of a block's output that a step keeps for each block: 12 to 15 were measured
@@ -102,14 +102,16 @@ class Processes:
     def join(self, device: torch.device) -> None:
         """Open the group of processes, once; afterwards collective operations work on ``device``."""
         if self.world > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            with meeting():
+                torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
     def mean(self, value: float) -> float:
         """The mean of ``value`` over all processes, which must call this together. It waits for no device."""
         if self.world == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64)  # on the CPU, so sent between hosts
-        torch.distributed.all_reduce(total)
+        with meeting():
+            torch.distributed.all_reduce(total)
         return float(total) / self.world
 
     def team(self, device: torch.device) -> Team:
@@ -121,7 +123,8 @@ class Processes:
         def all_gather(data: np.ndarray) -> np.ndarray:
             mine = torch.from_numpy(data.copy()).to(device)
             rows = [torch.empty_like(mine) for _ in range(self.world)]
-            torch.distributed.all_gather(rows, mine)
-            return torch.stack(rows).cpu().numpy()
+            with meeting():
+                torch.distributed.all_gather(rows, mine)
+                return torch.stack(rows).cpu().numpy()
 
         return Team(self.rank, self.world, all_gather)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from backends.pipeline.runs.team import meeting
 from edm2_core import loss as objective
 from edm2_core.ema import Length
 from edm2_core.state import State
@@ -202,6 +203,7 @@ def _like(weight: Tensor, array: np.ndarray) -> Tensor:
 def sum_over_processes(gradients: Sequence[Tensor]) -> None:
     """Add the gradients of all processes, in place, as one message."""
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
+    with meeting():
+        torch.distributed.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))

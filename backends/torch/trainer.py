@@ -9,6 +9,7 @@ from torch import Tensor
 
 from backends.pipeline.data import batches as data
 from backends.pipeline.runs.config import TrainConfig
+from backends.pipeline.runs.team import meeting
 from backends.ports import Machine
 from backends.trainer import Measurement, Trainer
 from edm2_core import loss as objective
@@ -118,7 +119,10 @@ class TorchTrainer(Trainer):
         return Batch(images, noise[share], sigma[share], labels, condition)
 
     def fetch(self, values: Sequence[Tensor], /) -> np.ndarray:
-        return torch.stack(list(values)).cpu().numpy()
+        if self.world == 1:
+            return torch.stack(list(values)).cpu().numpy()
+        with meeting():  # on a GPU this waits for the messages of the steps
+            return torch.stack(list(values)).cpu().numpy()
 
     def mean_over_processes(self, value: float, /) -> float:
         return self._processes.mean(value)

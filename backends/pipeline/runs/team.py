@@ -1,7 +1,11 @@
 """Processes that divide the images of a command among them."""
 
 import io
-from collections.abc import Callable
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +75,39 @@ class Team:
     def wait(self) -> None:
         """Wait for all processes."""
         self.gather(np.zeros(0))
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Within it, wait for the other processes for at most ``EDM2_TIMEOUT`` seconds, 300 by default.
+
+    Frameworks wait longer or without limit, and no exception can interrupt them: after that time the process prints one
+    line and exits with status 1.
+
+    Raises:
+        InputError: another process has ended, or the variable is no number.
+    """
+    text = os.environ.get("EDM2_TIMEOUT", "300")
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise InputError(f"EDM2_TIMEOUT must be a number of seconds, got {text!r}: unset or correct it") from None
+
+    def give_up() -> None:
+        rule = f"error: processes must meet within {seconds:g} s, got no answer from another"
+        print(f"{rule}: see what it says, or set EDM2_TIMEOUT higher", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"all processes must stay until the end, got '{why:.160}': see what the others say") from error
+    finally:
+        timer.cancel()
 
 
 def _silently(text: str) -> None:
