@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
 
 from backends.pipeline.checkpoints.averages import ALONE, Gathered, Processes, save_gathered
 from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_sources
@@ -31,7 +30,7 @@ from edm2_core.ema import Length, StorageDtype
 from edm2_core.ema.clock import start_time, tick
 from edm2_core.errors import InputError
 
-from .sharded import local_part, placed_as, told_by_first
+from .sharded import is_sharded, local_part, placed_as, told_by_first
 from .weights import canonical_names, tensors, to_numpy, to_tensor
 
 _TOGETHER = 1 << 24  # elements rounded at once: few kernels, and little memory compared with the averages
@@ -201,7 +200,7 @@ class PowerEMA:
         """
         same, kept = self._besides()
         arrays = {name: to_numpy(tensor) for name, tensor in kept.items()}
-        sharded = any(isinstance(p, DTensor) for p in self._tracked.values())
+        sharded = any(is_sharded(p) for p in self._tracked.values())
         processes = Processes(distributed.get_rank(), told_by_first) if sharded else ALONE
         return save_gathered(folder, self._gathered(same), processes, time=self.time, kept=arrays, dtype=dtype)
 

@@ -67,6 +67,8 @@ class Planned(nn.Module):
 @torch.no_grad()
 def initialize_(tensor: Tensor, parameter: Parameter) -> None:
     """Fill ``tensor`` with initial values of the distribution that the plan gives ``parameter``."""
+    if tensor.is_meta:  # it has no values, and drawing none takes a second
+        return
     count = tensor.numel()
     half = (count + 1) // 2
     match parameter.init:

@@ -3,19 +3,33 @@
 All processes must make the same calls in the same order: gathering a tensor waits for every one of them.
 """
 
+import sys
+from typing import TYPE_CHECKING
+
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
+
+def is_sharded(tensor: Tensor, /) -> "TypeIs[DTensor]":
+    """Whether ``tensor`` is a DTensor, whose module takes a second to import and is there where one was made."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_part(tensor: Tensor, /) -> Tensor:
     """The part of ``tensor`` that this process has; a tensor that is not sharded itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def placed_as(like: Tensor, tensor: Tensor, /) -> Tensor:
     """``tensor``, which every process has whole, sharded as ``like`` is; without communication."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+    if not is_sharded(like) or is_sharded(tensor):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 

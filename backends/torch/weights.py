@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from backends.pipeline.checkpoints.safetensors_io import BFLOAT16
 from edm2_core.errors import InputError
@@ -13,6 +12,7 @@ from edm2_core.network import NetworkConfig, check_parameters
 
 from .denoiser import Denoiser
 from .network import Network
+from .sharded import is_sharded
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, recomputation
 
@@ -48,7 +48,7 @@ def _host(value: Tensor) -> np.ndarray:
 
 def to_numpy(value: Tensor, /) -> np.ndarray:
     """A NumPy copy in the dtype of ``value``. Of a DTensor the whole, which all its processes must ask for together."""
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    whole = value.full_tensor() if is_sharded(value) else value
     on_cpu = whole.detach().to("cpu", copy=True).contiguous()
     return on_cpu.view(torch.int16).numpy().view(BFLOAT16) if on_cpu.dtype == torch.bfloat16 else on_cpu.numpy()
 
