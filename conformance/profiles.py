@@ -14,7 +14,7 @@ _COMMON: dict[str, Any] = {
 }
 PROFILES: dict[str, dict[str, Any]] = {
     "dev": {"max_examples": 20},
-    "ci": {"max_examples": 50, "derandomize": True, "database": None},
+    "ci": {"max_examples": 30, "derandomize": True, "database": None},
     "deep": {"max_examples": 2000},
 }
 for _name, _own in PROFILES.items():

@@ -112,7 +112,7 @@ def test_studies_end_with_their_table(tmp_path, study):
 
 def test_every_guide_changes_what_one_network_samples(tmp_path):
     pytest.importorskip("torch", reason="torch is not installed")
-    options = ("--duration", "2Ki", "--earlier", 1024, "--weights", 1, 2, "--samples", 70, "--folder", tmp_path)
+    options = ("--duration", "2Ki", "--earlier", 1024, "--weights", 1, 2, "--samples", 66, "--folder", tmp_path)
     rows = {line[:14].strip(): line[14:].split() for line in printed("guidance", *options)[-4:]}
     assert list(rows) == ["none", "label dropout", "unconditional", "shorter run"]
     of_one = [rows[name] for name in ("none", "unconditional", "shorter run")]

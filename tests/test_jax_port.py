@@ -213,8 +213,18 @@ def test_what_is_compiled_is_kept_where_that_is_asked_for(tmp_path):
     def kept():
         return {path.name for path in (tmp_path / "cache").iterdir() if "train_step" in path.name}
 
+    tiny = ("--channels", 8, "--channels-per-head", 8, "--channel-mult", 1, "--blocks", 1, "--attention", 0)
     for outdir in ("first", "second"):
-        done = run(*TRAIN, *SMALL, "--outdir", outdir, cwd=tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))
+        done = run(
+            *TRAIN,
+            *SMALL,
+            *tiny,
+            "--no-picture",
+            "--outdir",
+            outdir,
+            cwd=tmp_path,
+            JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),
+        )
         assert "first step after" in done.stderr
         assert len(kept()) == 1
 

@@ -151,7 +151,7 @@ def ladder_run(tmp_path, rung):
         "--snapshot",
         "64Ki",
     )
-    assert train([*options, "--sigma-rels", "0.1", "--outdir", str(tmp_path / rung)]) == 0
+    assert train([*options, "--sigma-rels", "0.1", "--no-picture", "--outdir", str(tmp_path / rung)]) == 0
     lines = [line["blocks"].values() for line in Run(tmp_path / rung).telemetry()]
     pairs = [
         [max(b["activation_max"] for b in blocks), np.mean([b["weight_mean"] for b in blocks])] for blocks in lines

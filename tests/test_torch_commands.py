@@ -24,7 +24,8 @@ from backends.pipeline.data.datasets import open_dataset
 from edm2_core.presets import preset
 
 TRAIN, SAMPLE = ("-m", "backends.torch.train"), ("-m", "backends.torch.sample")
-SMALL = ("--duration", "384", "--batch", "64", "--snapshot", "1000", "--status", "128", "--checkpoint", "1Ki")
+NONE = "--no-picture"
+SMALL = ("--duration", "384", "--batch", "64", "--snapshot", "1000", "--status", "128", "--checkpoint", "1Ki", NONE)
 
 
 def run(*args: object, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -126,14 +127,14 @@ def test_stopping_by_a_signal_and_resuming_is_not_stopping(short: Path) -> None:
         process.communicate()
         assert process.returncode == status
         assert load_state_of(outdir).nimg < 384
-        assert "resumed" in run_here(*TRAIN, "--outdir", outdir, cwd=short).stdout
+        assert "resumed" in run_here(*TRAIN, "--outdir", outdir, NONE, cwd=short).stdout
         assert state_bytes(outdir) == state_bytes(short / "whole")
 
 
 def test_a_finished_run_goes_on_when_prolonged(short: Path) -> None:
     run_here(*TRAIN, *SMALL, "--duration", "192", "--outdir", "prolonged", cwd=short)
-    assert "complete" in run_here(*TRAIN, "--outdir", "prolonged", cwd=short).stdout
-    run_here(*TRAIN, "--outdir", "prolonged", "--duration", "384", cwd=short)
+    assert "complete" in run_here(*TRAIN, "--outdir", "prolonged", NONE, cwd=short).stdout
+    run_here(*TRAIN, "--outdir", "prolonged", "--duration", "384", NONE, cwd=short)
     assert state_bytes(short / "prolonged") == state_bytes(short / "whole")
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("toy")
 
 
 def planned(tmp_path, duration):
-    plan = plan_snapshots(files=8, sigma_rel_range=(0.03, 0.2), duration=duration, batch=64)
+    plan = plan_snapshots(files=8 if duration else 4, sigma_rel_range=(0.03, 0.2), duration=duration, batch=64)
     (tmp_path / "plan.json").write_text(plan.to_json())
     return plan, tmp_path / "plan.json"
 
