@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_files import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_port import ToySampler, ToyTrainer, run_toy
 
 from backends.pipeline.data.batches import Batches, Reading, label_rows, label_uniforms, prepared, sample_indices
 from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs.folder import Run
 from edm2_core.codec import DataFormat
 from edm2_core.errors import InputError
 
@@ -233,3 +236,50 @@ def test_mirrored_images_are_half_of_them_by_position_alone() -> None:
     plain, _, _ = prepared(batch._replace(flipped=None), digits.format, label_dim=10)
     for image, whole, mirrored in zip(images, plain, batch.flipped, strict=True):
         np.testing.assert_array_equal(image, whole[..., ::-1] if mirrored else whole)
+
+
+class Damaged(Numbered):
+    """Images 3, 4 and 9 of 10 cannot be read."""
+
+    def read(self, indices: np.ndarray, /) -> np.ndarray:
+        if bad := {3, 4, 9} & set(indices.tolist()):
+            raise InputError(f"{min(bad)}.png is broken")
+        return super().read(indices)
+
+
+@pytest.mark.parametrize("parts", [(30,), (7, 16, 7)], ids=str)
+def test_the_next_sample_takes_the_place_of_a_broken_one_with_its_label(
+    parts: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = Damaged(label_dim=10)
+    whole, start, got = sample_indices(start=0, count=30, size=10, seed=0), 0, []
+    for count in parts:
+        batch = Reading(data, 0, skip_broken=True)(start, count)
+        start += count
+        assert _numbers(batch.images) == batch.labels.tolist()
+        got += _numbers(batch.images)
+    assert got == [{3: 5, 4: 5, 9: 0}.get(i, i) for i in whole.tolist()]
+    with pytest.raises(InputError, match="is broken"):
+        Reading(data, 0)(0, 30)
+
+
+def test_a_folder_with_a_broken_image_is_trained_on_where_that_is_asked_for(
+    tmp_path: Path, toy: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(70):
+        write(tmp_path / "data" / f"{i:02d}.png", mode="L", seed=i)
+    broken = tmp_path / "data" / "41.png"
+    options = {"preset": "toy", "data": tmp_path / "data", "unconditional": True, "outdir": "run", "no_picture": True}
+
+    class Breaking(ToyTrainer):
+        def step(self, *args, lr):
+            super().step(*args, lr=lr)
+            if self.nimg == 512:
+                broken.write_bytes(broken.read_bytes()[:60])
+
+    with pytest.raises(InputError, match=r"41\.png"):
+        run_toy(Breaking, ToySampler(), duration=2048, **options)
+    assert Run("run").state_nimg() >= 512
+    assert run_toy(ToyTrainer, ToySampler(), outdir="run", skip_broken=True, no_picture=True) == 0
+    assert Run("run").state_nimg() == 2048
+    assert len([record for record in caplog.records if "skipped: " in record.message]) == 1

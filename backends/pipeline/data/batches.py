@@ -8,17 +8,19 @@ position alone. A batch is handed out as it is stored, 8-bit pixels and class id
 network sees, in any framework, where the batch is then.
 """
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 
 from edm2_core.arrays import from_host, namespace
 from edm2_core.codec import DataFormat, draw_latents
+from edm2_core.errors import InputError
 from edm2_core.loss import drop_labels
 
 from .datasets import Dataset
@@ -118,24 +120,48 @@ def _flips(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Reading(NamedTuple):
-    """What is read of a dataset: its order's ``seed``, whether labels are read and which share of them is dropped, and
-    whether half of the images are mirrored."""
+    """What is read of a dataset: its order's ``seed``, whether labels are read and which share of them is dropped,
+    whether half of the images are mirrored, and whether the next sample takes the place of one that cannot be read."""
 
     dataset: Dataset
     seed: int
     labelled: bool = True
     label_dropout: float = 0.0
     flip: bool = False
+    skip_broken: bool = False
 
     def __call__(self, start: int, count: int) -> Batch:
         """The samples at the positions from ``start`` on."""
         data, part = self.dataset, {"start": start, "count": count, "size": len(self.dataset), "seed": self.seed}
-        indices = sample_indices(**part)
+        images, indices = self._images(sample_indices(**part))
         return Batch(
-            data.read(indices),
+            images,
             self._labels(indices, part) if data.label_dim and self.labelled else None,
             data.condition(indices) if data.cond_channels else None,
             _at_positions(_flips, **part) if self.flip else None,
+        )
+
+    def _images(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The images at ``indices``, or at those that take their places."""
+        try:
+            return self.dataset.read(indices), indices
+        except InputError:
+            if not self.skip_broken:
+                raise
+        whole = np.array([self._whole(int(index)) for index in indices])
+        return self.dataset.read(whole), whole
+
+    def _whole(self, index: int) -> int:
+        """The first index from ``index`` on whose sample can be read."""
+        size = len(self.dataset)
+        for candidate in (*range(index, size), *range(index)):
+            try:
+                self.dataset.read(np.array([candidate]))
+                return candidate
+            except InputError as error:
+                _say_skipped(str(error))
+        raise InputError(
+            f"data must have samples that can be read, got none of {size} in {self.dataset.name}: restore them"
         )
 
     def _labels(self, indices: np.ndarray, part: dict[str, int]) -> np.ndarray:
@@ -146,6 +172,12 @@ class Reading(NamedTuple):
         if self.dataset.vectors:
             return drop_labels(labels, uniform, probability=self.label_dropout)
         return np.where(uniform < self.label_dropout, -1, labels)
+
+
+@cache
+def _say_skipped(error: str) -> None:
+    """Once for each sample and process."""
+    logging.getLogger("edm2").warning(f"skipped: {error}")
 
 
 class Batches(Generic[Placed]):

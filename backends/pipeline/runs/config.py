@@ -71,6 +71,8 @@ class TrainConfig:
     """Mirror half of the images from left to right, each time anew."""
     holdout: float = 0.0
     """Share of the data that is not trained on, such as 0.05: the loss on it is logged."""
+    skip_broken: bool = False
+    """Let the next sample take the place of one that cannot be read, which is said once, instead of stopping."""
     hyper: Annotated[Hyperparameters, tyro.conf.arg(name="")] = Hyperparameters()
     snapshot_plan: tyro.conf.Fixed[SnapshotPlan | None] = None
     checkpoint: int | None = None

@@ -21,7 +21,7 @@ from .command_line import flag
 from .config import DataSummary, TrainConfig
 from .options import NETWORK_FIELDS, TrainOptions, preset_in
 
-FREE = ("duration", "status", "checkpoint", "telemetry")
+FREE = ("duration", "status", "checkpoint", "telemetry", "skip_broken")
 """Fields that a resumed run may change."""
 
 
@@ -146,10 +146,8 @@ def resolve(options: TrainOptions, dataset: Dataset, previous: TrainConfig | Non
 
 def with_free_options(previous: TrainConfig, config: TrainConfig, /) -> TrainConfig:
     """``previous`` with what a resumed run may change taken from ``config``."""
-    hyper = replace(previous.hyper, duration=config.hyper.duration)
-    return replace(
-        previous, hyper=hyper, status=config.status, checkpoint=config.checkpoint, telemetry=config.telemetry
-    )
+    free = {name: getattr(config, name) for name in FREE if name != "duration"}
+    return replace(previous, hyper=replace(previous.hyper, duration=config.hyper.duration), **free)
 
 
 def microbatches(batch: int, per_device: int | None, *, world: int) -> int:

@@ -254,7 +254,12 @@ def _batches(job: Training, dataset: Dataset) -> Batches[Any]:
     config, trainer = job.config, job.trainer
     network, share = config.network, config.hyper.batch // trainer.world
     reading = Reading(
-        dataset, config.seed, label_dropout=network.label_dropout, labelled=network.label_dim > 0, flip=config.flip
+        dataset,
+        config.seed,
+        label_dropout=network.label_dropout,
+        labelled=network.label_dim > 0,
+        flip=config.flip,
+        skip_broken=config.skip_broken,
     )
     return Batches(
         reading,
