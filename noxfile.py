@@ -96,6 +96,12 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks.ports_step")
 
 
+@nox.session(default=False, venv_backend="none")
+def faults(session: nox.Session) -> None:
+    """Kills, damaged files, full disks and lost peers; writes docs/reliability.md. Twelve minutes."""
+    run(session, "benchmarks.faults", *session.posargs, **ONE_THREAD)
+
+
 @nox.session(default=False)
 def bench_ema(session: nox.Session) -> None:
     """Reconstruction compared with ema-pytorch; writes docs/benchmarks.md. Needs an idle machine and 20 GB of disk."""

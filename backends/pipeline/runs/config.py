@@ -147,7 +147,7 @@ class TrainConfig:
             config = cls(hyper=Hyperparameters(**hyper), **values)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
-                raise
+                raise error if name in str(error) else InputError(f"{name}: {error}") from error
             why = str(error).splitlines()[0]
             raise InputError(
                 f"{name} must be the config of a run as it was written, got {why}: restore the file"

@@ -22,7 +22,7 @@ import numpy as np
 from backends.pipeline.checkpoints.atomic import write_atomically, write_error
 from edm2_core.codec import DataFormat
 
-from .pictures import save_grid, save_images, to_uint8, visible
+from .pictures import load_images, save_grid, save_images, to_uint8, visible
 
 Kind = Literal["png", "npz", "npy", "latents"]
 Finish = Callable[[np.ndarray], np.ndarray]
@@ -66,29 +66,25 @@ def seed_path(outdir: Path, seed: int, /, *, subdirs: bool) -> Path:
 
 
 class PictureFiles:
-    """A :class:`Writer` of a PNG for each seed; of the first ones a grid, too, unless ``grid`` is False."""
+    """A :class:`Writer` of a PNG for each seed; and a grid of the first of the seeds in ``grid`` whose pictures are
+    there at the end."""
 
-    def __init__(self, outdir: Path, *, subdirs: bool = False, grid: bool = True) -> None:
+    def __init__(self, outdir: Path, *, subdirs: bool = False, grid: Sequence[int] = ()) -> None:
         self._outdir, self._subdirs, self._grid = outdir, subdirs, grid
-        self._shown: list[np.ndarray] = []
         self._ends: list[Path] = []
 
     def add(self, made: Batch, /) -> None:
         paths = [seed_path(self._outdir, seed, subdirs=self._subdirs) for seed in made.seeds]
         save_images(paths, made.images)
         self._ends = [*self._ends[:1], paths[-1]] if self._ends else [paths[0], paths[-1]]
-        if (room := _IN_GRID - len(self._shown)) > 0:
-            self._shown += list(made.images[:room])
 
     def close(self) -> list[Path]:
-        if not self._ends:
-            return []
-        first, last = self._ends
-        files = [Path(f"{first} ... {last.relative_to(self._outdir)}")]
-        if not self._grid:
-            return files
-        save_grid(self._outdir / "grid.png", np.stack(self._shown))
-        return [self._outdir / "grid.png", *files]
+        files = [Path(f"{self._ends[0]} ... {self._ends[1].relative_to(self._outdir)}")] if self._ends else []
+        shown = (seed_path(self._outdir, seed, subdirs=self._subdirs) for seed in self._grid[:_IN_GRID])
+        if there := [path for path in shown if path.exists()]:
+            save_grid(self._outdir / "grid.png", load_images(there))
+            files.insert(0, self._outdir / "grid.png")
+        return files
 
 
 class OneFile:

@@ -46,6 +46,16 @@ def save_images(paths: Sequence[Path], images: np.ndarray, /) -> None:
         _save(path, _picture(image))
 
 
+def load_images(paths: Sequence[Path], /) -> np.ndarray:
+    """What :func:`save_images` wrote, uint8 [n, 1 or 3, height, width]."""
+    images = []
+    for path in paths:
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture)
+        images.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+    return np.stack(images)
+
+
 def save_grid(
     path: str | os.PathLike[str], images: np.ndarray, *, columns: int | None = None, scale: int | None = None
 ) -> None:

@@ -75,19 +75,21 @@ def run_sampling(
     team.wait()
     finish = outputs.finish(kind, job.format, None if kind == "latents" else decoder)
     skip = partial(_all_there, outdir, options.subdirs) if kind == "png" and options.skip_existing else None
-    writer = _writer(kind, outdir, options, team)
+    writer = _writer(kind, outdir, job.seeds, options, team)
     made = batches(job, open_sampler, batch=options.batch, team=team, shown=True, finish=finish, skip=skip)
     for images in made:
         writer.add(outputs.Batch(images.images, job.seeds[images.part], job.labels[images.part]))
+    team.wait()  # the grid is of all processes' pictures
     for path in writer.close():
         say(f"wrote    {path}")
     team.wait()
 
 
-def _writer(kind: outputs.Kind, outdir: Path, options: SampleOptions, team: Team) -> outputs.Writer:
+def _writer(
+    kind: outputs.Kind, outdir: Path, seeds: Sequence[int], options: SampleOptions, team: Team
+) -> outputs.Writer:
     if kind == "png":
-        kept = options.skip_existing and (outdir / "grid.png").exists()
-        return outputs.PictureFiles(outdir, subdirs=options.subdirs, grid=team.rank == 0 and not kept)
+        return outputs.PictureFiles(outdir, subdirs=options.subdirs, grid=seeds if team.rank == 0 else ())
     stem = "latents" if kind == "latents" else "samples"
     part = f"-{team.rank}-of-{team.world}" if team.world > 1 else ""
     return outputs.OneFile(outdir / f"{stem}{part}.{'npy' if kind == 'npy' else 'npz'}", kind)

@@ -1,0 +1,348 @@
+"""What is lost when machines fail: kills, damaged files, full disks, peers that are gone; writes docs/reliability.md.
+
+    python -m benchmarks.faults [--torch 200] [--jax 30] [--mlx 15]
+
+Commands run in processes that are forked with their framework imported, so that a trial takes a second. A killed
+command is given again, and what it leaves is compared, byte for byte, with what it leaves undisturbed. Twelve minutes.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot
+from backends.pipeline.checkpoints.states import load_state
+from backends.pipeline.runs.agreement import fingerprint
+from backends.pipeline.runs.folder import Run
+from edm2_core.errors import InputError
+from edm2_core.state import State
+
+from .ema_reconstruct import machine
+
+SMALL = "--channels 16 --channels-per-head 16 --batch 64 --rampup 0 --checkpoint 128 --snapshot 1000 --device cpu"
+TRAIN = f"{SMALL} --duration 2Ki --no-picture --outdir run"
+KEPT = (".safetensors", ".png", ".zip", ".npz")  # files whose bytes are compared
+ROWS: list[str] = []
+
+
+def main(*, torch: int = 200, jax: int = 30, mlx: int = 15, commands: int = 20, flips: int = 2000) -> None:
+    """Kill training of each port so many times, the other commands COMMANDS times each, and flip FLIPS bytes a file."""
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        for port, trials in (("torch", torch), ("jax", jax), ("mlx", mlx)):
+            if trials:
+                kills(f"{port}: train", trials, f"backends.{port}.train", TRAIN)
+        make_inputs()
+        for name, (module, words) in COMMANDS.items():
+            kills(name, commands, module, words)
+        damages(flips)
+        full_disks()
+        peers()
+        growth()
+    table = "\n".join(ROWS)
+    text = f"""# Reliability
+
+Measured by `python -m benchmarks.faults` (`nox -s faults`) on {machine()}.
+
+| fault | tried | what happened | lost |
+|---|---|---|---|
+{table}
+
+- Kills are SIGKILL at moments drawn evenly over the whole command. "Equal" is byte for byte, of every snapshot, state
+  and picture, after the same command was given once more. While a killed run rests, every visible file is read.
+- A flipped byte is found by checksums of the header and of each 16,384 elements of a snapshot or state, and of
+  config.json. log.jsonl and dataset.json have none: a changed digit in them is a changed number.
+- With several processes a state is stored at intervals and at signals, not at errors: the last interval may be lost.
+"""
+    print(text)
+    (Path(__file__).parents[1] / "docs" / "reliability.md").write_text(text)
+
+
+def row(fault: str, tried: object, happened: str, lost: str) -> None:
+    ROWS.append(f"| {fault} | {tried} | {happened} | {lost} |")
+    print(ROWS[-1], flush=True)
+
+
+# ---- kills
+
+
+def kills(name: str, trials: int, module: str, words: str) -> None:
+    """A row for ``trials`` kills of a command."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module, *([f"{module.rpartition('.')[0]}.trainer"] if "train" in module else [])])
+    job = Job(context, module, words, Path("inputs"))
+    whole, seconds = job.undisturbed()
+    moments = [random.Random(i).uniform(0, seconds) for i in range(trials)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda i: job.trial(i, moments[i], whole), range(trials)))
+    stopped, equal, readable = (sum(column) for column in zip(*found, strict=True))
+    lost = "none" if equal == readable == trials else "see left"
+    row(f"{name}, kill -9", f"{trials} ({stopped} before its end)", f"{equal} equal, {readable} whole at rest", lost)
+
+
+@dataclass
+class Job:
+    context: multiprocessing.context.ForkServerContext
+    module: str
+    words: str
+    inputs: Path
+    done: dict[str, bytes] = field(default_factory=dict)
+
+    def undisturbed(self) -> tuple[dict[str, bytes], float]:
+        """What the command leaves, and the seconds of its slower of two runs."""
+        seconds = []
+        for name in ("warm", "whole"):
+            folder = self._folder(name)
+            begin = time.monotonic()
+            process = self._start(folder)
+            process.join()
+            seconds.append(time.monotonic() - begin)
+            if process.exitcode:
+                raise InputError(
+                    f"{self.module} {self.words} must succeed, got {process.exitcode}: see {folder}/said.txt"
+                )
+        return contents(folder), seconds[-1]
+
+    def trial(self, index: int, moment: float, whole: dict[str, bytes]) -> tuple[bool, bool, bool]:
+        """Whether the command was killed before its end, ended equal, and left only whole files."""
+        folder = self._folder(f"trial-{index}")
+        process = self._start(folder)
+        process.join(moment)
+        stopped = process.is_alive()
+        process.kill()
+        process.join()
+        readable = all_whole(folder)
+        process = self._start(folder)
+        process.join()
+        equal = process.exitcode == 0 and contents(folder) == whole
+        if equal and readable:
+            shutil.rmtree(folder)
+        return stopped, equal, readable
+
+    def _folder(self, name: str) -> Path:
+        folder = Path(f"{self.module}-{abs(hash(self.words)) % 1000}-{name}").absolute()
+        shutil.copytree(self.inputs, folder) if self.inputs.exists() else folder.mkdir()
+        return folder
+
+    def _start(self, folder: Path) -> multiprocessing.process.BaseProcess:
+        process = self.context.Process(target=execute, args=(self.module, self.words, str(folder)))
+        process.start()
+        return process
+
+
+def execute(module: str, words: str, folder: str) -> None:
+    """Run a command in ``folder``; its output goes to said.txt there."""
+    os.chdir(folder)
+    with open("said.txt", "a") as said, redirect_stdout(said), redirect_stderr(said):
+        sys.exit(import_module(module).main(words.split()))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.suffix in KEPT}
+
+
+def all_whole(folder: Path) -> bool:
+    """Whether every visible file can be read."""
+    try:
+        for path in folder.rglob("*.safetensors"):
+            run = Run(path.parents[1])
+            if path == run.state_path:
+                config = run.config()
+                load_state(path, config.network, config.hyper.lengths)
+            else:
+                load_snapshot(path)
+        for path in folder.rglob("*.png"):
+            Image.open(path).load()
+        for path in (*folder.rglob("config.json"), *folder.rglob("dataset.json")):
+            json.loads(path.read_text())
+        return True
+    except (InputError, OSError, ValueError) as error:
+        print(error)
+        return False
+
+
+COMMANDS = {
+    "edm2 reconstruct": ("backends.commands.cli", "reconstruct run --sigma-rels 0.06 0.12 0.2 --outdir averages"),
+    "edm2 dataset convert": (
+        "backends.commands.cli",
+        "dataset convert pictures data.zip --resolution 16x16 --transform center-crop",
+    ),
+    "torch: sample": (
+        "backends.torch.sample",
+        "--run run --seeds 0-199 --steps 12 --device cpu --batch 10 --skip-existing --outdir samples",
+    ),
+}
+
+
+def make_inputs() -> None:
+    """A run and a folder of pictures, for the commands that need them."""
+    Path("inputs").mkdir()
+    with chdir("inputs"), redirect_stdout(sys.stderr):
+        import_module("backends.torch.train").main(f"{SMALL} --duration 4Ki --no-picture --outdir run".split())
+        Path("pictures").mkdir()
+        rng = np.random.default_rng(0)
+        for i in range(300):
+            Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(f"pictures/{i:03d}.png")
+
+
+# ---- damages
+
+
+def damages(count: int) -> None:
+    """A row for each kind of file: random bytes flipped, and cut short."""
+    run = Run("inputs/run")
+    config = run.config()
+    lengths = config.hyper.lengths
+    snapshot = next(run.snapshots_path.glob("*.safetensors"))
+    readers: dict[str, tuple[Path, Callable[[], object]]] = {
+        "snapshot": (snapshot, lambda: digest(load_snapshot(snapshot))),
+        "state": (run.state_path, lambda: digest(load_state(run.state_path, config.network, lengths))),
+        "config.json": (run.config_path, lambda: run.config()),
+    }
+    for name, (path, read) in readers.items():
+        whole, wanted, results = path.read_bytes(), read(), {"error": 0, "identical": 0, "silent": 0}
+        for content in damaged(whole, count):
+            path.write_bytes(content)
+            try:
+                results["identical" if read() == wanted else "silent"] += 1
+            except InputError as error:
+                results["error" if str(path) in str(error) else "silent"] += 1
+        path.write_bytes(whole)
+        happened = (
+            f"{results['error']} named the file, {results['identical']} changed nothing, {results['silent']} silent"
+        )
+        row(
+            f"{name}: a byte flipped, or cut short",
+            sum(results.values()),
+            happened,
+            "none" if not results["silent"] else "see left",
+        )
+
+
+def damaged(whole: bytes, count: int) -> Iterator[bytes]:
+    rng = random.Random(0)
+    for _ in range(count):
+        content, at = bytearray(whole), rng.randrange(len(whole))
+        content[at] ^= 1 << rng.randrange(8)
+        yield bytes(content)
+    for _ in range(count // 10):
+        yield whole[: rng.randrange(len(whole))]
+
+
+def digest(value: Snapshot | State) -> bytes:
+    """A hash of all that was read."""
+    if isinstance(value, State):
+        return fingerprint(value)
+    arrays = sorted(value.params.items())
+    return repr([(name, array.tobytes()) for name, array in arrays] + [replace(value, params={})]).encode()
+
+
+# ---- full disks, peers, growth
+
+
+def full_disks() -> None:
+    """A row for a run that may write no file beyond a size."""
+    kept = 0
+    sizes = (1_000, 20_000, 200_000, 400_000, 600_000)
+    words = "-m backends.torch.train --duration 6Ki --device cpu --no-picture --outdir"
+    for size in sizes:
+        folder = Path(f"full-{size}")
+        shutil.copytree("inputs/run", folder)
+        before, command = contents(folder), [sys.executable, *words.split(), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=partial(limit_files, size))
+        after, line = contents(folder), (done.stderr.strip().splitlines() or [""])[-1]
+        clear = done.returncode == 2 and line.startswith("error: ")
+        intact = all(after.get(name) == content for name, content in before.items() if "snapshots" in name)
+        kept += clear and intact and all_whole(folder) and not list(folder.rglob("*.tmp"))
+    happened = f"{kept} one line, earlier files whole, no remains"
+    row("no file may grow beyond a size", len(sizes), happened, "since the last state")
+
+
+def limit_files(size: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def peers() -> None:
+    """Rows for two processes of which one is killed, or stopped."""
+    for port in ("torch", "jax", "mlx"):
+        for signum in (signal.SIGKILL, signal.SIGSTOP):
+            seconds, status, line = pair(port, signum)
+            happened = f"the other ended after {seconds:.0f} s with status {status}: {line[:110]}"
+            row(f"{port}: {signum.name} to one of two, EDM2_TIMEOUT=10", 1, happened, "since the last state")
+
+
+def pair(port: str, signum: signal.Signals) -> tuple[float, int, str]:
+    """Seconds until the first of two processes ends, its status and its last line, after the second got a signal."""
+    folder = Path(tempfile.mkdtemp(dir="."))
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([["127.0.0.1:32323"], ["127.0.0.1:32324"]]))
+    commands = []
+    for rank in range(2):
+        of_port = {
+            "torch": {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29633},
+            "jax": {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:29634", "JAX_NUM_PROCESSES": 2, "JAX_PROCESS_ID": rank},
+            "mlx": {"MLX_RANK": rank, "MLX_HOSTFILE": hosts.absolute()},
+        }[port]
+        environment = {**os.environ, "EDM2_TIMEOUT": "10", **{name: str(value) for name, value in of_port.items()}}
+        words = f"-m backends.{port}.train {SMALL} --duration 1Mi --status 256 --no-picture --outdir run".split()
+        said = open(folder / f"said-{rank}.txt", "w")  # noqa: SIM115
+        commands.append(
+            subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, stdout=said, stderr=said)
+        )
+    while "img/s" not in (text := (folder / "said-0.txt").read_text()) and commands[0].poll() is None:
+        time.sleep(0.2)
+    commands[1].send_signal(signum)
+    begin = time.monotonic()
+    status = commands[0].wait(timeout=300)
+    seconds = time.monotonic() - begin
+    commands[1].kill()
+    text = (folder / "said-0.txt").read_text()
+    return seconds, status, text.strip().splitlines()[-1].replace("|", "/")
+
+
+def growth() -> None:
+    """A row for memory and open files over 1,500 steps with snapshots, states and telemetry."""
+    words = f"-m backends.torch.train {SMALL} --duration {1500 * 64} --telemetry 10 --no-picture --outdir grown"
+    process = subprocess.Popen([sys.executable, *words.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, seen = Path("grown/log.jsonl"), []
+    while process.poll() is None:
+        time.sleep(0.5)
+        try:
+            nimg = json.loads(log.read_text().splitlines()[-1])["nimg"]
+            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            files = len(os.listdir(f"/proc/{process.pid}/fd"))
+            if pages:  # it has not ended
+                seen.append((nimg // 64, pages * 4096 / 2**20, files))
+        except (OSError, ValueError, IndexError):
+            continue
+    later = [part for part in seen if part[0] >= 100]
+    memory = f"{later[0][1]:.0f} MiB at step {later[0][0]}, {later[-1][1]:.0f} MiB at {later[-1][0]}"
+    row(
+        "1,500 steps with snapshots, states, telemetry",
+        1,
+        f"{memory}; open files {later[0][2]} and {later[-1][2]}",
+        "none",
+    )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
