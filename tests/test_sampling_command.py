@@ -24,7 +24,6 @@ from edm2_core.published import published
 PROG = "python -m backends.toy.sample"
 UNCONDITIONAL = replace(CONFIG, label_dim=0)
 
-
 pytestmark = pytest.mark.usefixtures("toy")
 
 
@@ -163,6 +162,8 @@ def test_what_is_there_is_not_made_again(run):
     assert [call["n"] for call in calls] == [4, 2]  # seeds 4 to 7, of which one was missing, and 8 and 9
     assert len(list(folder.glob("*.png"))) == 10
     assert (folder / "000003.png").read_bytes() == first
+    sample(seeds="0-9", outdir="anew", subdirs=True)
+    assert Run("out/grid.png").path.read_bytes() == Run("anew/grid.png").path.read_bytes()
 
 
 def test_processes_divide_the_batches_and_make_what_one_makes(run):
@@ -172,8 +173,7 @@ def test_processes_divide_the_batches_and_make_what_one_makes(run):
         options = options_of(SampleOptions, seeds="0-9", outdir=Run("parts").path, batch=2)
         run_sampling(options, ToySampler(), prog=PROG, team=team)
     whole, parts = ({p.name: p.read_bytes() for p in Run(n).path.glob("0*.png")} for n in ("whole", "parts"))
-    assert whole == parts
-    assert len(whole) == 10
+    assert (whole, len(whole)) == (parts, 10)
 
 
 def test_noise_of_torch_is_that_of_its_generator(run):
