@@ -6,12 +6,14 @@ forced again.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from backends.pipeline.runs.team import meeting
 from edm2_core import loss as objective
@@ -102,7 +104,8 @@ class Learner:
         sigma_rels: lengths of the averages.
         loss_scaling: factor on the loss while gradients are computed; keeps float16 gradients from underflow.
         microbatch: images per forward pass; larger batches accumulate gradients.
-        world: number of processes (torch.distributed) that share each batch in equal parts.
+        world: number of processes (torch.distributed) that share each batch in equal parts; their gradients are summed
+            while the backward pass runs (DDP).
         compiles: forced normalization, and the check of gradients, are compiled into few kernels.
     """
 
@@ -124,6 +127,7 @@ class Learner:
         self.optimizer = torch.optim.Adam(list(self.weights.values()), betas=betas, eps=1e-8, fused=self.fused or None)
         self.ema = PowerEMA(network, sigma_rels=sigma_rels)
         self.steps = 0
+        self._shared: Any = network if world == 1 else _shared(network)
         self._spheres = weights_on_spheres(network)
         self._force: Callable[[Sequence[Tensor]], None] = torch.compile(force) if compiles else force
         self._zero_nonfinite: Callable[..., Tensor] = torch.compile(zero_nonfinite) if compiles else zero_nonfinite
@@ -139,14 +143,14 @@ class Learner:
         self._force(self._spheres)
         total = len(batch.images) * self.world
         self.optimizer.zero_grad(set_to_none=True)
+        *parts, last = batch.split(self.microbatch)
         losses = []
-        for part in batch.split(self.microbatch):
-            loss = batch_loss(self.network, part)
-            (loss.sum() * (self.loss_scaling / total)).backward()
-            losses.append(loss.detach().sum())
+        for part in parts:
+            with nullcontext() if self.world == 1 else self._shared.no_sync():
+                losses.append(self._add_gradients(part, total))
+        with nullcontext() if self.world == 1 else meeting(others=torch.OutOfMemoryError):
+            losses.append(self._add_gradients(last, total))
         gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        if self.world > 1:
-            sum_over_processes(gradients)
         if self.loss_scaling != 1:
             torch._foreach_mul_(gradients, 1 / self.loss_scaling)
         nonfinite = self._zero_nonfinite(gradients)
@@ -155,6 +159,13 @@ class Learner:
         self.steps += 1
         self.ema.update(time=self.nimg + total, delta=total)
         return torch.stack(losses).sum() / batch.images.numel(), nonfinite
+
+    def _add_gradients(self, part: Batch, total: int) -> Tensor:
+        """Add the gradients of a part of ``total`` images, scaled; returns its summed loss."""
+        loss = batch_loss(self._shared, part)
+        scale = self.loss_scaling * self.world / total  # DDP divides the sum over processes by their number
+        (loss.sum() * scale).backward()
+        return loss.detach().sum()
 
     def state(self) -> State:
         """Everything that training continues from, in the canonical form that all ports share."""
@@ -200,10 +211,7 @@ def _like(weight: Tensor, array: np.ndarray) -> Tensor:
     return torch.empty_like(weight, requires_grad=False).copy_(torch.tensor(array))
 
 
-def sum_over_processes(gradients: Sequence[Tensor]) -> None:
-    """Add the gradients of all processes, in place, as one message."""
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+def _shared(network: nn.Module) -> DistributedDataParallel:
+    """``network`` as all processes share it: gradients of a bucket of weights are sent while others are computed."""
     with meeting():
-        torch.distributed.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+        return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -78,11 +78,13 @@ class Team:
 
 
 @contextmanager
-def meeting() -> Iterator[None]:
+def meeting(*, others: type[RuntimeError] | tuple[type[RuntimeError], ...] = ()) -> Iterator[None]:
     """Within it, wait for the other processes for at most ``EDM2_TIMEOUT`` seconds, 300 by default.
 
     Frameworks wait longer or without limit, and no exception can interrupt them: after that time the process prints one
     line and exits with status 1.
+
+    ``others`` are errors that are not of the meeting, which pass.
 
     Raises:
         InputError: another process has ended, or the variable is no number.
@@ -104,6 +106,8 @@ def meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if isinstance(error, others):
+            raise
         why = " ".join(str(error).split())
         raise InputError(f"all processes must stay until the end, got '{why:.160}': see what the others say") from error
     finally:
