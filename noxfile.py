@@ -98,7 +98,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(default=False, venv_backend="none")
 def faults(session: nox.Session) -> None:
-    """Kills, damaged files, full disks and lost peers; writes docs/reliability.md. Twelve minutes."""
+    """Kills, damaged files, full disks and lost peers; writes docs/reliability.md. Twenty minutes."""
     run(session, "benchmarks.faults", *session.posargs, **ONE_THREAD)
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.faults [--torch 200] [--jax 30] [--mlx 15]
 
 Commands run in processes that are forked with their framework imported, so that a trial takes a second. A killed
-command is given again, and what it leaves is compared, byte for byte, with what it leaves undisturbed. Twelve minutes.
+command is given again, and what it leaves is compared, byte for byte, with what it leaves undisturbed. Twenty minutes.
 """
 
 import json
