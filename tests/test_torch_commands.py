@@ -140,7 +140,8 @@ def test_a_finished_run_goes_on_when_prolonged(short: Path) -> None:
 
 def test_two_processes_train_what_one_does(short: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517")
-    run(*torchrun, *TRAIN, *SMALL, "--outdir", "two", "--device", "cpu", cwd=short)
+    parts = ("--batch-per-device", 8)  # of 32 images of each process
+    run(*torchrun, *TRAIN, *SMALL, *parts, "--outdir", "two", "--device", "cpu", cwd=short)
     one, two = load_state_of(short / "whole"), load_state_of(short / "two")
     assert two.nimg == one.nimg
     for name, weight in one.params.items():
