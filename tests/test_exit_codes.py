@@ -66,6 +66,17 @@ def test_a_signal_is_noted_and_the_handler_restored(name):
     assert signal.getsignal(signum) is before
 
 
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupts.signum is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_ctrl_c_is_not_ignored():
     with Interrupts():
         os.kill(os.getpid(), signal.SIGINT)

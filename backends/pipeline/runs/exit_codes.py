@@ -72,6 +72,11 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 _ENDS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows has the first two
 
 
+def _is_ignored(signum: int) -> bool:
+    """Whether the run was started to survive it: nohup ignores the closing of the terminal."""
+    return signum == getattr(signal, "SIGHUP", None) and signal.getsignal(signum) == signal.SIG_IGN
+
+
 class Interrupts:
     """Context manager that stores the signal that asks the process to end in ``signum``, so that a loop can finish its
     step before it stops: SIGINT, SIGTERM, SIGHUP of a closed terminal, SIGQUIT, and SIGUSR1 and SIGUSR2, by which
@@ -91,7 +96,8 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.signal(signum, self._note) for signum in _ENDS}
+            heard = [signum for signum in _ENDS if not _is_ignored(signum)]
+            self._before = {signum: signal.signal(signum, self._note) for signum in heard}
         return self
 
     def __exit__(

@@ -49,8 +49,8 @@ def writing(folder: Path) -> Iterator[None]:
         write_bytes(folder / _HOLDER, json.dumps(me).encode())
         _remove_remains(folder)
         yield
-        (folder / _HOLDER).unlink(missing_ok=True)
     finally:
+        (folder / _HOLDER).unlink(missing_ok=True)
         lock.release()
 
 
