@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from test_training_loop import PROG, run_toy, train
-from toy_port import ToySampler
+from toy_port import PROG, ToySampler, run_toy
+from toy_port import train_toy as train
 
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.length_picture import _affordable, _drawn

@@ -1,8 +1,9 @@
 """Snapshot plans in the training loop: followed through stops, by every process, and refused beside other options."""
 
 import pytest
-from test_training_loop import stopping, stored, train
+from test_training_loop import stopping, stored
 from toy_port import ToySampler, ToyTrainer, together
+from toy_port import train_toy as train
 
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.options import parse_train
