@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -104,22 +104,20 @@ class Job:
     module: str
     words: str
     inputs: Path
-    done: dict[str, bytes] = field(default_factory=dict)
 
     def undisturbed(self) -> tuple[dict[str, bytes], float]:
-        """What the command leaves, and the seconds of its slower of two runs."""
-        seconds = []
+        """What the command leaves, and the seconds of its second run; the first one fills caches."""
         for name in ("warm", "whole"):
             folder = self._folder(name)
             begin = time.monotonic()
             process = self._start(folder)
             process.join()
-            seconds.append(time.monotonic() - begin)
+            seconds = time.monotonic() - begin
             if process.exitcode:
                 raise InputError(
                     f"{self.module} {self.words} must succeed, got {process.exitcode}: see {folder}/said.txt"
                 )
-        return contents(folder), seconds[-1]
+        return contents(folder), seconds
 
     def trial(self, index: int, moment: float, whole: dict[str, bytes]) -> tuple[bool, bool, bool]:
         """Whether the command was killed before its end, ended equal, and left only whole files."""
@@ -308,7 +306,7 @@ def pair(port: str, signum: signal.Signals) -> tuple[float, int, str]:
         commands.append(
             subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, stdout=said, stderr=said)
         )
-    while "img/s" not in (text := (folder / "said-0.txt").read_text()) and commands[0].poll() is None:
+    while "img/s" not in (folder / "said-0.txt").read_text() and commands[0].poll() is None:
         time.sleep(0.2)
     commands[1].send_signal(signum)
     begin = time.monotonic()
