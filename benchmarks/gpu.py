@@ -1,30 +1,31 @@
-"""The PyTorch port on one GPU beside plain eager PyTorch in float16: ten minutes, no network.
+"""The ports on one GPU beside plain eager PyTorch in float16: ten minutes, no network.
 
     python -m benchmarks.gpu                                  # writes build/benchmarks/gpu.md after each case
     python -m benchmarks.gpu --device cpu --tiny              # the same cases in a minute, to try them
 
-Networks: bench-32 (:mod:`benchmarks.networks`), and the paper's XS and S at 64x64x4. Cases that do not fit
-into the time that is left are skipped, and said so.
+Each network of each port has a process of its own. They compile side by side, which takes most of the time, and are
+timed one after another once all are ready. What is not ready by then, or does not fit into the time, is skipped, and
+said so.
 """
 
+import json
+import os
+import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
 
 from backends.torch import device as devices
-from backends.torch.compiling import compile_mode
 from benchmarks import torch_cases as cases
-from benchmarks.networks import BENCH_32
 from benchmarks.rounds import Row, Table
-from benchmarks.torch_cases import Bench
-from edm2_core.network import NetworkConfig
-from edm2_core.presets import preset
+
+_DATA = ["-m", "benchmarks.data", "--images", "2000", "--photographs", "300", "--rounds", "1", "--seconds", "1"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,12 @@ class Options:
 
     device: str | None = None
     """Device; the fastest by default."""
+    cases: tuple[str, ...] = ("torch:xs", "torch:s", "torch:bench-32", "jax:xs")
+    """PORT:NETWORK, timed in this order; networks are bench-32 and the paper's xs and s at 64x64x4."""
+    compile_seconds: float = 300.0
+    """Time for compilation."""
     seconds: float = 600.0
-    """Time for all cases."""
+    """Time for all."""
     rounds: int = 5
     """Timed repetitions of each candidate."""
     tiny: bool = False
@@ -43,74 +48,69 @@ class Options:
     """Files to write, without suffix."""
 
 
+@dataclass(frozen=True)
+class Child:
+    """The process that compiles and times ``case``."""
+
+    case: str
+    process: "subprocess.Popen[str]"
+
+    @classmethod
+    def start(cls, case: str, options: Options, peak: float) -> "Child":
+        port, _, network = case.partition(":")
+        words = [port, network, "--rounds", str(options.rounds), "--peak", str(peak)]
+        words += ["--device", options.device] if options.device else []
+        words += ["--tiny"] if options.tiny else []
+        command = [sys.executable, "-m", "benchmarks.gpu_case", *words]
+        shared = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # leaves memory to the other processes
+        pipe = subprocess.PIPE
+        return cls(case, subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=shared))
+
+    def is_ready(self, until: float) -> bool:
+        """Whether it has compiled before ``until``; if not, it is ended."""
+        assert self.process.stdout is not None
+        there, _, _ = select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))
+        if there and self.process.stdout.readline():
+            return True
+        print(f"skipped  {self.case}: it has not compiled", flush=True)
+        self.process.kill()
+        return False
+
+    def rows(self, until: float) -> Iterator[Row]:
+        """What it measures, until then."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        while select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+            if not (line := self.process.stdout.readline()):
+                return
+            yield Row(**json.loads(line))
+        print(f"skipped  the rest of {self.case}: the time is over", flush=True)
+        self.process.kill()
+
+
 def main(options: Options) -> None:
+    start = time.monotonic()
     device = devices.choose(options.device)
     devices.allow_tf32(device)
-    end = time.monotonic() + options.seconds
     on_cuda = device.type == "cuda"
     dtype, plain = (torch.bfloat16, torch.float16) if on_cuda else (torch.float32, torch.float32)
     peaks = {of: cases.product_peak(device, of, size=8192 if on_cuda else 1024) for of in (torch.float32, dtype)}
-    shown = ", ".join(f"{str(of).removeprefix('torch.')} {peak / 1e12:.2f} TFLOP/s" for of, peak in peaks.items())
+    shown = ", ".join(f"{_name(of)} {peak / 1e12:.2f} TFLOP/s" for of, peak in peaks.items())
     table = Table(
         options.out,
         f"{devices.describe(device)}, PyTorch {torch.__version__}, Python {sys.version.split()[0]}. Products of square "
         f"matrices: {shown}. Ours: {_name(dtype)}; plain: eager, {_name(plain)}. Medians of {options.rounds} rounds, "
         "in turns.",
     )
-    for name, config, batch in _networks(tiny=options.tiny):
-        mode = compile_mode("auto", device)
-        bench = Bench(name, config, device, dtype, plain, mode)
-        for case in _cases(bench, batch, options, peaks[dtype]):
-            if time.monotonic() > end:
-                print(f"skipped  the rest of {name}: {options.seconds:.0f} s are over")
-                break
-            for row in case():
-                table.add(row)
-        del bench
-        if on_cuda:
-            torch.cuda.empty_cache()
-    _data(end)
-
-
-def _cases(bench: Bench, batch: int, options: Options, peak: float) -> list[Callable[[], list[Row]]]:
-    rounds, steps = options.rounds, 4 if options.tiny else 32
-    guided = bench.config.label_dim > 0
-    seconds: dict[str, float] = {}
-
-    def step() -> list[Row]:
-        row = cases.step(bench, batch, rounds=rounds, peak=peak)
-        seconds["step"] = row.seconds["ours"]
-        return [row]
-
-    return [
-        step,
-        lambda: [cases.averages(bench, rounds=rounds, step_seconds=seconds["step"])],
-        lambda: [cases.forward(bench, batch, rounds=rounds, peak=peak)],
-        lambda: [cases.sampling(bench, batch, rounds=1, steps=steps)],
-        lambda: [cases.sampling(bench, batch, rounds=1, steps=steps, guidance=1.5)] if guided else [],
-        lambda: cases.growth(
-            replace(bench, name=f"{bench.name}, eager", mode=None), (batch // 4, batch // 2, batch), rounds=rounds
-        ),
-    ]
-
-
-def _networks(*, tiny: bool) -> list[tuple[str, NetworkConfig, int]]:
-    """Name, network and images of a step."""
-    paper = {name: preset(f"img512-{name}").network for name in ("xs", "s")}
-    found = [("bench-32", BENCH_32, 256), ("XS 64x64x4", paper["xs"], 128), ("S 64x64x4", paper["s"], 128)]
-    if not tiny:
-        return found
-    return [
-        (f"{name}, tiny", replace(config, model_channels=8, channels_per_head=8, num_blocks=1), 4)
-        for name, config, _ in found
-    ]
-
-
-def _data(end: float) -> None:
-    """The data pipeline's own benchmark, where there is time for it."""
-    if end - time.monotonic() > 60:
-        command = [sys.executable, "-m", "benchmarks.data", "--images", "2000", "--photographs", "300", "--rounds", "1"]
-        subprocess.run([*command, "--seconds", "1", "--out", "build/benchmarks/data.md"], check=False)
+    children = [Child.start(case, options, peaks[dtype]) for case in options.cases]
+    ready = [child for child in children if child.is_ready(start + options.compile_seconds)]
+    for child in ready:
+        for row in child.rows(start + options.seconds):
+            table.add(row)
+    if start + options.seconds - time.monotonic() > 60:
+        subprocess.run([sys.executable, *_DATA, "--out", "build/benchmarks/data.md"], check=False)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,10 +6,11 @@ default; averages are moved tensor by tensor. In float16, embedding, weights, no
 loss is scaled. It stands in for the official implementation, with which it shares no line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import prod, sqrt
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,9 +29,15 @@ LOSS_SCALING = {torch.float16: 100.0}
 class PlainEDM2:
     """CONFIG G, in training."""
 
-    def __init__(self, config: NetworkConfig, device: torch.device, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        config: NetworkConfig,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        params: Mapping[str, np.ndarray] | None = None,
+    ):
         self.config, self.dtype, self.scaling = config, dtype, LOSS_SCALING.get(dtype, 1.0)
-        self.p = {name: torch.tensor(a, device=device) for name, a in initialize(config, seed=0).items()}
+        self.p = {name: torch.tensor(a, device=device) for name, a in (params or initialize(config, seed=0)).items()}
         self.trained = {name: self.p[name].requires_grad_() for name, q in plan(config).parameters.items() if q.trained}
         self.optimizer = torch.optim.Adam(self.trained.values(), betas=(0.9, 0.99), eps=1e-8)
         self.emas = {length: {n: w.detach().clone() for n, w in self.trained.items()} for length in LENGTHS}

@@ -99,7 +99,7 @@ def _jax() -> Callable[[], Any]:
         lambda state, batch, key, lr: step_of(state, batch, key, lr=lr),
         state_shapes(BENCH_32, sigma_rels=lengths),
         *rest,
-        cpu=True,
+        platform="cpu",
     )
     state = [init(BENCH_32, initialize(BENCH_32, seed=0), sigma_rels=lengths)]
 

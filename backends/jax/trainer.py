@@ -86,7 +86,7 @@ class JaxTrainer(Trainer):
             self._batch_shapes(),
             jax.ShapeDtypeStruct((), jnp.float32),
             jax.eval_shape(jax.random.key, 0),
-            cpu=mesh.devices.flat[0].platform == "cpu",
+            platform=mesh.devices.flat[0].platform,
         )
 
     def _batch_shapes(self) -> data.Batch:

@@ -4,6 +4,7 @@ Kernels that PyTorch compiles are kept in ~/.cache/edm2/torch, unless TORCHINDUC
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from shutil import which
@@ -48,6 +49,7 @@ def made_ready(network: nn.Module, device: torch.device, mode: Mode | None, /) -
     if device.type in ("cuda", "cpu"):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if mode is not None:
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # sampling does without, for equal images
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "torch"))
         network.compile(fullgraph=True, dynamic=False, mode=mode)
 

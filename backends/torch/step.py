@@ -55,7 +55,8 @@ def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
 
 def force_weight_norm(network: nn.Module) -> None:
     """Put the stored weights back on their spheres, in place, on rungs that do so. Source: Eq. 66."""
-    force(weights_on_spheres(network))
+    for weight in weights_on_spheres(network):
+        force(rows(weight))
 
 
 def weights_on_spheres(network: nn.Module) -> list[Tensor]:
@@ -63,11 +64,21 @@ def weights_on_spheres(network: nn.Module) -> list[Tensor]:
     return [layer.weight for layer in network.modules() if isinstance(layer, Layer) and layer.forced]
 
 
+def rows(weight: Tensor) -> Tensor:
+    """A weight [out, ...] as [out, fan_in], sharing its memory, in whatever order that lies."""
+    lies = weight.detach() if weight.is_contiguous() else weight.detach().movedim(1, -1)
+    return lies.view(len(weight), -1)
+
+
+def flat(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order in which they lie, sharing its memory."""
+    return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).view(-1)
+
+
 @torch.no_grad()
-def force(weights: Sequence[Tensor]) -> None:
+def force(rows: Tensor) -> None:
     """Normalize rows in place."""
-    for weight in weights:
-        weight.mul_(inverse_norm(weight, tuple(range(1, weight.ndim))))
+    rows.mul_(inverse_norm(rows, (1,)))
 
 
 def forced(layer: Layer) -> Tensor:
@@ -76,22 +87,17 @@ def forced(layer: Layer) -> Tensor:
 
 
 @torch.no_grad()
-def zero_nonfinite(gradients: Sequence[Tensor]) -> Tensor:
-    """Replace infinities, NaN and what overflows in Adam by 0, in place; returns how many there were, without waiting
-    for the device. Source: SPEC STEP-2."""
-    if gradients[0].device.type == "cpu" and _all_fit(gradients):  # there is nothing to wait for there
-        return torch.zeros((), dtype=torch.int64)
-    count = torch.zeros((), dtype=torch.int64, device=gradients[0].device)
-    for gradient in gradients:
-        beyond = ~(gradient.abs() < objective.LARGEST_GRADIENT)  # NaN is not less
-        gradient.masked_fill_(beyond, 0)
-        count += beyond.sum()
-    return count
+def zero_nonfinite(gradient: Tensor) -> Tensor:
+    """Replace infinities, NaN and what overflows in Adam by 0, in place; returns where they were, boolean. Source: SPEC
+    STEP-2."""
+    beyond = ~(gradient.abs() < objective.LARGEST_GRADIENT)  # NaN is not less
+    gradient.masked_fill_(beyond, 0)
+    return beyond
 
 
-def _all_fit(tensors: Sequence[Tensor]) -> bool:
-    """In one pass."""
-    largest = torch._foreach_norm(list(tensors), float("inf"))
+def all_fit(gradients: Sequence[Tensor]) -> bool:
+    """Whether :func:`zero_nonfinite` would change none of them. It waits for the device."""
+    largest = torch._foreach_norm(list(gradients), float("inf"))
     return bool((torch.stack(list(largest)) < objective.LARGEST_GRADIENT).all())
 
 
@@ -106,7 +112,7 @@ class Learner:
         microbatch: images per forward pass; larger batches accumulate gradients.
         world: number of processes (torch.distributed) that share each batch in equal parts; their gradients are summed
             while the backward pass runs (DDP).
-        compiles: forced normalization, and the check of gradients, are compiled into few kernels.
+        compiles: forced normalization, and the check of gradients, are compiled, once for tensors of all sizes.
     """
 
     def __init__(
@@ -129,8 +135,10 @@ class Learner:
         self.steps = 0
         self._shared: Any = network if world == 1 else _shared(network)
         self._spheres = weights_on_spheres(network)
-        self._force: Callable[[Sequence[Tensor]], None] = torch.compile(force) if compiles else force
-        self._zero_nonfinite: Callable[..., Tensor] = torch.compile(zero_nonfinite) if compiles else zero_nonfinite
+        self._force: Callable[[Tensor], None] = torch.compile(force, dynamic=True) if compiles else force
+        self._zero_nonfinite: Callable[[Tensor], Tensor] = (
+            torch.compile(zero_nonfinite, dynamic=True) if compiles else zero_nonfinite
+        )
 
     @property
     def nimg(self) -> int:
@@ -140,7 +148,8 @@ class Learner:
     def step(self, batch: Batch, *, lr: float) -> tuple[Tensor, Tensor]:
         """Train on this process's share of a batch. Returns its mean loss per element and the number of non-finite
         gradient elements that were zeroed, both 0-d on the device."""
-        self._force(self._spheres)
+        for weight in self._spheres:
+            self._force(rows(weight))
         total = len(batch.images) * self.world
         self.optimizer.zero_grad(set_to_none=True)
         *parts, last = batch.split(self.microbatch)
@@ -153,12 +162,19 @@ class Learner:
         gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
         if self.loss_scaling != 1:
             torch._foreach_mul_(gradients, 1 / self.loss_scaling)
-        nonfinite = self._zero_nonfinite(gradients)
+        nonfinite = self._zeroed(gradients)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.steps += 1
         self.ema.update(time=self.nimg + total, delta=total)
         return torch.stack(losses).sum() / batch.images.numel(), nonfinite
+
+    def _zeroed(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The number of elements of ``gradients`` that were zeroed. Only on a CPU, where there is nothing to wait for,
+        is it asked first whether there are any."""
+        if gradients[0].device.type == "cpu" and all_fit(gradients):
+            return torch.zeros((), dtype=torch.int64)
+        return torch.cat([self._zero_nonfinite(flat(gradient)) for gradient in gradients]).sum()
 
     def _add_gradients(self, part: Batch, total: int) -> Tensor:
         """Add the gradients of a part of ``total`` images, scaled; returns its summed loss."""
