@@ -79,6 +79,7 @@ class Trained(NamedTuple):
     averages: dict[float, Params]
     loss_slack: list[float]
     weight_slack: Params
+    average_slack: dict[float, Params]
 
 
 def train(
@@ -95,6 +96,7 @@ def train(
     names = trained_names(config)
     first, second, slack = ({name: np.zeros_like(weights[name]) for name in names} for _ in range(3))
     averages: dict[float, Params] = {s: {} for s in sigma_rels}
+    average_slack: dict[float, Params] = {s: {} for s in sigma_rels}
     losses, loss_slack, nimg = [], [], 0
     for step, (batch, lr) in enumerate(zip(batches, learning_rates, strict=True), start=1):
         for name in names:
@@ -104,6 +106,7 @@ def train(
         loss = float(values.mean())
         allowed, floor = tolerance.gradient(config, batch.sigma, batch.images), tolerance.gradient_floor(gradients)
         losses.append(loss)
+        moved_by = tolerance.gradient_elsewhere(weights, slack)
         moved = sum(float(np.sum(np.abs(gradients[name]) * slack[name])) for name in names)
         loss_slack.append(allowed * max(1.0, abs(loss)) + moved / batch.images[0].size)
         for name in names:
@@ -112,14 +115,16 @@ def train(
             second[name] = betas[1] * second[name] + (1 - betas[1]) * gradient**2
             root = np.sqrt(second[name] / (1 - betas[1] ** step)) + 1e-8
             weights[name] = weights[name] - lr * first[name] / (1 - betas[0] ** step) / root
-            error = GRADIENT_SHARE * allowed * max(float(np.linalg.norm(gradient.ravel())), floor)
+            error = (GRADIENT_SHARE * allowed + moved_by) * max(float(np.linalg.norm(gradient.ravel())), floor)
             slack[name] = slack[name] + tolerance.adam(gradient, root, lr=lr, error=error)
         nimg += len(batch.images)
         for s in sigma_rels:
             keep = ema.beta(s, t_next=nimg, t_delta=len(batch.images))
             previous = averages[s] or weights
             averages[s] = {name: keep * previous[name] + (1 - keep) * weights[name] for name in weights}
-    return Trained(losses, weights, averages, loss_slack, slack)
+            before = average_slack[s] or slack
+            average_slack[s] = {name: keep * before[name] + (1 - keep) * slack[name] for name in names}
+    return Trained(losses, weights, averages, loss_slack, slack, average_slack)
 
 
 def denoiser(config: NetworkConfig, params: Params, labels: Any, condition: Any = None) -> sampler.Denoiser:

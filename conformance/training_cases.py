@@ -88,13 +88,13 @@ def training(
         what = f"the mean loss of step {step + 1}"
         measure.within(abs(got - want), allowed, what=what, why=GRADIENT, got=float(got), wanted=want)
     measure.same_names(averages, sigma_rels, what="the averages by length")
-    pairs = {"weights": (trained, wanted.weights)}
-    pairs |= {f"average {s}": (averages[s], wanted.averages[s]) for s in sigma_rels}
-    for part, (arrays, wants) in pairs.items():
+    pairs = {"weights": (trained, wanted.weights, wanted.weight_slack)}
+    pairs |= {f"average {s}": (averages[s], wanted.averages[s], wanted.average_slack[s]) for s in sigma_rels}
+    for part, (arrays, wants, slack) in pairs.items():
         measure.same_names(arrays, wants, what=part)
         for name, array in wants.items():  # each step rounds the weight, and forcing rounds it a few times more
             rounding = len(sizes) * 8 * tolerance.eps("float32") * float(np.linalg.norm(array.ravel()))
-            allowed = rounding + float(np.linalg.norm(wanted.weight_slack.get(name, np.zeros(1)).ravel()))
+            allowed = rounding + float(np.linalg.norm(slack.get(name, np.zeros(1)).ravel()))
             off = float(np.linalg.norm((arrays[name] - array).ravel()))
             measure.within(off, allowed, what=f"{name} of the {part} after {len(sizes)} steps", why=ADAM)
 

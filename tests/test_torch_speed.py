@@ -105,7 +105,19 @@ def test_cuda_graphs_give_what_the_network_gives() -> None:
 
 
 def test_the_benchmark_of_a_gpu_runs_here(tmp_path: Path) -> None:
-    words = ("--device", "cpu", "--tiny", "--rounds", "1", "--seconds", "50", "--cases", "torch:xs", "--out", tmp_path / "figures")
+    words = (
+        "--device",
+        "cpu",
+        "--tiny",
+        "--rounds",
+        "1",
+        "--seconds",
+        "50",
+        "--cases",
+        "torch:xs",
+        "--out",
+        tmp_path / "figures",
+    )
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", *map(str, words)],
         cwd=Path(__file__).parents[1], capture_output=True, text=True,

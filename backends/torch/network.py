@@ -5,7 +5,8 @@
 Fourier constants are buffers. Activations are computed in ``dtype``; noise conditioning, weights and norms in float32.
 
 Constant factors of magnitude-preserving functions (1/0.596 of mp_silu, the blend of mp_sum) are multiplied into the
-gain of the next or the previous convolution: a weight is cheap to scale, activations cost one more pass over memory.
+weight of the next or the previous convolution: it is cheap to scale, activations cost one more pass over memory. In
+training, :mod:`.working_weights` computes the weights that layers multiply with, once a step.
 """
 
 from math import pi, prod, sqrt
@@ -106,37 +107,39 @@ class Fourier(Planned):
 
 
 class Layer(Planned):
-    """A convolution, or a linear layer where the weight has two axes. See :func:`edm2_core.reference.layer`."""
+    """A convolution, or a linear layer where the weight has two axes. See :func:`edm2_core.reference.layer`.
+
+    ``gain`` scales the weight. ``factor`` scales the whole output, bias included: it belongs to the sum or activation
+    that follows, and is not part of the layer's own output.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    working: tuple[Tensor] | None  # the effective weight, where it is computed beforehand; in a tuple: no parameter
     folded: Tensor | None
 
-    def __init__(self, config: NetworkConfig, name: str):
+    def __init__(self, config: NetworkConfig, name: str, *, gain: float = 1.0, factor: float = 1.0):
         super().__init__(config, name, "weight", "bias")
         weight = self.table["weight"]
         self.normalized, self.forced = config.switches.weight_norm, weight.normalized
-        self.scale = config.weight_scale(weight.fan_in)
-        self.folds, self.folded = False, None
+        self.scale, self.factor = config.weight_scale(weight.fan_in) * gain * factor, factor
+        self.working, self.folds, self.folded = None, False, None
 
-    def forward(self, x: Tensor, gain: float | Tensor = 1.0, *, factor: float = 1.0) -> Tensor:
-        """x [N, in] or [N, in, H, W] to [N, out, ...], in the dtype of x.
-
-        ``gain`` scales the weight. ``factor`` scales the whole output, bias included: it belongs to the sum or
-        activation that follows, and is not part of the layer's own output.
-        """
+    def forward(self, x: Tensor, learned: Tensor | None = None) -> Tensor:
+        """x [N, in] or [N, in, H, W] to [N, out, ...], in the dtype of x. ``learned`` is a gain too."""
         w = self.folded
         if w is None:
-            w = self.rows(self.effective_weight(gain * factor)).to(x.dtype)
+            w = self.effective_weight() if self.working is None else self.working[0]
+            w = self.rows(w if learned is None else w * learned).to(x.dtype)
             self.folded = w if self.folds else None
-        bias = None if self.bias is None else self.rows(self.bias * factor).to(x.dtype)
+        bias = None if self.bias is None else self.rows(self.bias * self.factor).to(x.dtype)
         return F.linear(x, w, bias) if w.ndim == 2 else F.conv2d(x, w, bias, padding=w.shape[-1] // 2)
 
-    def effective_weight(self, gain: float | Tensor = 1.0) -> Tensor:
-        factor = gain * self.scale
-        if self.normalized:
-            factor = inverse_norm(self.weight, tuple(range(1, self.weight.ndim))) * factor
-        return self.weight * factor
+    def effective_weight(self) -> Tensor:
+        """Normalized and scaled. Shapes: those of the weight."""
+        if not self.normalized:
+            return self.weight * self.scale
+        return self.weight * (inverse_norm(self.weight, tuple(range(1, self.weight.ndim))) * self.scale)
 
     def rows(self, stored: Tensor) -> Tensor:
         """A weight or bias [out, ...] in the order of the output's channels."""
@@ -185,18 +188,19 @@ class UNetBlock(Planned):
         name, has = block.name, config.switches
         super().__init__(config, name, "emb_gain")
         self.config, self.block = config, block
+        after_silu = 1 / config.silu_rms
         self.norm_res0 = GroupNorm(config, f"{name}.norm_res0", block.residual_channels)
-        self.conv_res0 = Layer(config, f"{name}.conv_res0")
+        self.conv_res0 = Layer(config, f"{name}.conv_res0", gain=after_silu)
         self.emb_linear = Layer(config, f"{name}.emb_linear")
         self.norm_res1 = GroupNorm(config, f"{name}.norm_res1", block.out_channels)
-        self.conv_res1 = Layer(config, f"{name}.conv_res1")
+        self.conv_res1 = Layer(config, f"{name}.conv_res1", gain=after_silu, factor=config.blend(config.res_balance)[1])
         self.conv_skip = Layer(config, f"{name}.conv_skip") if block.has_conv_skip else None
         self.norm_attn = None
         if block.heads:
             if has.attention is ladder.Attention.DOT:
                 self.norm_attn = GroupNorm(config, f"{name}.norm_attn", block.out_channels)
             self.attn_qkv = QKV(config, f"{name}.attn_qkv", block.heads)
-            self.attn_proj = Layer(config, f"{name}.attn_proj")
+            self.attn_proj = Layer(config, f"{name}.attn_proj", factor=config.blend(config.attn_balance)[1])
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x [N, in_channels, H, W] and emb [N, emb_channels] to [N, out_channels, H', W']."""
@@ -205,16 +209,14 @@ class UNetBlock(Planned):
         if block.role == "enc" and has.pixel_norm:
             x = normalize(x, (1,))
         y = self.resampled(F.silu(self.norm_res0(x)), now=not has.resample_first)
-        y = self.norm_res1(self.conv_res0(y, gain=1 / config.silu_rms))
+        y = self.norm_res1(self.conv_res0(y))
         y = F.silu(self.conditioned(y, emb))
         y = F.dropout(y, config.dropout, self.training and config.dropout > 0)
-        keep, add = config.blend(config.res_balance)
-        y = self.conv_res1(y, gain=1 / config.silu_rms, factor=add)
+        y = self.conv_res1(y)
         x = self.widened(self.resampled(x, now=not has.resample_first), now=not block.widens_first)
-        x = torch.add(y, x, alpha=keep)
+        x = torch.add(y, x, alpha=config.blend(config.res_balance)[0])
         if block.heads:
-            keep, add = config.blend(config.attn_balance)
-            x = torch.add(self.attention(x, factor=add), x, alpha=keep)
+            x = torch.add(self.attention(x), x, alpha=config.blend(config.attn_balance)[0])
         # clamp, but for its derivative, which takes one pass instead of four
         return x if config.clip_act is None else F.hardtanh(x, -config.clip_act, config.clip_act)
 
@@ -226,15 +228,15 @@ class UNetBlock(Planned):
 
     def conditioned(self, y: Tensor, emb: Tensor) -> Tensor:
         """See :func:`edm2_core.reference.conditioning`."""
-        z = self.emb_linear(emb, gain=1.0 if self.emb_gain is None else self.emb_gain)
+        z = self.emb_linear(emb, self.emb_gain)
         z = z[:, :, None, None]  # (N, C or 2 C) to (N, C or 2 C, 1, 1)
         if not self.config.switches.shift:
             return y * (z + 1).to(y.dtype)
         scale, shift = z.chunk(2, dim=1)  # each (N, C, 1, 1)
         return torch.addcmul(shift.to(y.dtype), y, (scale + 1).to(y.dtype))
 
-    def attention(self, x: Tensor, *, factor: float) -> Tensor:
-        """Self-attention over pixels, times ``factor``. See :func:`edm2_core.reference.attention`."""
+    def attention(self, x: Tensor) -> Tensor:
+        """Self-attention over pixels, as added to x. See :func:`edm2_core.reference.attention`."""
         n, c, h, w = x.shape
         heads = self.block.heads
         qkv = self.attn_qkv(x if self.norm_attn is None else self.norm_attn(x))  # (N, 3 * heads * D, H, W)
@@ -243,7 +245,7 @@ class UNetBlock(Planned):
         qkv = normalize(qkv, (2,)) if self.norm_attn is None else qkv.to(torch.promote_types(x.dtype, torch.float32))
         q, k, v = qkv.transpose(2, 3).unflatten(1, (3, heads)).unbind(1)  # each (N, heads, HW, D)
         y = F.scaled_dot_product_attention(q, k, v).to(x.dtype)  # (N, heads, HW, D)
-        return self.attn_proj(y.transpose(2, 3).reshape(n, c, h, w), factor=factor)  # (N, C, H, W)
+        return self.attn_proj(y.transpose(2, 3).reshape(n, c, h, w))  # (N, C, H, W)
 
 
 class UNet(Planned):
@@ -256,15 +258,18 @@ class UNet(Planned):
         self.config, walk, has = config, plan(config), config.switches
         width = walk.decoder[-1].out_channels
         self.emb_fourier = Fourier(config, "unet.emb_fourier")
-        self.emb_noise = Layer(config, "unet.emb_noise")
-        self.emb_noise1 = Layer(config, "unet.emb_noise1") if has.embedding_layers == 2 else None
-        self.emb_label = Layer(config, "unet.emb_label") if config.label_dim else None
+        after_silu, two = 1 / config.silu_rms, has.embedding_layers == 2
+        keep, add = config.blend(config.label_balance) if config.label_dim else (1.0, 1.0)
+        scale = sqrt(config.label_dim) if has.label_scaling else 1.0
+        self.emb_noise = Layer(config, "unet.emb_noise", factor=1.0 if two else keep)
+        self.emb_noise1 = Layer(config, "unet.emb_noise1", gain=after_silu, factor=keep) if two else None
+        self.emb_label = Layer(config, "unet.emb_label", gain=add * scale) if config.label_dim else None
         self.enc = nn.ModuleDict({short(block): module(config, block) for block in walk.encoder})
         self.dec = nn.ModuleDict({short(block): module(config, block) for block in walk.decoder})
         self.takes_skip = [block.takes_skip for block in walk.decoder]
         self.recomputes = False
         self.out_norm = GroupNorm(config, "unet.out_norm", width) if has.output_norm else None
-        self.out_conv = Layer(config, "unet.out_conv")
+        self.out_conv = Layer(config, "unet.out_conv", gain=after_silu if has.output_norm else 1.0)
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """x [N, C + cond_channels, H, W], already scaled, c_noise [N] and labels [N, label_dim] or None to
@@ -281,10 +286,9 @@ class UNet(Planned):
             skips.append(x)
         for block, takes_skip in zip(self.dec.values(), self.takes_skip, strict=True):
             x = self.run(block, self.join(x, skips.pop()) if takes_skip else x, emb)
-        gain: float | Tensor = 1.0 if self.out_gain is None else self.out_gain
         if self.out_norm is not None:
-            x, gain = F.silu(self.out_norm(x)), gain / self.config.silu_rms
-        x = self.out_conv(x, gain=gain)
+            x = F.silu(self.out_norm(x))
+        x = self.out_conv(x, self.out_gain)
         height, width = self.config.image_size
         return x[:, :, above : above + height, left : left + width]  # (N, C, H, W)
 
@@ -298,17 +302,12 @@ class UNet(Planned):
 
     def embedding(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """c_noise [N] and labels [N, label_dim] to [N, emb_channels]. See :func:`edm2_core.reference.embedding`."""
-        config, silu_rms = self.config, self.config.silu_rms
-        keep, add = config.blend(config.label_balance) if config.label_dim else (1.0, 1.0)
-        emb = self.emb_fourier(c_noise)  # (N, noise_channels)
+        emb = self.emb_noise(self.emb_fourier(c_noise))  # (N, noise_channels) to (N, emb_channels)
         if self.emb_noise1 is not None:
-            emb = self.emb_noise1(F.silu(self.emb_noise(emb)), gain=1 / silu_rms, factor=keep)
-        else:
-            emb = self.emb_noise(emb, factor=keep)  # (N, emb_channels)
+            emb = self.emb_noise1(F.silu(emb))
         if self.emb_label is not None and labels is not None:
-            scale = sqrt(config.label_dim) if config.switches.label_scaling else 1.0
-            emb = emb + self.emb_label(labels.to(emb.dtype), gain=add * scale)
-        return F.silu(emb) / silu_rms
+            emb = emb + self.emb_label(labels.to(emb.dtype))
+        return F.silu(emb) / self.config.silu_rms
 
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
         """See :func:`edm2_core.reference.joined`."""

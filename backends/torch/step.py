@@ -5,7 +5,7 @@ normalization; zero non-finite gradient elements; Adam; average the stored weigh
 forced again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -21,8 +21,9 @@ from edm2_core.ema import Length
 from edm2_core.state import State
 
 from .ema import PowerEMA
-from .network import Layer, inverse_norm, normalize
+from .network import Layer, normalize
 from .weights import dump, load, tensors, unwrapped
+from .working_weights import Shared, WorkingWeights, force, rows
 
 
 class Batch(NamedTuple):
@@ -55,30 +56,14 @@ def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
 
 def force_weight_norm(network: nn.Module) -> None:
     """Put the stored weights back on their spheres, in place, on rungs that do so. Source: Eq. 66."""
-    for weight in weights_on_spheres(network):
-        force(rows(weight))
-
-
-def weights_on_spheres(network: nn.Module) -> list[Tensor]:
-    """The weights that are forced back onto their spheres."""
-    return [layer.weight for layer in network.modules() if isinstance(layer, Layer) and layer.forced]
-
-
-def rows(weight: Tensor) -> Tensor:
-    """A weight [out, ...] as [out, fan_in], sharing its memory, in whatever order that lies."""
-    lies = weight.detach() if weight.is_contiguous() else weight.detach().movedim(1, -1)
-    return lies.view(len(weight), -1)
+    for layer in network.modules():
+        if isinstance(layer, Layer) and layer.forced:
+            force(rows(layer.weight))
 
 
 def flat(x: Tensor) -> Tensor:
     """The elements of a dense tensor in the order in which they lie, sharing its memory."""
     return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).view(-1)
-
-
-@torch.no_grad()
-def force(rows: Tensor) -> None:
-    """Normalize rows in place."""
-    rows.mul_(inverse_norm(rows, (1,)))
 
 
 def forced(layer: Layer) -> Tensor:
@@ -112,7 +97,8 @@ class Learner:
         microbatch: images per forward pass; larger batches accumulate gradients.
         world: number of processes (torch.distributed) that share each batch in equal parts; their gradients are summed
             while the backward pass runs (DDP).
-        compiles: forced normalization, and the check of gradients, are compiled, once for tensors of all sizes.
+        frozen: canonical names of the parameters that are not trained.
+        compiles: normalization and the check of gradients are compiled, once for tensors of all sizes.
     """
 
     def __init__(
@@ -124,6 +110,7 @@ class Learner:
         loss_scaling: float = 1.0,
         microbatch: int | None = None,
         world: int = 1,
+        frozen: Collection[str] = (),
         compiles: bool = False,
     ):
         self.network, self.loss_scaling, self.microbatch, self.world = network.train(), loss_scaling, microbatch, world
@@ -133,9 +120,9 @@ class Learner:
         self.optimizer = torch.optim.Adam(list(self.weights.values()), betas=betas, eps=1e-8, fused=self.fused or None)
         self.ema = PowerEMA(network, sigma_rels=sigma_rels)
         self.steps = 0
-        self._shared: Any = network if world == 1 else _shared(network)
-        self._spheres = weights_on_spheres(network)
-        self._force: Callable[[Tensor], None] = torch.compile(force, dynamic=True) if compiles else force
+        self._frozen = [self.weights[name] for name in frozen]
+        self._working = WorkingWeights(network, compiles=compiles)
+        self._shared: Any = network if world == 1 else self._among_processes()
         self._zero_nonfinite: Callable[[Tensor], Tensor] = (
             torch.compile(zero_nonfinite, dynamic=True) if compiles else zero_nonfinite
         )
@@ -148,17 +135,19 @@ class Learner:
     def step(self, batch: Batch, *, lr: float) -> tuple[Tensor, Tensor]:
         """Train on this process's share of a batch. Returns its mean loss per element and the number of non-finite
         gradient elements that were zeroed, both 0-d on the device."""
-        for weight in self._spheres:
-            self._force(rows(weight))
         total = len(batch.images) * self.world
         self.optimizer.zero_grad(set_to_none=True)
         *parts, last = batch.split(self.microbatch)
         losses = []
-        for part in parts:
-            with nullcontext() if self.world == 1 else self._shared.no_sync():
-                losses.append(self._add_gradients(part, total))
-        with nullcontext() if self.world == 1 else meeting(others=torch.OutOfMemoryError):
-            losses.append(self._add_gradients(last, total))
+        with self._working.computed():
+            for part in parts:
+                with nullcontext() if self.world == 1 else self._shared.no_sync():
+                    losses.append(self._add_gradients(part, total))
+            with nullcontext() if self.world == 1 else meeting(others=torch.OutOfMemoryError):
+                losses.append(self._add_gradients(last, total))
+        self._working.pull_gradients()
+        for weight in self._frozen:
+            weight.grad = None  # Adam passes over it
         gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
         if self.loss_scaling != 1:
             torch._foreach_mul_(gradients, 1 / self.loss_scaling)
@@ -168,6 +157,14 @@ class Learner:
         self.steps += 1
         self.ema.update(time=self.nimg + total, delta=total)
         return torch.stack(losses).sum() / batch.images.numel(), nonfinite
+
+    def _among_processes(self) -> DistributedDataParallel:
+        """The network as all processes share it: a bucket of gradients is sent while others are computed."""
+        stored = {id(layer.weight) for layer in self._working.layers}
+        others = [weight for weight in self.weights.values() if id(weight) not in stored]
+        shared = Shared(self.network, [*self._working.parameters, *others])
+        with meeting():
+            return DistributedDataParallel(shared, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def _zeroed(self, gradients: Sequence[Tensor]) -> Tensor:
         """The number of elements of ``gradients`` that were zeroed. Only on a CPU, where there is nothing to wait for,
@@ -225,9 +222,3 @@ class Learner:
 def _like(weight: Tensor, array: np.ndarray) -> Tensor:
     """``array`` in memory of its own, laid out as ``weight``, so that Adam takes all tensors in one pass."""
     return torch.empty_like(weight, requires_grad=False).copy_(torch.tensor(array))
-
-
-def _shared(network: nn.Module) -> DistributedDataParallel:
-    """``network`` as all processes share it: gradients of a bucket of weights are sent while others are computed."""
-    with meeting():
-        return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)

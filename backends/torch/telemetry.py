@@ -83,7 +83,7 @@ def recording(network: Network, names: list[str]) -> Iterator[dict[str, list[Ten
     """Within it, each call of a layer in ``names`` adds the magnitudes, [images, features], of its output."""
     layers = layers_of(network)
     activations: dict[str, list[Tensor]] = {name: [] for name in names}
-    hooks = [layers[name].register_forward_hook(_record(activations[name]), with_kwargs=True) for name in names]
+    hooks = [layers[name].register_forward_hook(_record(activations[name])) for name in names]
     try:
         yield activations
     finally:
@@ -92,9 +92,9 @@ def recording(network: Network, names: list[str]) -> Iterator[dict[str, list[Ten
 
 
 def _record(magnitudes: list[Tensor]) -> Callable[..., None]:
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        factor = kwargs.get("factor", 1.0) or 1.0  # of the sum that follows: not part of the layer's own output
-        magnitudes.append(_magnitudes(output / factor, 2))
+    def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(layer, Layer)
+        magnitudes.append(_magnitudes(output / (layer.factor or 1.0), 2))  # the layer's own output
 
     return hook
 

@@ -54,10 +54,9 @@ class TorchTrainer(Trainer):
             **hyper.of_step,
             microbatch=machine.batch_per_device,
             world=self.world,
+            frozen=config.frozen,
             compiles=mode is not None,
         )
-        for name in config.frozen:
-            self.learner.weights[name].register_hook(torch.zeros_like)  # Adam then never moves it
 
     @property
     def nimg(self) -> int:
