@@ -9,8 +9,9 @@ import torch
 from backends.pipeline.data import batches as data
 from backends.pipeline.runs.config import DataSummary, TrainConfig
 from backends.ports import Machine
+from backends.torch import step, working_weights
 from backends.torch.denoiser import Denoiser
-from backends.torch.network import Network
+from backends.torch.network import Layer, Network
 from backends.torch.port import PORT
 from backends.torch.step import Batch, Learner, batch_loss, force_weight_norm, zero_nonfinite
 from backends.torch.trainer import TorchTrainer
@@ -114,6 +115,38 @@ def test_a_step_survives_a_poisoned_batch(value: float) -> None:
     assert nonfinite.item() > 0
     assert all(weight.isfinite().all() for weight in learner.weights.values())
     assert all(moment["exp_avg_sq"].isfinite().all() for moment in learner.optimizer.state.values())
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_working_weights_and_their_derivative(normalized: bool) -> None:
+    """Beside differentiation in float64 of the layer's own formula; a row of zeros included."""
+    stored, gradient = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).double().split(3)
+    stored[2] = 0
+    layer = make_network().unet.enc["8x8_block0"].conv_res0
+    layer.weight, layer.normalized = torch.nn.Parameter(stored.clone()), normalized
+    scale, working = torch.tensor(layer.scale).double(), torch.empty_like(stored)
+    rms = working_weights.compute(stored, working, scale, forced=False, normalized=normalized)
+    torch.testing.assert_close(working, layer.effective_weight().detach())
+    (wanted,) = torch.autograd.grad(layer.effective_weight(), layer.weight, gradient)
+    torch.testing.assert_close(working_weights.derivative(stored, rms, gradient, scale, normalized=normalized), wanted)
+
+
+def test_layers_use_working_weights_within_a_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Learner(make_network())
+    layers = [layer for layer in learner.network.modules() if isinstance(layer, Layer)]
+    within = []
+    monkeypatch.setattr(step, "batch_loss", lambda *_: within.extend(layer.working for layer in layers) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        learner.step(make_batch(), lr=0.01)
+    assert None not in within
+    assert {layer.working for layer in layers} == {None}
+
+
+def test_frozen_weights_stay() -> None:
+    name = "unet.enc.8x8_block0.emb_gain"
+    before = tensors(make_network())[name].item()
+    after = {frozen: tensors(train(make_network(), frozen=frozen).network)[name].item() for frozen in ((), (name,))}
+    assert after[name,] == before != after[()]
 
 
 def test_forward_writes_nothing() -> None:

@@ -20,6 +20,10 @@ from edm2_core.errors import InputError
 
 Mode = Literal["default", "max-autotune-no-cudagraphs"]
 Answer = Callable[..., Tensor]
+_NO_FAULT = (  # what the compiler warns of
+    "TensorFloat32 tensor cores",  # sampling does without them, for equal images
+    r"\s*Online softmax is disabled",
+)
 
 
 def compile_mode(compile: Compile, device: torch.device, /) -> Mode | None:
@@ -49,7 +53,8 @@ def made_ready(network: nn.Module, device: torch.device, mode: Mode | None, /) -
     if device.type in ("cuda", "cpu"):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if mode is not None:
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # sampling does without, for equal images
+        for message in _NO_FAULT:
+            warnings.filterwarnings("ignore", message)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "torch"))
         network.compile(fullgraph=True, dynamic=False, mode=mode)
 

@@ -86,6 +86,7 @@ class PowerEMA:
         self.time = start_time(start)
         self._module, self._trainable_only = module, trainable_only
         self._tracked = _tracked(module, trainable_only=trainable_only)
+        self._identities = _identities(module)
         self.averages = {
             length: {
                 name: p.detach().to(device, (p.is_floating_point() and dtype) or _wide(p.dtype), copy=True)
@@ -111,6 +112,17 @@ class PowerEMA:
 
     def _live(self) -> list[Tensor]:
         """The weights, on the devices of their averages, in the dtype that is computed in; of DTensors the shards."""
+        if (identities := _identities(self._module)) != self._identities:
+            self._check_unreplaced()
+            self._identities = identities
+        averages = list(map(local_part, next(iter(self.averages.values())).values()))
+        live = list(map(local_part, self._tracked.values()))
+        if any(p.device != average.device for p, average in zip(live, averages, strict=True)):
+            live = _moved(live, [average.device for average in averages])
+        wide = [_wide(average.dtype) for average in averages]
+        return [p if p.dtype == dtype else p.to(dtype) for p, dtype in zip(live, wide, strict=True)]
+
+    def _check_unreplaced(self) -> None:
         own = tensors(self._module)
         for name, parameter in self._tracked.items():
             if own.get(name) is not parameter:
@@ -118,13 +130,6 @@ class PowerEMA:
                     f"parameters must stay the tensors that PowerEMA was given, got another for {name}: construct it "
                     "after parameters are replaced; its state can be loaded into the new one"
                 )
-        averages = map(local_part, next(iter(self.averages.values())).values())
-        pairs = list(zip(map(local_part, self._tracked.values()), averages, strict=True))
-        live = [p.detach().to(average.device, non_blocking=True) for p, average in pairs]
-        copied_from = {p.device for p, average in pairs if average.device.type == "cpu" != p.device.type}
-        for device in copied_from:  # reading on the CPU before the copies complete is a race
-            torch.accelerator.current_stream(device).synchronize()
-        return [weight.to(_wide(average.dtype)) for weight, (_, average) in zip(live, pairs, strict=True)]
 
     def arrays(self, sigma_rel: float | Length) -> dict[str, Tensor]:
         """One average and the module's buffers as they are now, by name, for ``load_state_dict``.
@@ -267,6 +272,27 @@ def _tracked(module: nn.Module, *, trainable_only: bool) -> dict[str, Tensor]:
         and (p.is_floating_point() or p.is_complex())
         and (p.requires_grad or not trainable_only)
     }
+
+
+def _moved(tensors: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
+    moved = [t.to(device, non_blocking=True) for t, device in zip(tensors, devices, strict=True)]
+    copied_from = {
+        t.device for t, device in zip(tensors, devices, strict=True) if device.type == "cpu" != t.device.type
+    }
+    for device in copied_from:  # reading on the CPU before the copies complete is a race
+        torch.accelerator.current_stream(device).synchronize()
+    return moved
+
+
+def _identities(module: nn.Module) -> list[int]:
+    """Of all modules and parameters in ``module``, in order: it changes where one of them is replaced. To find their
+    names, which need not be looked at then, takes longer than the update of a small network."""
+    found, waiting = [], [module]
+    while waiting:
+        part = waiting.pop()
+        found += [id(part), *map(id, part._parameters.values())]
+        waiting += [child for child in part._modules.values() if child is not None]
+    return found
 
 
 def _once(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
