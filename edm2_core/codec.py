@@ -50,6 +50,8 @@ class Codec:
     def __post_init__(self) -> None:
         if self.stored not in get_args(Stored):
             raise InputError(f"a codec must store one of {', '.join(get_args(Stored))}, got {self.stored!r}")
+        if not isinstance(self.vae, str | None):
+            raise InputError(f"the vae of a codec must be a name or None, got {self.vae!r}")
         sizes = {len(self.mean), len(self.scale)}
         if (
             len(sizes) != 1

@@ -75,6 +75,8 @@ def _check(hyper: Hyperparameters) -> None:
         if (value := getattr(hyper, name)) is not None and not value >= least:
             why = ": snapshots are named by thousands of images" if least == KIMG else ""
             raise InputError(f"{name} must be at least {least}, got {value}{why}")
+        if value is not None and not value < 1 << 53:
+            raise InputError(f"{name} must be less than 2^53, as the clock of the averages, got {str(value)[:24]}")
     for name in ("lr", "P_std", "loss_scaling"):
         if not 0 < (value := getattr(hyper, name)) < inf:
             raise InputError(f"{name} must be positive and finite, got {value}")

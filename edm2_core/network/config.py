@@ -208,6 +208,7 @@ def _check(config: NetworkConfig) -> None:
     for name in positive:
         value = getattr(config, name)
         rule(isinstance(value, int) and value >= 1, name, "a whole number of at least 1", "choose a positive integer")
+        rule(value <= (1000 if name == "num_blocks" else 1 << 20), name, "smaller", "nothing holds such a network")
     whole_sides = len(config.image_size) == 2 and all(type(side) is int and side >= 1 for side in config.image_size)
     rule(whole_sides, "img_resolution", "a whole number of at least 1, or two of them", "give (height, width)")
     for name, none in (("label_dim", "unconditional"), ("cond_channels", "no condition")):
@@ -216,6 +217,12 @@ def _check(config: NetworkConfig) -> None:
     rule(isinstance(config.pad, bool), "pad", "True or False", "leave it out")
     mults = config.channel_mult
     rule(len(mults) > 0 and all(m > 0 for m in mults), "channel_mult", "one or more positive numbers", "one per level")
+    for name, factors in (
+        ("channel_mult", mults),
+        ("channel_mult_noise", (config.channel_mult_noise or 1,)),
+        ("channel_mult_emb", (config.channel_mult_emb or 1,)),
+    ):
+        rule(all(m <= 1000 for m in factors), name, "at most 1000", "it multiplies model_channels")
     halvings = len(mults) - 1
     rule(
         config.pad or not any(side % (1 << halvings) for side in config.image_size),

@@ -7,9 +7,10 @@ overrides them, the command line overrides the preset (:mod:`.options`, :mod:`.r
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from backends.pipeline.checkpoints.checksums import KEY, digest
 from backends.pipeline.data.datasets import Dataset, Kind
@@ -41,7 +42,9 @@ class DataSummary:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "DataSummary":
-        return cls(**values | {"shape": tuple(values["shape"]), "format": DataFormat.from_json(values["format"])})
+        read = values | {"shape": tuple(values["shape"]), "format": DataFormat.from_json(values["format"])}
+        check_types(cls, read, name="data_summary")
+        return cls(**read)
 
 
 _OF_DATASET = ("shape", "label_dim", "vectors", "cond_channels", "format")
@@ -144,8 +147,10 @@ class TrainConfig:
             hyper = {f.name: _tuple(values.pop(f.name)) for f in fields(Hyperparameters) if f.name in values}
             if not hyper.get("sigma_rels", True):
                 del hyper["sigma_rels"]  # the file has [] beside a half-life
+            check_types(Hyperparameters, hyper, name=name)
+            check_types(cls, values, name=name)
             config = cls(hyper=Hyperparameters(**hyper), **values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise error if name in str(error) else InputError(f"{name}: {error}") from error
             why = str(error).splitlines()[0]
@@ -157,6 +162,25 @@ class TrainConfig:
                 f"{name} must be the config of a run as it was written, got changed values: restore the file"
             )
         return config
+
+
+def check_types(cls: type, values: dict[str, Any], *, name: str) -> None:
+    """Check ``values`` of the dataclass ``cls``, of the file ``name``, against the types of its fields.
+
+    Raises:
+        InputError: one is of another type.
+    """
+    for key, hint in get_type_hints(cls).items():
+        value = values.get(key)
+        if key not in values:
+            continue
+        try:
+            check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+            if isinstance(value, bool) and hint is not bool:
+                raise TypeCheckError("a number")
+        except TypeCheckError:
+            kind = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise InputError(f"{name}: {key} must be {kind}, got {str(value)[:40]!r}: restore the file") from None
 
 
 def _sum(values: dict[str, Any]) -> str:
@@ -172,6 +196,8 @@ def _check(config: TrainConfig) -> None:
     for name, least in (("checkpoint", 1), ("status", 1), ("telemetry", 0), ("seed", 0)):
         if (value := getattr(config, name)) is not None and value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
+        if value is not None and value >= 1 << 63:
+            raise InputError(f"{name} must be less than 2^63, got {str(value)[:24]}")
     if not 0 <= config.holdout < 1:
         raise InputError(f"holdout must be within [0, 1), got {config.holdout}: 0.05 is a twentieth")
     if config.flip and config.format.codec.vae is not None:
