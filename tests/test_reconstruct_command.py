@@ -16,6 +16,7 @@ from stored_files import unchecked
 from backends.commands.cli import main
 from backends.pipeline.checkpoints.combination import Combination
 from backends.pipeline.checkpoints.described import Described
+from backends.pipeline.checkpoints.outputs import Writer, plan_outputs
 from backends.pipeline.checkpoints.reconstruct import averages, reconstruct
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, save_snapshot
 from backends.pipeline.checkpoints.sources import open_sources
@@ -250,6 +251,24 @@ def test_what_was_stopped_goes_on_and_ends_the_same(tmp_path, signum):
     done = subprocess.run([*START, *words, str(parts)], check=True, capture_output=True, text=True)
     assert "resumed" in done.stdout
     assert contents(parts) == contents(tmp_path / "whole")
+
+
+def test_two_at_once_do_not_write_into_one_folder(folder, tmp_path, capsys):
+    """Not even with other dtypes, whose files have the same names."""
+    combination = Combination.of(open_sources(folder), time=None, sigma_rels=[0.07])
+    todo, _ = plan_outputs(tmp_path / "out", combination, dtype="float32")
+    with Writer(todo, combination, dtype="float32", memory=1 << 24) as writer:
+        assert command(folder, "--sigma-rels", 0.07, "--outdir", tmp_path / "out") == 2
+        assert "one process at a time may write averages into a folder" in capsys.readouterr().err
+        list(writer.run(lambda: False))
+        (path,) = writer.finish()
+    assert list(contents(tmp_path / "out")) == [path.name]
+    assert load_snapshot(path).params["enc.w"].dtype == np.float32
+    with (
+        pytest.raises(InputError, match="which another process has written: run again"),
+        Writer(todo, combination, dtype="float32", memory=1 << 24),
+    ):
+        pass
 
 
 def test_a_full_disk_is_found_before_the_work_and_leaves_nothing(folder, tmp_path, monkeypatch, capsys):

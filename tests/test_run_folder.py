@@ -120,6 +120,14 @@ def test_the_log_is_kept_up_to_the_state_and_a_torn_line_is_dropped(run):
     assert [record["nimg"] for record in run.log()] == [64, 128, 192]
 
 
+def test_damaged_lines_of_the_log_are_dropped(run):
+    run.append_log({"nimg": 64, "loss": 1.0, "seconds": 2.0})
+    with open(run.log_path, "a") as file:
+        file.write('{"nimg": 65, "seconds": "x"}\n{"nimg": 66, "loss": {}}\n{"nimg": 67, "loss": [1]}\n{"loss": 1}\n')
+        file.write("[" * 100_000 + "]" * 100_000 + '\n{"nimg": 68, "seconds": Infinity}\n')
+    assert [record["nimg"] for record in run.log()] == [64]
+
+
 def test_truncating_the_log_is_all_or_nothing(run, monkeypatch):
     run.append_log({"nimg": 64})
     run.append_log({"nimg": 128})

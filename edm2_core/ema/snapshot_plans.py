@@ -13,6 +13,7 @@ from math import floor, isfinite, log
 import numpy as np
 
 from ..errors import InputError
+from ..json_text import parse_json
 from .profiles import sigma_rel_to_gamma
 from .reconstruction import STORAGE, ReconstructionError, StorageDtype, reconstruction_error
 
@@ -153,7 +154,7 @@ def plan_from_json(text: str, *, name: str) -> SnapshotPlan:
         InputError: ``text`` is not JSON, or not a plan, or of a newer version, or its times or lengths are invalid.
     """
     try:
-        values = dict(json.loads(text))
+        values = dict(parse_json(text))
         if values.pop("format") != FORMAT:
             raise ValueError("another format")
         if _whole(version := values.pop("version")) != VERSION:
@@ -168,7 +169,7 @@ def plan_from_json(text: str, *, name: str) -> SnapshotPlan:
             snapshot_plan = OpenPlan(**values | {"kept": _whole(values["kept"])})
         _check(snapshot_plan)
         return snapshot_plan
-    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         if isinstance(error, InputError) and str(error).startswith(name):
             raise
         why = (str(error).splitlines() or [""])[0]

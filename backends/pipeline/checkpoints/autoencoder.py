@@ -4,7 +4,6 @@ A folder in diffusers' layout has config.json and diffusion_pytorch_model.safete
 over the few operations that a framework provides, so ports do not differ in its structure.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 
 from .hub import hub_folder
 from .safetensors_io import TensorFile, read_array
@@ -115,7 +115,7 @@ def _newer(name: str) -> str:
 
 def _config(path: Path) -> AutoencoderConfig:
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         names = [field.name for field in fields(AutoencoderConfig) if field.name in values]
         known: dict[str, Any] = {n: tuple(v) if isinstance(v := values[n], list) else v for n in names}
         config = AutoencoderConfig(**known)

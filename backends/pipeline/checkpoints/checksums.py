@@ -5,13 +5,14 @@ its bytes in the file. ``xxh3_header`` has those of the header, whose own digits
 other tools, are read unchecked.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import xxhash
+
+from edm2_core.json_text import parse_json
 
 PIECE = 1 << 14  # elements: a read that begins and ends at multiples of it is checked as a whole
 KEY, OF_HEADER = "xxh3", "xxh3_header"
@@ -55,7 +56,7 @@ def parse(text: str | None, sizes: Mapping[str, int], /) -> dict[str, str]:
     """The digits by array. Raises ValueError if they are not those of arrays of these ``sizes``, in elements."""
     if text is None:
         return {}
-    sums = json.loads(text)
+    sums = parse_json(text)
     if not isinstance(sums, dict) or any(len(sums.get(name, "")) != len(blank(size)) for name, size in sizes.items()):
         raise ValueError("checksums of other arrays")
     return sums

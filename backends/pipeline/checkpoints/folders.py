@@ -1,6 +1,5 @@
 """Finding files of weights in a folder, or in the folders of checkpoints in it; weights in several files."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 
 from .file_times import TIME, pattern_regex, some
 from .safetensors_io import Entry, Reader, TensorFile
@@ -131,7 +131,7 @@ class ShardedFile:
     def __init__(self, index: Path) -> None:
         self.path = index
         try:
-            places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            places = dict(parse_json(index.read_text(encoding="utf-8"))["weight_map"])
             files = {name: _part(index.with_name(Path(name).name)) for name in set(places.values())}
             self._files = {name: files[place] for name, place in places.items()}
             self.entries: dict[str, Entry] = {name: file.entries[name] for name, file in self._files.items()}

@@ -17,9 +17,11 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 
 from .atomic import sync_folder, write_bytes, write_error
 from .checksums import PIECE, of_array
@@ -30,7 +32,7 @@ from .snapshots import metadata_text, snapshot_name, tracked_name
 from .storage import LARGEST, StorageDtype, fitting_dtype, narrowed
 
 MADE_FROM = "made_from"
-_JOURNAL = ".reconstruct.json"
+_JOURNAL, _LOCK = ".reconstruct.json", ".reconstruct.lock"
 _NAMES: dict[str, StorageDtype] = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CODES = {"float64": "F32", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _JOURNAL_EVERY = 10.0  # seconds
@@ -113,6 +115,7 @@ class Writer:
         key = "".join([*(output.made_from for output in outputs), str(size)])
         self._key = hashlib.sha256(key.encode()).hexdigest()
         self._descriptors: list[int] = []
+        self._lock = FileLock(self._folder / _LOCK)
         self._flushing = ThreadPoolExecutor(1)
         self._complete = Event()
 
@@ -122,9 +125,14 @@ class Writer:
         return sum(islice(self._sizes, self.done)), sum(self._sizes)
 
     def __enter__(self) -> "Writer":
-        """Open the partial files, resume them if the journal is of this very job, and reserve space for the rest."""
+        """Open the partial files, resume them if the journal is of this very job, and reserve space for the rest.
+
+        Raises:
+            InputError: another process writes averages into the folder, or has just written one of these; no space.
+        """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._be_alone()
             self.done = self._journalled()
             for output, (header, entries) in zip(self._outputs, self._layouts, strict=True):
                 size = len(header) + sum(entry.nbytes for entry in entries.values())
@@ -138,6 +146,24 @@ class Writer:
             self._discard()
             raise write_error(self._folder / self._outputs[0].path.name, error) from error
         return self
+
+    def _be_alone(self) -> None:
+        """Lock the folder until the files are closed, where the file system has locks."""
+        try:
+            self._lock.acquire(blocking=False)
+        except NotImplementedError:
+            pass
+        except Timeout:
+            raise InputError(
+                f"one process at a time may write averages into a folder, got {self._folder}, into which another "
+                "writes: wait for it, or choose another --outdir"
+            ) from None
+        for output in self._outputs:
+            if output.path.exists():
+                self._close()
+                raise InputError(
+                    f"outputs must be new, got {output.path}, which another process has written: run again"
+                )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Keep the partial files if the job was stopped; delete them if its input was at fault."""
@@ -216,7 +242,7 @@ class Writer:
     def _journalled(self) -> int:
         """The number of blocks done, if the journal is of this job and its files exist."""
         try:
-            journal = json.loads((self._folder / _JOURNAL).read_bytes())
+            journal = parse_json((self._folder / _JOURNAL).read_bytes())
             same = journal["key"] == self._key and all(output.partial.exists() for output in self._outputs)
             return int(journal["done"]) if same else 0
         except (OSError, KeyError, TypeError, ValueError):
@@ -243,6 +269,9 @@ class Writer:
         self._flushing.shutdown()
         while self._descriptors:
             os.close(self._descriptors.pop())
+        if self._lock.is_locked:
+            (self._folder / _LOCK).unlink(missing_ok=True)
+            self._lock.release()
 
     def _discard(self) -> None:
         for output in self._outputs:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 
 from . import checksums
 from .atomic import write_atomically
@@ -242,7 +243,7 @@ def _parse(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     if not checksums.is_whole(text):
         raise _damaged_header(path)
     try:
-        return dict(json.loads(text)), 8 + length
+        return dict(parse_json(text)), 8 + length
     except (TypeError, ValueError) as error:
         raise _not_safetensors(path) from error
 

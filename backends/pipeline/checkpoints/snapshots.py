@@ -18,6 +18,7 @@ import numpy as np
 from edm2_core.codec import DataFormat
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 from edm2_core.network import NetworkConfig, check_parameters, plan
 from edm2_core.state import Arrays
 
@@ -120,11 +121,11 @@ def metadata_of(file: TensorFile, /) -> Metadata:
     text = file.metadata
     try:
         lengths = [Length(kind, float(text[kind])) for kind in ("half_life", "sigma_rel") if text.get(kind)]
-        fields = json.loads(text["config"])
+        fields = parse_json(text["config"])
         config = None if fields is None else NetworkConfig(**fields)
         kept, pairs = (_names(text, field) for field in ("kept", "complex"))
         length = lengths[0] if lengths else None
-        described = json.loads(text.get("data", "null"))
+        described = parse_json(text.get("data", "null"))
         data = None if described is None else DataFormat.from_json(described)
         metadata = Metadata(config=config, nimg=int(text["nimg"]), length=length, kept=kept, pairs=pairs, data=data)
     except (KeyError, TypeError, ValueError) as error:
@@ -169,7 +170,7 @@ def read_params(reader: Reader, kept: Collection[str], /) -> dict[str, np.ndarra
 
 
 def _names(text: Mapping[str, str], field: str) -> frozenset[str]:
-    names = json.loads(text.get(field, "[]"))
+    names = parse_json(text.get(field, "[]"))
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{field} that is no list of names")
     return frozenset(names)

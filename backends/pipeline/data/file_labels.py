@@ -1,6 +1,5 @@
 """Labels of files: from ``dataset.json``, from WebDataset's ``.cls`` files, or from the names of folders."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 
 from .files import Files, find
 
@@ -84,8 +84,8 @@ def _of_manifest(files: Files, manifest: int, names: Sequence[str]) -> Labels | 
         return InputError(f"{rule}, got {got}: correct the file, or remove it to train without labels")
 
     try:
-        content = json.loads(bytes(files.read(manifest)))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(bytes(files.read(manifest)))
+    except ValueError as error:
         raise fault(f"'{' '.join(str(error).split())}'") from error
     if not isinstance(content, dict) or "labels" not in content:
         raise fault("no 'labels'")

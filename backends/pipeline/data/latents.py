@@ -16,6 +16,7 @@ from typing import Any
 
 from edm2_core.codec import SD_LATENTS, Codec
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 
 from .files import Files, find
 
@@ -72,7 +73,7 @@ def codec_of(files: Files, shape: tuple[int, int, int], /) -> Codec:
 
 def _parsed(content: bytes, where: str) -> Manifest:
     try:
-        values: dict[str, Any] = json.loads(content)
+        values: dict[str, Any] = parse_json(content)
         mean, std = (tuple(float(v) for v in values[name]) for name in ("mean", "std"))
         if not isinstance(values["encoder"], str) or not isinstance(values["moments"], bool):
             raise ValueError("encoder must be text and moments true or false")
@@ -80,6 +81,6 @@ def _parsed(content: bytes, where: str) -> Manifest:
             raise ValueError("mean and std must have a number for each channel")
         manifest = Manifest(values["encoder"], values["moments"], mean, std)
         _ = manifest.codec
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{where} must have encoder, moments, mean and std, got '{error}': correct it") from error
     return manifest

@@ -14,6 +14,7 @@ import numpy as np
 from backends.pipeline.checkpoints.atomic import write_bytes
 from edm2_core.codec import Codec
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 
 _AT_A_TIME = 1 << 24  # bytes
 
@@ -117,7 +118,7 @@ def standardized(items: Items, data: Path, /) -> Codec:
     if not path.exists():
         return measure(items).codec
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
         stored = Statistics(**fields)
     except (OSError, ValueError, TypeError, AttributeError) as error:

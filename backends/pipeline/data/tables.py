@@ -4,7 +4,6 @@ The first column of images is taken, a struct of ``bytes`` and ``path`` or plain
 class ids, or another column of whole numbers if it is the only one. Names of classes come from the ClassLabel feature.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 
 from .file_labels import Labels
 from .files import unreadable
@@ -102,7 +102,7 @@ def _labels(table: Any, path: Path) -> Labels | None:
 
 def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...]:
     try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(map(str, features[column]["names"]))
     except (KeyError, ValueError, TypeError):
         return ()

@@ -18,6 +18,7 @@ from edm2_core import __version__
 from edm2_core.codec import DataFormat
 from edm2_core.ema import SnapshotPlan, StorageDtype, TimedPlan, plan_from_json
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 from edm2_core.network import NetworkConfig, plan
 from edm2_core.presets import Hyperparameters, Ki, Mi
 
@@ -132,7 +133,7 @@ class TrainConfig:
             InputError: invalid JSON, a newer format, missing or unknown fields, or values that were not written so.
         """
         try:
-            values = dict(json.loads(text))
+            values = dict(parse_json(text))
             written, now = values.pop(KEY, None), _sum(values)
             version = values.pop("format")
             if version > FORMAT:
@@ -150,7 +151,7 @@ class TrainConfig:
             check_types(Hyperparameters, hyper, name=name)
             check_types(cls, values, name=name)
             config = cls(hyper=Hyperparameters(**hyper), **values)
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise error if name in str(error) else InputError(f"{name}: {error}") from error
             why = str(error).splitlines()[0]

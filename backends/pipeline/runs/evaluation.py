@@ -15,6 +15,7 @@ from backends.pipeline.metrics.figures import Metric, record
 from backends.pipeline.metrics.statistics import Statistics, batches_of, collect, is_statistics, load
 from backends.ports import OpenSampler
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 
 from . import outputs
 from .job import Job, batches
@@ -148,7 +149,7 @@ def read_figures(path: Path, /) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            one = json.loads(line)
+            one = parse_json(line)
         except ValueError:
             continue
         if isinstance(one, dict) and isinstance(one.get("figures"), dict):

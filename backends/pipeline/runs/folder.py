@@ -17,6 +17,7 @@ from backends.pipeline.checkpoints.described import Undescribed
 from backends.pipeline.checkpoints.sources import Source, open_sources
 from backends.pipeline.checkpoints.states import read_counters
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 from edm2_core.network import NetworkConfig
 
 from .config import TrainConfig
@@ -133,8 +134,12 @@ class Run:
         _append(self.telemetry_path, record)
 
     def log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl, without a last line that a killed run left incomplete."""
-        return list(_records(self.log_path))
+        """The lines of log.jsonl, without a last line that a killed run left incomplete, and without damaged ones."""
+        return [
+            line
+            for line in _records(self.log_path)
+            if all(line.get(key) is None or _is_number(line[key]) for key in ("seconds", "loss"))
+        ]
 
     def telemetry(self) -> Iterator[dict[str, Any]]:
         """Iterate over the lines of telemetry.jsonl, see :func:`~.telemetry.record`, without an incomplete last one.
@@ -171,13 +176,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
+
+
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except ValueError:
                 continue
             if isinstance(record, dict) and isinstance(record.get("nimg"), int):

@@ -94,11 +94,12 @@ def _measured(config: TrainConfig, dataset: Dataset) -> tuple[Dataset, str]:
 def _affordable(run: Run, rows: int) -> tuple[int, int]:
     """Seeds to draw, and images to measure on."""
     last = max(run.log(), key=lambda record: record["nimg"], default=None)
-    if not last or not last["nimg"]:
+    seconds = last and last.get("seconds")
+    if not last or not last["nimg"] or not seconds:
         return _COLUMNS, _MEASURED
-    evaluation = _OF_TRAINING * last["seconds"] / last["nimg"]
+    evaluation = _OF_TRAINING * seconds / last["nimg"]
     cost = rows * (_COLUMNS * _EVALUATIONS + _MEASURED) * evaluation
-    share = min(1.0, max(_SECONDS, _SHARE * last["seconds"]) / max(cost, 1e-9))
+    share = min(1.0, max(_SECONDS, _SHARE * seconds) / max(cost, 1e-9))
     return max(_FEWEST, int(_COLUMNS * share)), max(_LEAST, int(_MEASURED * share))
 
 

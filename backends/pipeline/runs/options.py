@@ -20,6 +20,7 @@ from backends.pipeline.data.datasets import DIGITS, Kind, open_dataset
 from backends.ports import Compile, Machine
 from edm2_core.codec import DataFormat
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 from edm2_core.ladder import Rung
 from edm2_core.network import NetworkConfig
 from edm2_core.presets import AUTO, CUSTOM, Hyperparameters, Preset, on_rung, preset, recipe
@@ -43,7 +44,7 @@ def _switch(text: str) -> tuple[str, Any]:
     if not (name and equals and value):
         raise ValueError(text)
     try:
-        return name, json.loads(value)
+        return name, parse_json(value)
     except ValueError:
         return name, value
 
@@ -261,7 +262,7 @@ def preset_in(path: Path, /) -> Preset:
     """The network and hyperparameters in a config.json, or in JSON of a network's fields. Raises InputError."""
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text)
+        values = parse_json(text)
         if isinstance(values, dict) and "network" in values:
             edited = {key: value for key, value in values.items() if key != KEY}  # it may have been changed by hand
             config = TrainConfig.from_json(json.dumps(edited), name=str(path))
@@ -269,7 +270,7 @@ def preset_in(path: Path, /) -> Preset:
         given: dict[str, Any] = {"img_resolution": 1, "img_channels": 1, "pad": True, **values}
         network = NetworkConfig(**given)
         return Preset(network=network, hyper=Hyperparameters(), any_data=True)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         why = " ".join(str(error).split())

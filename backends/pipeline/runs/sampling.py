@@ -17,6 +17,7 @@ from backends.pipeline.data.labels import check_labels
 from backends.ports import Network, OpenSampler, Params
 from edm2_core.codec import Codec
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 from edm2_core.network import NetworkConfig, parameter_count
 from edm2_core.published import published
 from edm2_core.sampler import noise_levels
@@ -277,7 +278,7 @@ def _claim(outdir: Path, needed: dict[str, Any]) -> None:
         write_bytes(path, json.dumps(needed, indent=1).encode() + b"\n")
         return
     try:
-        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        stored = dict(parse_json(path.read_text(encoding="utf-8")))
     except ValueError:
         stored = {}
     for name, value in needed.items():

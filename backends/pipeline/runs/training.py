@@ -318,7 +318,9 @@ class _Report:
         self._held, self._overfitting = held, Overfitting(progress.say)
         kept = run.truncate_logs(nimg) if run is not None else []
         self._run, self._progress, self._nimg = run, progress, nimg
-        self._before = kept[-1]["seconds"] if kept else 0.0  # seconds of training before this start
+        self._before = max(
+            (line.get("seconds") or 0.0 for line in kept), default=0.0
+        )  # seconds of training before this start
         self._start = self._last = time.monotonic()
 
     def __call__(self, metrics: Mapping[str, float], nimg: int, lr: float) -> None:

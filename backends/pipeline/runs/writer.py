@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from backends.pipeline.checkpoints.atomic import write_bytes, write_error
 from edm2_core.errors import InputError
+from edm2_core.json_text import parse_json
 
 _LOCK, _HOLDER = ".writer.lock", ".writer.json"
 _OWN = ("", "state", "snapshots")  # folders in which only the writer writes
@@ -56,7 +57,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 def _holder(folder: Path) -> str:
     try:
-        by = json.loads((folder / _HOLDER).read_text())
+        by = parse_json((folder / _HOLDER).read_text())
         return f"process {by['process']} on {by['host']} since {by['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
