@@ -141,6 +141,11 @@ def resolve(options: TrainOptions, dataset: Dataset, previous: TrainConfig | Non
             raise InputError(
                 f"--train must match names of weights, such as 'unet.dec.*', got {pattern!r}: none matches"
             )
+    if config.init is None and "unet.out_gain" in config.frozen:
+        raise InputError(
+            "--train must match unet.out_gain of a fresh network, which is 0 and leaves other weights without gradients, "
+            f"got {' '.join(config.train)}: add it, or start from a trained network with --init"
+        )
     return config
 
 
