@@ -95,5 +95,5 @@ def test_only_the_weights_that_are_named_are_trained(port):
 def test_a_pattern_that_names_no_weight_is_refused():
     with pytest.raises(InputError, match=r"--train must match names of weights, .*got 'unet\.decoder"):
         config_of(preset="toy", data="digits", train=("unet.decoder.*",))
-    with pytest.raises(InputError, match="must match unet.out_gain of a fresh network"):
+    with pytest.raises(InputError, match=r"must match unet\.out_gain of a fresh network"):
         config_of(preset="toy", data="digits", train=("unet.dec.*",))

@@ -143,7 +143,7 @@ def resolve(options: TrainOptions, dataset: Dataset, previous: TrainConfig | Non
             )
     if config.init is None and "unet.out_gain" in config.frozen:
         raise InputError(
-            "--train must match unet.out_gain of a fresh network, which is 0 and leaves other weights without gradients, "
+            "--train must match unet.out_gain of a fresh network, which is 0 and leaves others without gradients, "
             f"got {' '.join(config.train)}: add it, or start from a trained network with --init"
         )
     return config
