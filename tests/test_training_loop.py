@@ -15,6 +15,7 @@ from toy_port import train_toy as train
 from backends.pipeline.checkpoints.snapshots import load_snapshot, save_snapshot
 from backends.pipeline.checkpoints.states import load_state, read_counters
 from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs import safety
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.resolve import configure
 from backends.pipeline.runs.team import Team
@@ -95,6 +96,14 @@ def test_the_state_is_stored_at_its_interval():
 
     train(trainer=Watching, duration=4000, checkpoint=1000)
     assert times == [1024, 2048, 3008, 4032]
+
+
+def test_the_state_is_stored_with_a_line_of_the_log_once_it_is_old(monkeypatch):
+    monkeypatch.setattr(safety, "_OLD", 0.0)
+    times = []
+    monkeypatch.setattr(safety, "store", lambda _, trainer: times.append(trainer.nimg))
+    train(duration=512, status=128, checkpoint=10_000)
+    assert times == [128, 256, 384, 512]
 
 
 def test_a_loss_that_is_not_finite_leaves_the_log_valid_json():

@@ -80,7 +80,8 @@ class TrainConfig:
     hyper: Annotated[Hyperparameters, tyro.conf.arg(name="")] = Hyperparameters()
     snapshot_plan: tyro.conf.Fixed[SnapshotPlan | None] = None
     checkpoint: int | None = None
-    """Images between saves of the state to resume from. Without it: a quarter of the duration, at most 128Mi."""
+    """Images between saves of the state to resume from. Without it: a quarter of the duration, at most 128Mi. It is
+    also saved with a line of the log, ten minutes after it was last."""
     status: int | None = None
     """Images between lines of the log. Without it: a 48th of the duration, at most 128Ki."""
     telemetry: int = 0

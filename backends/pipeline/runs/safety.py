@@ -2,6 +2,7 @@
 not finite."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -18,6 +19,8 @@ from .agreement import check_same_state
 from .folder import Run
 
 _MOST_ZEROED = 100  # steps in a row
+_OLD = 600.0  # seconds
+_WORTH = 20  # times what storing a state takes: it then takes 5 % of the time at most
 
 
 def store(run: Run | None, trainer: Trainer) -> None:
@@ -33,6 +36,28 @@ def store(run: Run | None, trainer: Trainer) -> None:
         check_same_state(state, trainer.team)
     if run is not None:
         save_state(run.state_path, state)
+
+
+class Stored:
+    """The last state that was stored, in time."""
+
+    def __init__(self, run: Run | None, trainer: Trainer) -> None:
+        self._run, self._trainer = run, trainer
+        self._at, self._took = time.monotonic(), 0.0
+
+    def renew(self) -> None:
+        """:func:`store`."""
+        start = time.monotonic()
+        store(self._run, self._trainer)
+        self._at = time.monotonic()
+        self._took = self._at - start
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it has become so old, in any process, that its loss would hurt more than to store another. All must
+        ask together."""
+        age = time.monotonic() - self._at
+        return self._trainer.agree(age > max(_OLD, _WORTH * self._took))
 
 
 def _check_finite(state: State) -> None:

@@ -36,7 +36,7 @@ from .messages import Estimate, ladder_text, say_begin, say_epochs, say_initial,
 from .options import ScoreOptions, TrainOptions
 from .progress import Progress
 from .resolve import microbatches, open_data, resolve, with_free_options
-from .safety import Divergence, SavedAtErrors, store
+from .safety import Divergence, SavedAtErrors, Stored
 from .scoring import Measured, Scores
 from .team import Team
 
@@ -209,6 +209,7 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler) -> int:
         _batches(job, kept) as batches,
         Progress(total=hyper.duration, start=trainer.nimg, shown=run is not None) as progress,
     ):
+        state = Stored(run, trainer)
         diverged = Divergence(trainer.nimg, hyper.batch)
         report = _Report(run, progress, trainer.nimg, None if held is None else HeldOut(config, held, trainer))
         snapshots = _Snapshots(config, run)
@@ -230,13 +231,14 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler) -> int:
                 run.append_telemetry(telemetry.record(config, measurement, nimg=before))
             progress.advance(nimg - before)
             stop = trainer.agree(interrupts.signum is not None)
-            if stop or end or _crossed(config.status, before, nimg):
+            reported = stop or end or _crossed(config.status, before, nimg)
+            if reported:
                 report(trainer.metrics(), nimg, lr)
                 diverged(trainer, end=end)
             if scores is not None and (end or _crossed(job.scores.evaluate, before, nimg)):
                 scores(nimg)
-            if stop or end or _crossed(config.checkpoint, before, nimg):
-                store(run, trainer)
+            if stop or end or _crossed(config.checkpoint, before, nimg) or (reported and state.is_old):
+                state.renew()
             if stop:
                 return interrupts.status or 128 + SIGTERM  # another process may have received the signal
     return 0
@@ -318,9 +320,8 @@ class _Report:
         self._held, self._overfitting = held, Overfitting(progress.say)
         kept = run.truncate_logs(nimg) if run is not None else []
         self._run, self._progress, self._nimg = run, progress, nimg
-        self._before = max(
-            (line.get("seconds") or 0.0 for line in kept), default=0.0
-        )  # seconds of training before this start
+        # seconds of training before this start
+        self._before = max((line.get("seconds") or 0.0 for line in kept), default=0.0)
         self._start = self._last = time.monotonic()
 
     def __call__(self, metrics: Mapping[str, float], nimg: int, lr: float) -> None:
