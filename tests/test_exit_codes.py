@@ -28,6 +28,11 @@ def test_bad_input_is_one_line_on_stderr_and_status_2(capsys):
     assert capsys.readouterr() == ("", "error: batch must be even, got 3\n")
 
 
+def test_names_that_are_no_text_are_shown_and_command_no_terminal(capsys):
+    assert ends_with(InputError("no \x1b[31mred\x07 or \udcff.png, but größer"))() == 2
+    assert capsys.readouterr().err == "error: no \\x1b[31mred\\x07 or \\udcff.png, but größer\n"
+
+
 def test_a_full_disk_is_one_line_and_status_2(capsys):
     assert ends_with(OSError(errno.ENOSPC, "No space left on device", "runs/x"))() == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import wraps
+from io import TextIOWrapper
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, Self
 
@@ -15,7 +16,7 @@ from edm2_core.errors import InputError
 
 P = ParamSpec("P")
 _FRAMEWORKS = ("torch", "jax", "mlx")
-_OF_COMMANDS = ("tyro", "tqdm", "PIL", "threadpoolctl", "numkong", "xxhash", "filelock", "matplotlib")
+_OF_COMMANDS = ("tyro", "tqdm", "PIL", "threadpoolctl", "numkong", "xxhash", "filelock", "typeguard", "matplotlib")
 
 
 def command(main: Callable[P, int | None], /) -> Callable[P, int]:
@@ -23,6 +24,9 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):  # names of files need not be text
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs) or 0
         except InputError as error:
@@ -64,8 +68,13 @@ def _to_install(framework: str) -> str:
 
 
 def _fail(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", _shown(" ".join(message.split())), file=sys.stderr)
     return 2
+
+
+def _shown(text: str) -> str:
+    """``text`` without what would command the terminal, or cannot be written: names of files may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
