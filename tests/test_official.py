@@ -202,6 +202,7 @@ def test_the_same_pickles_would_run_elsewhere(tmp_path):
         b"\x80\x02X\x01\x00\x00\x00aQ.",  # a persistent id
         b"\x80\x02\x82\x01.",  # an extension's code
         b"(" * 100_000 + b"t" * 100_000 + b".",
+        b"\x80\x02Nr\xff\xff\xff\x0f.",  # the number of an object for which 4 GB would be taken
         b"]" * 50_000 + b"a" * 49_999 + b".",
         b"hello",
         b"",

@@ -9,15 +9,17 @@ given memory that holds only their place in the file, so that arrays can be read
 
 import gc
 import math
+import mmap
 import os
 import pickle
+import pickletools
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from edm2_core.errors import InputError
 
 from .safetensors_io import DTYPES, Entry
 
+_NUMBERING = ("PUT", "BINPUT", "LONG_BINPUT")
 _LEFT_IN_PLACE = 1 << 16  # bytes objects of this size or more, which pickles hold outside of frames
 _MARK = b"edm2: left in its place in the file, at byte "
 _HEADER = 1 << 10  # bytes of a storage's archive that surely hold all before its numbers
@@ -224,6 +227,48 @@ class _Inert:
     """A class that is only named, as in the arguments of ``_reconstruct``."""
 
 
+def _check_memo(file: BinaryIO) -> None:
+    """A pickle numbers the objects that it names again; for any number the unpickler takes as much memory as if all the
+    numbers before were there. Honest ones count from 0, so a number is never beyond the bytes that precede it.
+
+    Raises:
+        ValueError: such a number, or a damaged pickle.
+    """
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for opcode, number, at in pickletools.genops(cast(IO[bytes], _Skimmed(mapped))):
+            if opcode.name in _NUMBERING and int(number or 0) > int(at or 0):
+                raise ValueError(f"object {number} in {at} bytes")
+
+
+class _Skimmed:
+    """A file whose large reads tell how much there is, and copy nothing."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped, self._at = mapped, 0
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, count: int) -> Any:
+        start, self._at = self._at, min(self._at + count, len(self._mapped))
+        return self._mapped[start : self._at] if count < _LEFT_IN_PLACE else _Length(self._at - start)
+
+    def readline(self) -> Any:
+        end = self._mapped.find(b"\n", self._at) + 1
+        return self.read(min((end or len(self._mapped)) - self._at, _LEFT_IN_PLACE - 1))
+
+
+class _Length:
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def decode(self, *_: Any) -> str:
+        return ""
+
+
 ALLOWED: dict[tuple[str, str], Any] = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _module,
     ("dnnlib.util", "EasyDict"): _EasyDict,
@@ -250,6 +295,7 @@ def load(path: Path, /) -> Any:
     """
     try:
         with open(path, "rb") as file:
+            _check_memo(file)
             gc.disable()  # objects are many and all stay: looking for garbage among them takes a quarter of the time
             return _Unpickler(_InPlace(file)).load()
     except OSError as error:
