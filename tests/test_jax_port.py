@@ -301,7 +301,7 @@ def test_too_little_memory_names_the_batch_to_try(monkeypatch):
 
     config, line = config_of(batch=64), r"must fit.*try --batch-per-device 32"
     batch = data.Batch(np.zeros((64, 1, 8, 8), np.uint8), np.zeros(64, np.int64))
-    monkeypatch.setattr(room, "compiled", lambda *shapes, cpu: exhausted)
+    monkeypatch.setattr(room, "compiled", lambda *shapes, platform: exhausted)
     trainer = room.JaxTrainer(config, Machine())
     with pytest.raises(InputError, match=line):
         trainer.step(trainer.place(batch), lr=0.01)
