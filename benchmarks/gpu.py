@@ -53,7 +53,7 @@ class Child:
     """The process that compiles and times ``case``."""
 
     case: str
-    process: "subprocess.Popen[str]"
+    process: "subprocess.Popen[bytes]"
 
     @classmethod
     def start(cls, case: str, options: Options, peak: float) -> "Child":
@@ -64,7 +64,8 @@ class Child:
         command = [sys.executable, "-m", "benchmarks.gpu_case", *words]
         shared = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # leaves memory to the other processes
         pipe = subprocess.PIPE
-        return cls(case, subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, env=shared))
+        # unbuffered: what is left to read is then what select sees
+        return cls(case, subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, env=shared))
 
     def is_ready(self, until: float) -> bool:
         """Whether it has compiled before ``until``; if not, it is ended."""
@@ -80,8 +81,7 @@ class Child:
         """What it measures, until then."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        self.process.stdin.write(b"go\n")
         while select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
             if not (line := self.process.stdout.readline()):
                 return

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .network import Layer
+from .network import Layer, inverse_norm
 
 Function = Callable[..., Tensor]
-_EPS = 1e-4
+_EPS = 1e-4  # of inverse_norm
 
 
 @torch.no_grad()
 def force(rows: Tensor) -> None:
     """Put rows back on their sphere, in place. Source: Eq. 66."""
-    rows.mul_(1 / (root_mean_square(rows) + _EPS))
+    rows.mul_(inverse_norm(rows, (1,)))
 
 
 @torch.no_grad()

@@ -208,7 +208,8 @@ def _check(config: NetworkConfig) -> None:
     for name in positive:
         value = getattr(config, name)
         rule(isinstance(value, int) and value >= 1, name, "a whole number of at least 1", "choose a positive integer")
-        rule(value <= (1000 if name == "num_blocks" else 1 << 20), name, "smaller", "nothing holds such a network")
+        most = 1000 if name == "num_blocks" else 1 << 20
+        rule(value <= most, name, f"at most {most}", "nothing holds such a network")
     whole_sides = len(config.image_size) == 2 and all(type(side) is int and side >= 1 for side in config.image_size)
     rule(whole_sides, "img_resolution", "a whole number of at least 1, or two of them", "give (height, width)")
     for name, none in (("label_dim", "unconditional"), ("cond_channels", "no condition")):

@@ -182,7 +182,7 @@ def check_types(cls: type, values: dict[str, Any], *, name: str) -> None:
                 raise TypeCheckError("a number")
         except TypeCheckError:
             kind = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise InputError(f"{name}: {key} must be {kind}, got {str(value)[:40]!r}: restore the file") from None
+            raise InputError(f"{name}: {key} must be {kind}, got {str(value)[:40]!r}: correct it") from None
 
 
 def _sum(values: dict[str, Any]) -> str:
