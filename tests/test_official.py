@@ -202,7 +202,6 @@ def test_the_same_pickles_would_run_elsewhere(tmp_path):
         b"\x80\x02X\x01\x00\x00\x00aQ.",  # a persistent id
         b"\x80\x02\x82\x01.",  # an extension's code
         b"(" * 100_000 + b"t" * 100_000 + b".",
-        b"\x80\x02Nr\xff\xff\xff\x0f.",  # the number of an object for which 4 GB would be taken
         b"]" * 50_000 + b"a" * 49_999 + b".",
         b"hello",
         b"",
@@ -215,6 +214,12 @@ def test_what_is_no_such_pickle_is_one_line(tmp_path, program):
         read_official(tmp_path / NAME)
     assert NAME in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_number_of_an_object_beyond_what_precedes_it_is_refused_before_memory_is_taken_for_it(tmp_path):
+    (tmp_path / NAME).write_bytes(b"\x80\x02Nr\xff\xff\xff\x0f.")
+    with pytest.raises(InputError, match="object 268435455 in 3 bytes"):
+        read_official(tmp_path / NAME)
 
 
 def test_every_cut_is_refused(tmp_path):
