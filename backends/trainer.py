@@ -1,7 +1,7 @@
 """What the training loop drives: the base class of every port's trainer, and what all trainers share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -151,7 +151,8 @@ class Trainer(ABC):
         """One average, canonical, in every process; nothing else is gathered."""
 
     @abstractmethod
-    def state(self) -> State: ...
+    def state(self, names: Collection[str] | None = None, /) -> State:
+        """The arrays of the parameters ``names``, or of all, as copies on the host: nothing else is gathered."""
 
     @abstractmethod
     def load_state(self, state: State, /) -> None:

@@ -30,8 +30,8 @@ import tyro
 from PIL import Image
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot
-from backends.pipeline.checkpoints.states import load_state
-from backends.pipeline.runs.agreement import fingerprint
+from backends.pipeline.checkpoints.states import INDEX, arrays_of, shard_of
+from backends.pipeline.runs.agreement import stored_state
 from backends.pipeline.runs.folder import Run
 from edm2_core.errors import InputError
 from edm2_core.state import State
@@ -160,13 +160,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 def all_whole(folder: Path) -> bool:
     """Whether every visible file can be read."""
     try:
-        for path in folder.rglob("*.safetensors"):
-            run = Run(path.parents[1])
-            if path == run.state_path:
-                config = run.config()
-                load_state(path, config.network, config.hyper.lengths)
-            else:
-                load_snapshot(path)
+        for path in folder.rglob("snapshots/*.safetensors"):
+            load_snapshot(path)
+        for config_path in folder.rglob("config.json"):
+            run = Run(config_path.parent)
+            if run.state_path is not None:
+                digest(stored_state(run, run.config()))
         for path in folder.rglob("*.png"):
             Image.open(path).load()
         for path in (*folder.rglob("config.json"), *folder.rglob("dataset.json")):
@@ -207,12 +206,14 @@ def make_inputs() -> None:
 def damages(count: int) -> None:
     """A row for each kind of file: random bytes flipped, and cut short."""
     run = Run("inputs/run")
-    config = run.config()
-    lengths = config.hyper.lengths
+    config, state = run.config(), run.state_path
     snapshot = next(run.snapshots_path.glob("*.safetensors"))
+    if state is None:
+        raise InputError(f"a run must have a state to be damaged, got none in {run.states_path}")
     readers: dict[str, tuple[Path, Callable[[], object]]] = {
         "snapshot": (snapshot, lambda: digest(load_snapshot(snapshot))),
-        "state": (run.state_path, lambda: digest(load_state(run.state_path, config.network, lengths))),
+        "state: a shard": (shard_of(state, 0, 1), lambda: digest(stored_state(run, config))),
+        "state: the index": (state / INDEX, lambda: digest(stored_state(run, config))),
         "config.json": (run.config_path, lambda: run.config()),
     }
     for name, (path, read) in readers.items():
@@ -248,7 +249,7 @@ def damaged(whole: bytes, count: int) -> Iterator[bytes]:
 def digest(value: Snapshot | State) -> bytes:
     """A hash of all that was read."""
     if isinstance(value, State):
-        return fingerprint(value)
+        return b"".join(array.tobytes() for array in arrays_of(value).values())
     arrays = sorted(value.params.items())
     return repr([(name, array.tobytes()) for name, array in arrays] + [replace(value, params={})]).encode()
 

@@ -162,7 +162,7 @@ def test_torch_trains_config_a_resumes_samples_and_is_rebuilt_from(capsys):
     train("parts", **options, duration=1024)
     assert run_toy(options["trainer"], ToySampler(), outdir="parts", duration=2048) == 0
     assert [source.length for source in whole.snapshots(network)] == [LIFE, LIFE]
-    for path in (whole.state_path, *(source.path for source in whole.snapshots(network))):
+    for path in (*whole.state_path.iterdir(), *(source.path for source in whole.snapshots(network))):
         assert (Path("parts") / path.relative_to(whole.path)).read_bytes() == path.read_bytes()
     sampler = import_module("backends.torch.port").Port(device="cpu").sampler
     for sigma_rel, origin in ((None, "stored"), (0.2, "reconstructed from 2 snapshots")):

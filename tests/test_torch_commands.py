@@ -21,6 +21,7 @@ from sklearn.svm import SVC
 from backends.pipeline.checkpoints.snapshots import load_snapshot
 from backends.pipeline.checkpoints.states import load_state
 from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs.folder import Run
 from edm2_core.presets import preset
 
 TRAIN, SAMPLE = ("-m", "backends.torch.train"), ("-m", "backends.torch.sample")
@@ -187,11 +188,12 @@ def test_half_precision_trains(short: Path, precision: str) -> None:
 def load_state_of(folder: Path):
     snapshot = next((folder / "snapshots").glob("*.safetensors"), None)
     config = load_snapshot(snapshot).required_config() if snapshot else preset("digits").network
-    return load_state(folder / "state" / "state.safetensors", config, (0.05, 0.10))
+    return load_state(Run(folder).state_path, config, (0.05, 0.10))
 
 
 def state_bytes(folder: Path) -> bytes:
-    return (folder / "state" / "state.safetensors").read_bytes()
+    (shard,) = Run(folder).state_path.glob("*.safetensors")
+    return shard.read_bytes()
 
 
 def mixed_sizes(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +16,7 @@ from toy_port import train_toy as train
 from backends.pipeline.checkpoints.snapshots import load_snapshot, save_snapshot
 from backends.pipeline.checkpoints.states import load_state, read_counters
 from backends.pipeline.data.datasets import open_dataset
-from backends.pipeline.runs import safety
+from backends.pipeline.runs import storing
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.resolve import configure
 from backends.pipeline.runs.team import Team
@@ -90,20 +91,19 @@ def test_the_state_is_stored_at_its_interval():
     times = []
 
     class Watching(ToyTrainer):
-        def state(self):
+        def state(self, names=None):
             times.append(self.nimg)
-            return super().state()
+            return super().state(names)
 
     train(trainer=Watching, duration=4000, checkpoint=1000)
     assert times == [1024, 2048, 3008, 4032]
 
 
 def test_the_state_is_stored_with_a_line_of_the_log_once_it_is_old(monkeypatch):
-    monkeypatch.setattr(safety, "_OLD", 0.0)
-    times = []
-    monkeypatch.setattr(safety, "store", lambda _, trainer: times.append(trainer.nimg))
-    train(duration=512, status=128, checkpoint=10_000)
-    assert times == [128, 256, 384, 512]
+    monkeypatch.setattr(storing, "_OLD", 0.0)
+    monkeypatch.setattr(storing, "_WORTH", 0)
+    _, _, run = train(duration=512, status=128, checkpoint=10_000, keep=9)
+    assert [int(path.name) for path in sorted(run.states_path.iterdir())] == [128, 256, 384, 512]
 
 
 def test_a_loss_that_is_not_finite_leaves_the_log_valid_json():
@@ -195,8 +195,8 @@ def test_a_run_killed_before_its_first_state_starts_again(capsys):
 
 def test_a_run_whose_state_was_lost_does_not_silently_start_again():
     _, _, run = train()
-    run.state_path.unlink()
-    with pytest.raises(InputError, match=r"its state to be resumed after 4096 images, got none at .*--outdir$"):
+    shutil.rmtree(run.states_path)
+    with pytest.raises(InputError, match=r"its state to be resumed after 4096 images, got none in .*--outdir$"):
         train()
 
 
@@ -204,7 +204,7 @@ def test_resuming_says_from_where_and_at_how_many_images(capsys):
     train(duration=1024)
     capsys.readouterr()
     train(duration=2048)
-    assert "resumed  run/state/state.safetensors at 1024 images" in capsys.readouterr().out
+    assert "resumed  run/state/000000001024 at 1024 images" in capsys.readouterr().out
 
 
 def test_a_complete_run_says_so_and_changes_nothing(capsys):
@@ -310,7 +310,8 @@ def test_the_picture_has_a_row_for_each_length_from_the_same_seeds():
 
 def test_a_run_opens_each_snapshot_once_for_its_picture_and_none_while_it_trains(headers_read):
     _, _, run = train(duration=4096, snapshot=1024)
-    assert sorted(headers_read) == sorted(run.snapshots_path.iterdir())
+    opened = sorted(path for path in headers_read if path.parent == run.snapshots_path)
+    assert opened == sorted(run.snapshots_path.iterdir())
 
 
 def test_a_process_of_several_gets_its_part_and_only_the_first_writes(tmp_path):

@@ -94,7 +94,7 @@ class ToyTrainer(Trainer):
         return np.array(values)
 
     def mean_over_processes(self, value):
-        return value
+        return float(np.mean(self.team.gather(np.asarray(value))))
 
     def is_out_of_memory(self, error):
         return isinstance(error, MemoryError)
@@ -108,12 +108,15 @@ class ToyTrainer(Trainer):
     def average(self, length):
         return self.kept[length]
 
-    def state(self):
+    def state(self, names=None, /):
+        def some(arrays):
+            return {name: np.array(array) for name, array in arrays.items() if names is None or name in names}
+
         return State(
-            params=self.params,
-            moments1=self.moments1,
-            moments2=self.moments2,
-            averages=self.kept,
+            params=some(self.params),
+            moments1=some(self.moments1),
+            moments2=some(self.moments2),
+            averages={length: some(average) for length, average in self.kept.items()},
             nimg=self.nimg,
             steps=self.steps,
         )
@@ -181,7 +184,7 @@ def train(trainer, outdir, duration, **options):
         options |= {"preset": "toy", "data": "digits"}
     assert run_toy(trainer, ToySampler(), outdir=outdir, duration=duration, **options) == 0
     lengths = (Length.of(0.05), Length.of(0.10))
-    return load_state(Path(outdir) / "state" / "state.safetensors", CONFIG, lengths)
+    return load_state(Run(outdir).state_path, CONFIG, lengths)
 
 
 def together(work, count=3):

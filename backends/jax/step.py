@@ -245,15 +245,20 @@ def state_shapes(config: NetworkConfig, /, *, sigma_rels: Sequence[LengthLike]) 
     return state
 
 
-def to_state(state: TrainState) -> State:
-    """The canonical form, which all ports share, of a state of the EDM2 network."""
+def to_state(state: TrainState, names: Collection[str] | None = None, /) -> State:
+    """The canonical form, which all ports share, of a state of the EDM2 network: all of it, or what belongs to the
+    parameters ``names``. Where processes hold parts of the arrays, all must call it together."""
+
+    def some(arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
+        return weights.dump({name: array for name, array in arrays.items() if names is None or name in names})
+
     adam, _, averages = state.opt_state
-    constants = weights.dump(state.constants or {})
+    constants = some(state.constants or {})
     return State(
-        params={**weights.dump(state.params), **constants},
-        moments1=weights.dump(adam.mu),
-        moments2=weights.dump(adam.nu),
-        averages={Length.of(key): {**weights.dump(a), **constants} for key, a in averages.averages.items()},
+        params={**some(state.params), **constants},
+        moments1=some(adam.mu),
+        moments2=some(adam.nu),
+        averages={Length.of(key): {**some(a), **constants} for key, a in averages.averages.items()},
         nimg=int(averages.time),
         steps=int(adam.count),
     )

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -251,10 +251,10 @@ class JaxTrainer(Trainer):
 
     def _gathered(self, arrays: Mapping[str, Array]) -> Arrays:
         """Canonical arrays on every process, gathered one after another: no more than one is whole on a device."""
-        return {name: weights.to_host(devices.gathered(array)) for name, array in arrays.items()}
+        return weights.dump(arrays)
 
-    def state(self) -> State:
-        return to_state(jax.tree.map(devices.gathered, self._state))
+    def state(self, names: Collection[str] | None = None, /) -> State:
+        return to_state(self._state, names)
 
     def load_state(self, state: State, /) -> None:
         self._place(from_state(self._config.network, state))

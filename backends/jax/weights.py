@@ -12,6 +12,8 @@ from jax import Array
 
 from edm2_core.network import NetworkConfig, check_parameters, initialize, plan
 
+from .device import gathered
+
 
 def init_params(config: NetworkConfig, /, *, seed: int) -> dict[str, Array]:
     """Initial parameters of a network, ready for use: the same numbers in every port.
@@ -37,8 +39,9 @@ def load_divided(
 
 
 def dump(params: Mapping[str, Array], /) -> dict[str, np.ndarray]:
-    """Native arrays as canonical float32 NumPy arrays, copied."""
-    return {name: to_host(array) for name, array in params.items()}
+    """Native arrays as canonical float32 NumPy arrays, copied, one after another. Where processes hold parts of them,
+    all must call it together."""
+    return {name: to_host(gathered(array)) for name, array in params.items()}
 
 
 def to_device(array: np.ndarray, /) -> Array:

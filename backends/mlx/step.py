@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from edm2_core import loss as objective
 from edm2_core.ema import LengthLike
-from edm2_core.state import State
+from edm2_core.state import Arrays, State
 
 from .denoiser import Denoiser
 from .device import Processes, compiled
@@ -169,14 +169,19 @@ class Learner:
     def _apply_adam(self, gradients: Gradients) -> None:
         self.optimizer.update(self.network, tree_unflatten(list(gradients.items())))
 
-    def state(self) -> State:
-        """Everything that training continues from, in the canonical form that all ports share."""
+    def state(self, names: Collection[str] | None = None, /) -> State:
+        """What training continues from, in the canonical form that all ports share: everything, or what belongs to the
+        parameters ``names``."""
+
+        def some(values: Mapping[str, mx.array]) -> Arrays:
+            return dump({name: value for name, value in values.items() if names is None or name in names})
+
         moments = self.moments
         return State(
-            params=dump(tensors(self.network)),
-            moments1=dump({name: pair["m"] for name, pair in moments.items()}),
-            moments2=dump({name: pair["v"] for name, pair in moments.items()}),
-            averages={length: dump(self.ema.arrays(length)) for length in self.ema.averages},
+            params=some(tensors(self.network)),
+            moments1=some({name: pair["m"] for name, pair in moments.items()}),
+            moments2=some({name: pair["v"] for name, pair in moments.items()}),
+            averages={length: some(self.ema.arrays(length)) for length in self.ema.averages},
             nimg=self.nimg,
             steps=int(self.optimizer.step),
         )

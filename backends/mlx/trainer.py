@@ -1,6 +1,6 @@
 """The trainer that the training loop drives: a network in training on this process's device, with noise of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -122,8 +122,8 @@ class MLXTrainer(Trainer):
     def average(self, length: Length, /) -> Arrays:
         return dump(self.learner.ema.arrays(length))
 
-    def state(self) -> State:
-        return self.learner.state()
+    def state(self, names: Collection[str] | None = None, /) -> State:
+        return self.learner.state(names)
 
     def load_state(self, state: State, /) -> None:
         self.learner.load_state(state)

@@ -5,7 +5,7 @@ normalization; zero non-finite gradient elements; Adam; average the stored weigh
 forced again.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from backends.pipeline.runs.team import meeting
 from edm2_core import loss as objective
 from edm2_core.ema import Length
-from edm2_core.state import State
+from edm2_core.state import Arrays, State
 
 from .ema import PowerEMA
 from .network import Layer, normalize
@@ -180,19 +180,23 @@ class Learner:
         (loss.sum() * scale).backward()
         return loss.detach().sum()
 
-    def state(self) -> State:
-        """Everything that training continues from, in the canonical form that all ports share."""
-        moments = [self.optimizer.state.get(p, {}) for p in self.weights.values()]
-        zeros = {name: torch.zeros_like(p) for name, p in self.weights.items()}
+    def state(self, names: Collection[str] | None = None, /) -> State:
+        """What training continues from, in the canonical form that all ports share: everything, or what belongs to the
+        parameters ``names``."""
+
+        def some(values: Mapping[str, Tensor]) -> Arrays:
+            return dump({name: value for name, value in values.items() if names is None or name in names})
+
+        moments = {name: self.optimizer.state.get(p, {}) for name, p in self.weights.items()}
         first, second = (
-            dump({name: m.get(key, zeros[name]) for name, m in zip(self.weights, moments, strict=True)})
+            some({name: m[key] if key in m else torch.zeros_like(self.weights[name]) for name, m in moments.items()})
             for key in ("exp_avg", "exp_avg_sq")
         )
         return State(
-            params=dump(tensors(self.network)),
+            params=some(tensors(self.network)),
             moments1=first,
             moments2=second,
-            averages={length: dump(self.ema.arrays(length)) for length in self.ema.averages},
+            averages={length: some(self.ema.arrays(length)) for length in self.ema.averages},
             nimg=self.nimg,
             steps=self.steps,
         )

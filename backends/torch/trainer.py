@@ -1,6 +1,6 @@
 """The trainer that the training loop drives: a learner on this process's device, and the noise of its batches."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,8 +139,8 @@ class TorchTrainer(Trainer):
     def average(self, length: Length, /) -> Arrays:
         return dump(self.learner.ema.arrays(length))
 
-    def state(self) -> State:
-        return self.learner.state()
+    def state(self, names: Collection[str] | None = None, /) -> State:
+        return self.learner.state(names)
 
     def load_state(self, state: State, /) -> None:
         self.learner.load_state(state)

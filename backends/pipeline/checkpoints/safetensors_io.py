@@ -167,6 +167,10 @@ class FileReader:
                 "again"
             )
 
+    def hold(self) -> None:
+        """Read from now on the file that is there now, also when another takes its place."""
+        _ = self._descriptor
+
     @cached_property
     def _descriptor(self) -> int:
         descriptor = os.open(self.path, os.O_RDONLY)
@@ -175,7 +179,8 @@ class FileReader:
 
 
 class TensorFile(FileReader):
-    """The arrays of a safetensors file, of which the header is read now and once.
+    """The arrays of a safetensors file, of which the header is read now and once. ``seal`` is the header's checksum, or
+    None.
 
     Raises:
         InputError: no such file, not a safetensors file, cut short, too long, or an array of an unknown dtype.
@@ -188,8 +193,12 @@ class TensorFile(FileReader):
             sums = checksums.parse(own[checksums.KEY], {name: entry.size for name, entry in entries.items()})
         except (TypeError, ValueError) as error:
             raise _damaged_header(path) from error
-        self.metadata = metadata
+        self.metadata, self.seal = metadata, own[checksums.OF_HEADER]
         super().__init__(path, entries, sums=sums)
+
+    def digest(self, name: str, /) -> str | None:
+        """The checksum of an array, of :mod:`.checksums`; None in files without."""
+        return self._sums.get(name)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

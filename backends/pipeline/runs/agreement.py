@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from backends.pipeline.checkpoints.checksums import KEY
-from backends.pipeline.checkpoints.states import arrays_of, load_state, state_of
+from backends.pipeline.checkpoints.states import arrays_of, digests, load_state, state_of
 from backends.trainer import Trainer
 from edm2_core.errors import InputError
 from edm2_core.state import State
@@ -32,7 +32,7 @@ def resumed_by_first(options: TrainOptions, team: Team, /, *, prog: str) -> Trai
         InputError: another process finds a run where the first finds none.
     """
     own = "" if options.previous is None else options.previous.to_json()
-    first, *others = _texts(own, team)
+    first, *others = team.texts(own)
     if any(others) and not first:
         raise InputError(
             f"the first process must have the run that is resumed, got none in its {options.outdir}, and one in "
@@ -46,7 +46,7 @@ def resumed_by_first(options: TrainOptions, team: Team, /, *, prog: str) -> Trai
 
 def check_same_config(config: TrainConfig, team: Team, /) -> None:
     """Raises InputError if another process would train something else. Paths may differ from host to host."""
-    first, *others = map(json.loads, _texts(config.to_json(), team))
+    first, *others = map(json.loads, team.texts(config.to_json()))
     for rank, other in enumerate(others, 1):
         names = ", ".join(name for name in first if first[name] != other.get(name) and name not in _OF_HOST)
         if names:
@@ -54,10 +54,6 @@ def check_same_config(config: TrainConfig, team: Team, /) -> None:
                 f"all processes must train the same, got another {names} in process {rank}: start all with one command "
                 "and the same data"
             )
-
-
-def _texts(text: str, team: Team) -> list[str]:
-    return [row.tobytes().decode() for row in team.gather(np.frombuffer(text.encode(), np.uint8))]
 
 
 def stored_images(run: Run | None, previous: TrainConfig | None, team: Team, /) -> int:
@@ -71,9 +67,10 @@ def stored_images(run: Run | None, previous: TrainConfig | None, team: Team, /) 
         if run is None or previous is None:
             return b"0"
         last = max((record["nimg"] for record in run.log()), default=0)
-        if not run.state_path.exists() and last > (previous.checkpoint or 0) + previous.hyper.batch:
+        # the first is complete, at the latest, when the second is begun
+        if run.state_path is None and last > 2 * (previous.checkpoint or 0) + previous.hyper.batch:
             raise InputError(
-                f"a run must have its state to be resumed after {last} images, got none at {run.state_path}: "
+                f"a run must have its state to be resumed after {last} images, got none in {run.states_path}: "
                 "restore it, or choose another --outdir"
             )
         return str(run.state_nimg()).encode()
@@ -115,15 +112,24 @@ def load_into(trainer: Trainer, config: TrainConfig, outdir: Path | None, /, *, 
     def load() -> State | None:
         nonlocal begin
         if outdir is not None and start:
-            return load_state(Run(outdir).state_path, config.network, config.hyper.lengths)
+            return stored_state(Run(outdir), config)
         begin = initial(config) if config.init is not None else None
         return None if begin is None else begin.state(config)
 
     if (state := shared_state(load, trainer.team)) is not None:
         trainer.load_state(state)
-    if trainer.team.world > 1:
-        check_same_state(trainer.state(), trainer.team)
     return begin
+
+
+def stored_state(run: Run, config: TrainConfig, /) -> State:
+    """The state that a run of ``config`` continues from.
+
+    Raises:
+        InputError: there is none, or it is damaged or of another network.
+    """
+    if (path := run.state_path) is None:
+        raise InputError(f"a run must have its state to be resumed, got none in {run.states_path}: restore it")
+    return load_state(path, config.network, config.hyper.lengths)
 
 
 def shared_state(load: Callable[[], State | None], team: Team, /) -> State | None:
@@ -160,23 +166,22 @@ def shared_state(load: Callable[[], State | None], team: Team, /) -> State | Non
     return own
 
 
-def check_same_state(state: State, team: Team, /) -> None:
-    """Raises InputError if another process has other weights, moments or averages."""
-    first, *others = team.gather(np.frombuffer(fingerprint(state), np.uint8))
+def check_same(fingerprints: bytes, team: Team, /, *, nimg: int) -> None:
+    """Raises InputError if those of the state in another process are others."""
+    first, *others = team.gather(np.frombuffer(fingerprints, np.uint8))
     different = [rank for rank, other in enumerate(others, 1) if not np.array_equal(first, other)]
     if different:
         raise InputError(
-            f"all processes must have the same state, got another in process {different[0]} after {state.nimg} images: "
+            f"all processes must have the same state, got another in process {different[0]} after {nimg} images: "
             "a device or its memory is at fault; the last state was kept, resume from it"
         )
 
 
 def fingerprint(state: State, /) -> bytes:
-    """A hash of all that ``state`` holds."""
+    """A hash of all that ``state`` holds. Of a stored one, as it was written: its arrays are not read for this."""
     sums = xxhash.xxh3_64(f"{state.nimg} {state.steps}".encode())
-    for name, array in sorted(arrays_of(state).items()):
-        sums.update(name.encode())
-        sums.update(np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint8).data)
+    for name, digits in sorted(digests(state).items()):
+        sums.update(f"{name} {digits}".encode())
     return sums.digest()
 
 

@@ -82,6 +82,8 @@ class TrainConfig:
     checkpoint: int | None = None
     """Images between saves of the state to resume from. Without it: a quarter of the duration, at most 128Mi. It is
     also saved with a line of the log, ten minutes after it was last."""
+    keep: int = 1
+    """Number of states that are kept, the last ones."""
     status: int | None = None
     """Images between lines of the log. Without it: a 48th of the duration, at most 128Ki."""
     telemetry: int = 0
@@ -195,7 +197,7 @@ def _tuple(value: Any) -> Any:
 
 
 def _check(config: TrainConfig) -> None:
-    for name, least in (("checkpoint", 1), ("status", 1), ("telemetry", 0), ("seed", 0)):
+    for name, least in (("checkpoint", 1), ("keep", 1), ("status", 1), ("telemetry", 0), ("seed", 0)):
         if (value := getattr(config, name)) is not None and value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
         if value is not None and value >= 1 << 63:

@@ -1,7 +1,7 @@
 """The files of a run folder.
 
 config.json      the config                    snapshots/   stored averages
-log.jsonl        a line every --status images  state/       the state to resume from
+log.jsonl        a line every --status images  state/       the states to resume from
 telemetry.jsonl  a line per measured step      samples/     pictures
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from backends.pipeline.checkpoints.atomic import write_bytes, write_error
 from backends.pipeline.checkpoints.described import Undescribed
 from backends.pipeline.checkpoints.sources import Source, open_sources
+from backends.pipeline.checkpoints.states import newest as newest_state
 from backends.pipeline.checkpoints.states import read_counters
 from edm2_core.errors import InputError
 from edm2_core.json_text import parse_json
@@ -74,9 +75,14 @@ class Run:
         self.config_path = self.path / "config.json"
         self.log_path = self.path / "log.jsonl"
         self.telemetry_path = self.path / "telemetry.jsonl"
-        self.state_path = self.path / "state" / "state.safetensors"
+        self.states_path = self.path / "state"
         self.snapshots_path = self.path / "snapshots"
         self.samples_path = self.path / "samples"
+
+    @property
+    def state_path(self) -> Path | None:
+        """The last state that is complete; None if there is none."""
+        return newest_state(self.states_path)
 
     def exists(self) -> bool:
         """Whether the folder holds a run. Raises InputError if it holds only parts of one, or is a file."""
@@ -84,7 +90,7 @@ class Run:
             return True
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"a run must be a folder, got the file {self.path}: choose another --outdir")
-        if self.snapshots_path.exists() or self.state_path.exists():
+        if self.snapshots_path.exists() or self.state_path is not None:
             raise InputError(
                 f"a run must have its config.json, got none in {self.path}: restore it, or choose another --outdir"
             )
@@ -107,7 +113,7 @@ class Run:
 
     def state_nimg(self) -> int:
         """Images seen by the stored state; 0 if none is stored yet. Raises InputError if it is damaged."""
-        return read_counters(self.state_path)[0] if self.state_path.exists() else 0
+        return read_counters(path)[0] if (path := self.state_path) is not None else 0
 
     def snapshots(self, network: NetworkConfig, /) -> list[Source]:
         """Open the stored averages, sorted by time, then by length. ``network`` is that of the run's config.

@@ -21,7 +21,7 @@ from .command_line import flag
 from .config import DataSummary, TrainConfig
 from .options import NETWORK_FIELDS, TrainOptions, preset_in
 
-FREE = ("duration", "status", "checkpoint", "telemetry", "skip_broken")
+FREE = ("duration", "status", "checkpoint", "keep", "telemetry", "skip_broken")
 """Fields that a resumed run may change."""
 
 

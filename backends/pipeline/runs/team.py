@@ -67,6 +67,10 @@ class Team:
             raise InputError(data[1:].tobytes().decode())
         return data[1:].tobytes()
 
+    def texts(self, text: str, /) -> list[str]:
+        """The text of each process, in the order of ranks. All must call it together."""
+        return [row.tobytes().decode() for row in self.gather(np.frombuffer(text.encode(), np.uint8))]
+
     @property
     def say(self) -> Callable[[str], None]:
         """``print`` in the first process, and nothing in the others: it speaks for all."""

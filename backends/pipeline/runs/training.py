@@ -13,11 +13,10 @@ from signal import SIGINT, SIGTERM
 from typing import Any
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
-from backends.pipeline.checkpoints.states import load_state
 from backends.pipeline.data.batches import Batches, Reading
 from backends.pipeline.data.datasets import Dataset, held_out
 from backends.ports import Machine, OpenSampler
-from backends.trainer import OpenTrainer, Trainer
+from backends.trainer import Measurement, OpenTrainer, Trainer
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.presets import AUTO
@@ -25,7 +24,7 @@ from edm2_core.schedule import learning_rate
 from edm2_core.state import Arrays
 
 from . import telemetry
-from .agreement import check_same_config, hold, load_into, resumed_by_first, stored_images
+from .agreement import check_same_config, hold, load_into, resumed_by_first, stored_images, stored_state
 from .config import DataSummary, TrainConfig
 from .exit_codes import Interrupts
 from .fitting import Room, images_at_a_time
@@ -36,8 +35,9 @@ from .messages import Estimate, ladder_text, say_begin, say_epochs, say_initial,
 from .options import ScoreOptions, TrainOptions
 from .progress import Progress
 from .resolve import microbatches, open_data, resolve, with_free_options
-from .safety import Divergence, SavedAtErrors, Stored
+from .safety import Divergence, Failure
 from .scoring import Measured, Scores
+from .storing import Stored, same_everywhere
 from .team import Team
 
 
@@ -76,7 +76,7 @@ def run_training(
         team.say(f"complete {run.path} at {start} images; give a longer --duration to continue it")
         if team.rank > 0 or options.no_picture or (run.samples_path / "lengths.png").exists():
             return 0
-        state = load_state(run.state_path, config.network, config.hyper.lengths)
+        state = stored_state(run, config)
         return _draw(run, config, dataset, state.params, open_sampler, nimg=start, prog=prog)
     machine = _machine(options.machine, config, room)
     trainer, picture = open_trainer(config, machine), not options.no_picture
@@ -165,6 +165,8 @@ def _train(
         resumed = outdir is not None and trainer.rank == 0 and Run(outdir).exists()
         run = hold(outdir, dataset.name, held, start=start, team=trainer.team)
         begin = load_into(trainer, config, outdir, start=start)
+        if trainer.world > 1:
+            same_everywhere(trainer, config)
         if run is None:
             if not (status := _loop(job, None, open_sampler)) and picture:
                 trainer.parameters()  # gathered in every process, for the picture
@@ -205,43 +207,60 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler) -> int:
     kept, held = held_out(job.dataset, config.holdout, seed=config.seed)
     with (
         Interrupts() as interrupts,
-        SavedAtErrors(run, trainer) as safe,
         _batches(job, kept) as batches,
         Progress(total=hyper.duration, start=trainer.nimg, shown=run is not None) as progress,
+        Stored(run, config, trainer) as stored,
     ):
-        state = Stored(run, trainer)
+        failure = Failure()
         diverged = Divergence(trainer.nimg, hyper.batch)
         report = _Report(run, progress, trainer.nimg, None if held is None else HeldOut(config, held, trainer))
         snapshots = _Snapshots(config, run)
         scores = _scores(job, run, open_sampler, progress)
         estimate = Estimate(trainer, hyper.duration, progress.say)
         while trainer.nimg < hyper.duration:
-            before, lr = trainer.nimg, _learning_rate(config, trainer.nimg)
-            batch = next(batches)
-            estimate(nimg=before)
-            measurement = None
-            with safe.step():
-                if config.telemetry and before // hyper.batch % config.telemetry == 0:
-                    measurement = trainer.measured_step(batch, lr=lr)
-                else:
-                    trainer.step(batch, lr=lr)
-                nimg, end = trainer.nimg, trainer.nimg >= hyper.duration
-                snapshots.store_due(trainer, before, nimg, end=end)
-            if run is not None and measurement is not None:
-                run.append_telemetry(telemetry.record(config, measurement, nimg=before))
-            progress.advance(nimg - before)
-            stop = trainer.agree(interrupts.signum is not None)
-            reported = stop or end or _crossed(config.status, before, nimg)
+            before = trainer.nimg
+            with failure.kept():
+                batch = next(batches)
+                estimate(nimg=before)
+            if trainer.agree(failure.error is not None or interrupts.signum is not None):
+                break
+            measurement, lr = _step(job, batch)
+            nimg, end = trainer.nimg, trainer.nimg >= hyper.duration
+            snapshots.store_due(trainer, before, nimg, end=end)
+            reported = end or _crossed(config.status, before, nimg)
+            with failure.kept():
+                if run is not None and measurement is not None:
+                    run.append_telemetry(telemetry.record(config, measurement, nimg=before))
+                progress.advance(nimg - before)
+                if reported:
+                    report(trainer.metrics(), nimg, lr)
             if reported:
-                report(trainer.metrics(), nimg, lr)
                 diverged(trainer, end=end)
+                stored.look()
             if scores is not None and (end or _crossed(job.scores.evaluate, before, nimg)):
                 scores(nimg)
-            if stop or end or _crossed(config.checkpoint, before, nimg) or (reported and state.is_old):
-                state.renew()
-            if stop:
-                return interrupts.status or 128 + SIGTERM  # another process may have received the signal
-    return 0
+            if end or _crossed(config.checkpoint, before, nimg) or (reported and stored.is_old):
+                stored.begin()
+        if trainer.agree(failure.error is not None):
+            failure.end(stored, trainer)
+        stopped = trainer.nimg < hyper.duration
+        if stopped and trainer.nimg > report.nimg:
+            report(trainer.metrics(), trainer.nimg, _learning_rate(config, before - hyper.batch))
+        if not stored.is_now:
+            stored.begin()
+        stored.finish()
+    # another process may have received the signal
+    return (interrupts.status or 128 + SIGTERM) if stopped else interrupts.status
+
+
+def _step(job: Training, batch: Any) -> tuple[Measurement | None, float]:
+    """Take a step. Returns its telemetry, where it is due, and its learning rate."""
+    config, trainer = job.config, job.trainer
+    lr = _learning_rate(config, trainer.nimg)
+    if config.telemetry and trainer.nimg // config.hyper.batch % config.telemetry == 0:
+        return trainer.measured_step(batch, lr=lr), lr
+    trainer.step(batch, lr=lr)
+    return None, lr
 
 
 def _scores(job: Training, run: Run | None, open_sampler: OpenSampler, progress: Progress) -> Scores | None:
@@ -314,12 +333,13 @@ class _Snapshots:
 
 
 class _Report:
-    """Each call writes a log line and shows the loss. Log lines after ``nimg`` are dropped at construction."""
+    """Each call writes a log line and shows the loss; ``nimg`` is the time of the last call. Later lines are dropped at
+    construction."""
 
     def __init__(self, run: Run | None, progress: Progress, nimg: int, held: HeldOut | None) -> None:
         self._held, self._overfitting = held, Overfitting(progress.say)
         kept = run.truncate_logs(nimg) if run is not None else []
-        self._run, self._progress, self._nimg = run, progress, nimg
+        self._run, self._progress, self.nimg = run, progress, nimg
         # seconds of training before this start
         self._before = max((line.get("seconds") or 0.0 for line in kept), default=0.0)
         self._start = self._last = time.monotonic()
@@ -330,7 +350,7 @@ class _Report:
             "nimg": nimg,
             "loss": metrics["loss"],
             "lr": lr,
-            "images_per_s": (nimg - self._nimg) / max(now - self._last, 1e-9),
+            "images_per_s": (nimg - self.nimg) / max(now - self._last, 1e-9),
             "seconds": self._before + now - self._start,
             "nonfinite": metrics["nonfinite"],
         }
@@ -338,7 +358,7 @@ class _Report:
         if self._held is not None:
             record |= self._held.measure()
             said += f", held out {record['holdout']:.4f}"
-        self._nimg, self._last = nimg, time.monotonic()
+        self.nimg, self._last = nimg, time.monotonic()
         if self._run is not None:
             self._run.append_log(record)
             self._progress.report(said)
