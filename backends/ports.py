@@ -44,6 +44,9 @@ class Machine:
     compile: Compile = "auto"
     """Compilation of PyTorch's network: auto on GPUs; max also searches for the fastest kernels, which takes minutes;
     off. JAX and MLX always compile."""
+    shard: bool = False
+    """Divide weights, moments and averages among the processes: large networks fit, and more is sent. JAX divides them
+    always, MLX cannot."""
     activation_checkpoint: bool = False
     """Compute the activations of each block anew in the backward pass: less memory, a third more time."""
 

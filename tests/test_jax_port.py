@@ -244,33 +244,37 @@ from backends.jax import device
 from backends.jax.trainer import JaxTrainer
 PRESETS["toy"] = PRESET
 device.join()
-train(JaxTrainer, "{name}", {duration})
+train(JaxTrainer, "{name}", 1280, dropout=0.1, label_dropout=0.1, batch_per_device={parts})
 """
 
 
-def train_elsewhere(name, duration, **environment):
-    """A run on the toy's network, begun in a process of its own."""
+def train_elsewhere(name, *, parts, **environment):
+    """A run of 20 steps on the toy's network, begun in a process of its own."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, **environment}
-    command = [sys.executable, "-c", SCRIPT.format(name=name, duration=duration)]
+    command = [sys.executable, "-c", SCRIPT.format(name=name, parts=parts)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def check_as_one(toy, name):
-    one, other = train(JaxTrainer, "one", 192), train(JaxTrainer, name, 192)
+    """Weights and losses of 20 steps, dropout included, to the rounding of sums in another order, which Adam carries
+    on."""
+    one = train(JaxTrainer, "one", 1280, dropout=0.1, label_dropout=0.1)
+    other = train(JaxTrainer, name, 1280)
     assert other.nimg == one.nimg
-    # three steps of Adam, each of which moves a weight by lr at most, whatever the rounding of its gradient
     assert tolerance.relative_all(other.params, one.params, 1.0)[0] < 1e-4
+    losses = [[line["loss"] for line in Run(toy / run).log()] for run in ("one", name)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 EIGHT = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"}
 
 
 def test_eight_devices_do_as_one(toy):
-    said, _ = train_elsewhere("eight", 192, **EIGHT).communicate(timeout=300)
+    said, _ = train_elsewhere("eight", parts=4, **EIGHT).communicate(timeout=300)
     assert "8 x cpu" in said
     check_as_one(toy, "eight")
-    assert train(JaxTrainer, "eight", 256).nimg == 256  # a state of eight devices loads on one
+    assert train(JaxTrainer, "eight", 1344).nimg == 1344  # a state of eight devices loads on one
 
 
 def test_a_batch_must_be_divisible_among_devices(tmp_path):
@@ -284,7 +288,7 @@ def test_two_processes_do_as_one(toy):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     where = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    both = [train_elsewhere("two", 192, **where, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    both = [train_elsewhere("two", parts=32, **where, JAX_PROCESS_ID=str(i)) for i in range(2)]
     said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     check_as_one(toy, "two")

@@ -26,6 +26,7 @@ from mlx import nn  # noqa: E402
 
 from backends.mlx import step, weights  # noqa: E402
 from backends.mlx.api import Denoiser, Network, sample, train  # noqa: E402
+from backends.mlx.network import kept  # noqa: E402
 from backends.mlx.port import PORT  # noqa: E402
 from examples import own_backbone_mlx  # noqa: E402
 
@@ -71,7 +72,7 @@ class Backbone(nn.Module):
     def __call__(self, x, c_noise, labels, *, dropout=None):
         extra = mx.zeros((len(x), 1)) if labels is None else labels[:, :1]
         h = nn.silu(self.enter(mx.concatenate([x, c_noise[:, None], extra], axis=1)))
-        return self.leave(h if dropout is None else h * mx.random.bernoulli(0.5, h.shape, key=dropout))
+        return self.leave(h if dropout is None else h * kept(dropout, h, 0.5))
 
 
 def vectors(count=6):
@@ -112,7 +113,7 @@ def test_the_step_trains_and_averages_any_backbone():
         assert tolerance.relative_all(weights.dump(learner.ema.arrays(length)), arrays, 1e-3)[0] < 1e-5
     resumed = step.Learner(Denoiser(Backbone(), label_dim=2), sigma_rels=(0.1, Length.half_life(20)))
     resumed.load_state(learner.state())
-    keys = [None, mx.random.key(1)]
+    keys = [None, mx.random.split(mx.random.key(1), len(batch.images))]
     one, other = (float(learner.step(batch, lr=0.02, dropout=key)[0]) for key in keys)
     assert one == float(resumed.step(batch, lr=0.02)[0])
     assert abs(other - one) > 0.01

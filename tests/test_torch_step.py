@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from backends.pipeline.data import batches as data
 from backends.pipeline.runs.config import DataSummary, TrainConfig
 from backends.ports import Machine
 from backends.torch import step, working_weights
 from backends.torch.denoiser import Denoiser
+from backends.torch.dropout import Dropout, dropping
 from backends.torch.network import Layer, Network
 from backends.torch.port import PORT
 from backends.torch.step import Batch, Learner, batch_loss, force_weight_norm, zero_nonfinite
@@ -309,3 +311,29 @@ def test_exhausted_memory_names_the_batch_to_try() -> None:
         trainer.step(trainer.place(data.Batch(batch.images.numpy())), lr=0.01)
     assert trainer.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not trainer.is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_what_is_dropped_of_an_image_is_a_function_of_its_seed_alone() -> None:
+    """However the batch is divided; PyTorch's generator, which would be the same in each order, is not asked."""
+    network, batch = make_network(dropout=0.5).train(), make_batch()
+    seeds = torch.arange(len(batch.images), dtype=torch.int32) * 7919
+    torch.manual_seed(0)
+    whole = batch_loss(network, batch._replace(dropout=seeds))
+    parts = torch.cat([batch_loss(network, part) for part in batch._replace(dropout=seeds).split(3)])
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(batch_loss(network, batch._replace(dropout=seeds + 1)), whole)
+    assert torch.equal(torch.get_rng_state(), torch.manual_seed(0).get_state())
+
+
+def test_dropped_elements_are_as_many_as_asked_independent_and_scaled() -> None:
+    """Shares and products of neighbours, images and layers within five standard deviations; the mean stays 1."""
+    modules = nn.Sequential(Dropout(0.3), Dropout(0.3)).train()
+    with dropping(modules, torch.arange(64, dtype=torch.int32)):
+        one, other = (module(torch.ones(64, 8, 16, 16)) for module in modules)
+    count = one.numel()
+    kept = (one > 0).double()
+    assert one.unique().tolist() == [0, pytest.approx(1 / 0.7)]
+    assert abs(kept.mean() - 0.7) < 5 * (0.21 / count) ** 0.5
+    for moved in (kept.roll(1, 0), kept.roll(1, 1), kept.roll(1, 3), (other > 0).double()):
+        correlation = ((kept - 0.7) * (moved - 0.7)).mean() / 0.21
+        assert abs(correlation) < 5 * count**-0.5

@@ -24,7 +24,7 @@ class Backbone(Protocol):
     """The raw network F: x [N, ...], scaled to unit variance, and c_noise [N] to an array like x.
 
     ``labels`` are whatever the denoiser was given; a condition is joined to x, on the last axis, and the result is like
-    x without it; ``key`` is a PRNG key in training (dropout), otherwise None.
+    x without it; ``key`` are PRNG keys [N] in training (dropout), one an image, otherwise None.
     """
 
     def __call__(self, params: Tree, x: Array, c_noise: Array, labels: Any, /, *, key: Array | None) -> Array: ...

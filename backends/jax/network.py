@@ -57,7 +57,7 @@ def denoise(
 
     Shapes: x [N, H, W, C]; sigma [N, 1, 1, 1]; labels [N, label_dim] or None; condition [N, H, W, cond_channels] or
     None. Returns: denoised [N, H, W, C] and logvar [N, 1, 1, 1]. Dtype: float32 in and out, activations in ``dtype``.
-    ``key`` is that of dropout, in training; None: no dropout.
+    ``key``: keys of dropout [N], one an image, in training; None: no dropout.
     """
     return network_denoiser(config, dtype)(params, x, sigma, labels, condition, key=key)
 
@@ -202,7 +202,7 @@ def _block(scope: Scope, block: Block, x: Array, emb: Array, key: Array | None) 
     y = group_norm(scope, f"{name}.norm_res1", y)
     y = silu(config, conditioned(scope, block, y, emb))
     if key is not None and config.dropout:
-        kept = jax.random.bernoulli(key, 1 - config.dropout, y.shape)
+        kept = jax.vmap(partial(jax.random.bernoulli, p=1 - config.dropout, shape=y.shape[1:]))(key)
         y = jnp.where(kept, y / (1 - config.dropout), 0).astype(y.dtype)
     y = layer(scope, f"{name}.conv_res1", y)
     x = channels_changed(
@@ -397,4 +397,4 @@ def resample(x: Array, mode: str, taps: tuple[float, ...]) -> Array:
 
 
 def _fold(key: Array | None, index: int) -> Array | None:
-    return None if key is None else jax.random.fold_in(key, index)
+    return None if key is None else jax.vmap(partial(jax.random.fold_in, data=index))(key)

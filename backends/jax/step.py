@@ -8,7 +8,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class Metrics(NamedTuple):
 
 
 Step = Callable[..., tuple[TrainState, Metrics]]
+T = TypeVar("T")
 
 
 # ---- any network
@@ -76,18 +77,18 @@ def draw_batch(
 
 
 def batch_loss(
-    denoise: Denoise, params: Tree, batch: Batch, *, sigma_data: float = 0.5, key: Array | None = None
+    denoise: Denoise, params: Tree, batch: Batch, *, sigma_data: float = 0.5, keys: Array | None = None
 ) -> Array:
-    """The loss of each element, like ``batch.images``, float32. Source: Eq. 21."""
+    """The loss of each element, like ``batch.images``, float32. Source: Eq. 21. ``keys`` [N]: of dropout, or None."""
     noisy = batch.images + batch.unit_noise * batch.sigma
     given = (batch.labels,) if batch.condition is None else (batch.labels, batch.condition)
-    denoised, logvar = denoise(params, noisy, batch.sigma, *given, key=key)
+    denoised, logvar = denoise(params, noisy, batch.sigma, *given, key=keys)
     return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=sigma_data)
 
 
-def in_parts(batch: Batch, size: int) -> Batch:
-    """``batch`` with a new first axis, of parts of ``size`` images, which must divide it."""
-    parts: Batch = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch)
+def in_parts(batch: T, size: int) -> T:
+    """``batch``, a pytree, with a new first axis, of parts of ``size`` images, which must divide it."""
+    parts: T = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch)
     return parts
 
 
@@ -118,28 +119,29 @@ def make_step(
         frozen: keys of the parameters that are not trained: their gradients are 0.
         summarize: a function of the gradients that the optimizer receives; its result is ``Metrics.gradients``.
 
-    ``key`` is that of dropout, or None. Source: SPEC STEP, Eq. 21.
+    ``key`` is that of dropout, or None. ``denoise`` is given keys, one an image: what is dropped of an image does not
+    depend on how the batch is divided, among devices or into parts. Source: SPEC STEP, Eq. 21.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def scaled(params: Tree, constants: Any, part: Batch, total: int, key: Array | None) -> tuple[Array, Array]:
+    def scaled(params: Tree, constants: Any, part: Batch, total: int, keys: Array | None) -> tuple[Array, Array]:
         every = {**params, **constants} if constants else params
-        values = batch_loss(denoise, every, part, sigma_data=sigma_data, key=key).sum()
+        values = batch_loss(denoise, every, part, sigma_data=sigma_data, keys=keys).sum()
         return values * (loss_scaling / total), values
 
     def gradients_of(params: Tree, constants: Any, batch: Batch, key: Array | None) -> tuple[Tree, Array]:
         total = len(batch.images)
+        keys = None if key is None else jax.random.split(key, total)
         gradient = jax.grad(scaled, has_aux=True)
         if microbatch is None or microbatch >= total:
-            return gradient(params, constants, batch, total, key)
+            return gradient(params, constants, batch, total, keys)
 
-        def add(sums: Any, indexed: tuple[Array, Batch]) -> tuple[Any, None]:
-            index, part = indexed
-            own = None if key is None else jax.random.fold_in(key, index)
-            return jax.tree.map(jnp.add, sums, gradient(params, constants, part, total, own)), None
+        def add(sums: Any, part: tuple[Batch, Array | None]) -> tuple[Any, None]:
+            images, own = part
+            return jax.tree.map(jnp.add, sums, gradient(params, constants, images, total, own)), None
 
         zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
-        return lax.scan(add, zero, (jnp.arange(total // microbatch), in_parts(batch, microbatch)))[0]
+        return lax.scan(add, zero, in_parts((batch, keys), microbatch))[0]
 
     def step(state: TrainState, batch: Batch, key: Array | None = None, **extra: Any) -> tuple[TrainState, Metrics]:
         params = force(state.params)

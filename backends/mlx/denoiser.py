@@ -19,8 +19,8 @@ class Denoiser(nn.Module):
     Args:
         backbone: F, called as ``backbone(x, c_noise, labels)`` with x [N, ...] in ``dtype`` and c_noise [N] float32;
             ``labels`` are passed on as they come; a condition is joined to x, on the last axis. Returns the shape of x
-            without the condition. A call with a dropout key passes it on as
-            ``dropout=key``.
+            without the condition. A call with dropout keys passes them on as
+            ``dropout=keys``.
         sigma_data: standard deviation of the data.
         uncertainty: u, called as ``uncertainty(c_noise)``, [N] to [N] or [N, 1]; None: u is 0.
         label_dim: number of classes or length of label vectors, 0 for a network without labels.
@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
 
         Shapes: x [N, ..., C]; sigma [N, 1, ...], with as many axes as x; labels [N, label_dim], one-hot, or None;
         condition [N, ..., cond_channels] in the units of x, or None. Returns: denoised, like x; logvar, like sigma.
-        Dtype: float32. ``dropout`` is a key, in training; None disables dropout.
+        Dtype: float32. ``dropout``: keys [N, 2], one an image, in training; None disables it.
         """
         c = precondition(sigma, sigma_data=self.sigma_data)
         c_noise = c.c_noise.reshape(-1)  # (N,)

@@ -177,7 +177,7 @@ class UNetBlock(nn.Module):
             self.attn_proj = Layer(config, f"{name}.attn_proj")
 
     def __call__(self, x: mx.array, emb: mx.array, key: mx.array | None) -> mx.array:
-        """x [N, H, W, C] and emb [N, emb_channels] to [N, H', W', C']; ``key`` of its dropout, or None."""
+        """x [N, H, W, C] and emb [N, emb_channels] to [N, H', W', C']; ``key``: those of its dropout, or None."""
         config, block, has = self.config, self.block, self.config.switches
         x = self.widened(self.resampled(x, now=has.resample_first), now=block.widens_first)
         if block.role == "enc" and has.pixel_norm:
@@ -186,7 +186,7 @@ class UNetBlock(nn.Module):
         y = self.norm_res1(self.conv_res0(y, gain=1 / config.silu_rms))
         y = nn.silu(self.conditioned(y, emb))
         if key is not None:
-            y = y * mx.random.bernoulli(1 - config.dropout, y.shape, key).astype(y.dtype) / (1 - config.dropout)
+            y = y * kept(key, y, 1 - config.dropout).astype(y.dtype) / (1 - config.dropout)
         keep, add = config.blend(config.res_balance)
         y = self.conv_res1(y, gain=1 / config.silu_rms, factor=add)
         x = self.widened(self.resampled(x, now=not has.resample_first), now=not block.widens_first)
@@ -249,7 +249,7 @@ class UNet(nn.Module):
         self, x: mx.array, c_noise: mx.array, labels: mx.array | None = None, *, dropout: mx.array | None = None
     ) -> mx.array:
         """x [N, H, W, C + cond_channels], already scaled, c_noise [N] and labels [N, label_dim] or None to
-        [N, H, W, C]; ``dropout``: a key, or None."""
+        [N, H, W, C]; ``dropout``: keys [N, 2], one an image, or None."""
         walk, has = plan(self.config), self.config.switches
         emb, keys = self.embedding(c_noise, labels), self.block_keys(dropout)
         (above, below), (left, right) = self.config.padding
@@ -278,11 +278,13 @@ class UNet(nn.Module):
         return nn.utils.checkpoint(block, lambda x, emb: block(x, emb, key))(x, emb)
 
     def block_keys(self, dropout: mx.array | None) -> Keys:
-        """A dropout key for each block in running order, or None."""
+        """The dropout keys for each block in running order, [N, 2], or None."""
         if dropout is None or not self.config.dropout:
             return repeat(None)
         walk = plan(self.config)
-        return iter(mx.random.split(dropout, len(walk.encoder) + len(walk.decoder)))
+        blocks = len(walk.encoder) + len(walk.decoder)
+        keys = mx.vmap(lambda key: mx.random.split(key, blocks))(dropout)  # (N, blocks, 2)
+        return iter(keys.swapaxes(0, 1))
 
     def embedding(self, c_noise: mx.array, labels: mx.array | None) -> mx.array:
         """The conditioning vector, [N, emb_channels]."""
@@ -359,6 +361,13 @@ class Network(Denoiser):
         if not self.config.switches.uncertainty:
             return mx.zeros_like(c_noise)
         return self.logvar_linear(self.logvar_fourier(c_noise))  # (N,) -> (N, logvar_channels) -> (N, 1)
+
+
+def kept(keys: mx.array, like: mx.array, share: float) -> mx.array:
+    """Booleans like ``like`` [N, ...], of which this ``share`` is true; those of an image by its key alone. Shapes:
+    keys [N, 2]."""
+    drawn: mx.array = mx.vmap(lambda key: mx.random.bernoulli(share, like.shape[1:], key))(keys)
+    return drawn
 
 
 def fold(network: Network) -> None:

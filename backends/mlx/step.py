@@ -54,7 +54,8 @@ class Batch(NamedTuple):
 
 
 def batch_loss(network: Denoiser, batch: Batch, *, dropout: mx.array | None = None) -> mx.array:
-    """The loss of each element, [N, ...] like the images, float32. Source: Eq. 21. ``dropout``: a key, or None."""
+    """The loss of each element, [N, ...] like the images, float32. Source: Eq. 21. ``dropout``: keys [N, 2], one an
+    image, or None."""
     noisy = batch.images + batch.unit_noise * batch.sigma
     denoised, logvar = network(noisy, batch.sigma, batch.labels, batch.condition, dropout=dropout)
     return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=network.sigma_data)
@@ -123,7 +124,8 @@ class Learner:
         return self.ema.time
 
     def step(self, batch: Batch, *, lr: float, dropout: mx.array | None = None) -> Metrics:
-        """Train on this process's share of a batch. ``dropout``: a key, for a network with dropout."""
+        """Train on this process's share of a batch. ``dropout``: a key for each image, [N, 2], for a network with
+        dropout: what is dropped of an image does not depend on how the batch is divided."""
         metrics, gradients = self.gradients(batch, dropout=dropout)
         self.apply(gradients, lr=lr, images=len(batch.images))
         mx.eval(metrics)
@@ -134,7 +136,8 @@ class Learner:
         processes, finite, without the loss scaling."""
         self._force()
         count, parts = len(batch.images), list(batch.split(self.microbatch))
-        keys = [None] * len(parts) if dropout is None else mx.random.split(dropout, len(parts))
+        size = len(parts[0].images)
+        keys = [None if dropout is None else dropout[i * size : (i + 1) * size] for i in range(len(parts))]
         loss, gradients = self._part_gradients(count, keys[0], *parts[0])
         for part, key in zip(parts[1:], keys[1:], strict=True):
             mx.eval(loss, gradients)  # frees the activations of one part before the next

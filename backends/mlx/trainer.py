@@ -11,6 +11,7 @@ from backends.ports import Machine
 from backends.trainer import Measurement, Trainer
 from edm2_core import loss as objective
 from edm2_core.ema import Length
+from edm2_core.errors import InputError
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
 from edm2_core.state import Arrays, State
@@ -36,6 +37,8 @@ class MLXTrainer(Trainer):
         self.rank, self.world = self._processes.rank, self._processes.world
         self.team = self._processes.team()
         self.device = devices.describe(device)
+        if machine.shard and self.world > 1:
+            raise InputError("weights in MLX are whole in each process, got --shard: leave it out, or train with JAX")
         self._config, self._microbatch, hyper = config, machine.batch_per_device, config.hyper
         params = initialize(config.network, seed=config.seed)
         network = build(config.network, params, dtype=devices.arithmetic(config.precision))
@@ -87,8 +90,8 @@ class MLXTrainer(Trainer):
         return data.prepared(batch, self._config.format, label_dim=label_dim, channels=3, width=2, normal=latent)
 
     def _batch(self, batch: data.Batch) -> tuple[Batch, mx.array | None]:
-        """A batch with noise, and the dropout key. Noise is drawn for the whole batch and cut to this process's share:
-        it does not depend on the number of processes."""
+        """A batch with noise, and keys of dropout. They are drawn for the whole batch and cut to this process's share:
+        they do not depend on the number of processes."""
         config, hyper, count = self._config, self._config.hyper, len(batch.images)
         share = slice(self.rank * count, (self.rank + 1) * count)
         seed, of_latents = np.random.SeedSequence([config.seed, self.nimg]).generate_state(2, np.uint64)
@@ -100,8 +103,7 @@ class MLXTrainer(Trainer):
         noise = mx.random.normal(shape, key=of_noise)
         normal = mx.random.normal((hyper.batch, 1, 1, 1), key=of_sigma)
         sigma = noise_level(normal, P_mean=hyper.P_mean, P_std=hyper.P_std)
-        # each process drops different activations
-        dropout = mx.random.split(of_dropout, self.world)[self.rank] if self._config.network.dropout else None
+        dropout = mx.random.split(of_dropout, hyper.batch)[share] if self._config.network.dropout else None
         return Batch(pixels, noise[share], sigma[share], labels, condition), dropout
 
     def fetch(self, values: Sequence[mx.array], /) -> np.ndarray:

@@ -18,6 +18,8 @@ from backends.pipeline.runs.networks import CACHE
 from backends.ports import Compile
 from edm2_core.errors import InputError
 
+from .network import Network, UNetBlock
+
 Mode = Literal["default", "max-autotune-no-cudagraphs"]
 Answer = Callable[..., Tensor]
 _NO_FAULT = (  # what the compiler warns of
@@ -47,16 +49,32 @@ def has_cpp() -> bool:
     return any(map(which, (os.environ.get("CXX", "g++"), "clang++", "cl")))
 
 
-def made_ready(network: nn.Module, device: torch.device, mode: Mode | None, /) -> None:
+def made_ready(network: nn.Module, device: torch.device, mode: Mode | None, /, *, whole: bool = True) -> None:
     """Lay out the weights as the device's convolutions read them, and compile calls of ``network``, as one graph for
-    each size of batch."""
-    if device.type in ("cuda", "cpu"):
+    each size of batch.
+
+    Not ``whole``: each block is compiled by itself, and activations alone are laid out so: the weights of a network
+    that will be sharded must be contiguous.
+    """
+    if device.type in ("cuda", "cpu") and whole:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    elif isinstance(network, Network):
+        network.unet.register_forward_pre_hook(_channels_last)
     if mode is not None:
         for message in _NO_FAULT:
             warnings.filterwarnings("ignore", message)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "torch"))
-        network.compile(fullgraph=True, dynamic=False, mode=mode)
+        for part in (network,) if whole else _blocks(network):
+            part.compile(fullgraph=True, dynamic=False, mode=mode)
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if isinstance(module, UNetBlock)]
+
+
+def _channels_last(unet: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, *others = inputs
+    return (x.contiguous(memory_format=torch.channels_last), *others)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from edm2_core import ladder
 from edm2_core.network import GROUP_NORM_EPS, Block, NetworkConfig, Parameter, plan
 
 from .denoiser import Denoiser
+from .dropout import Dropout
 
 
 def normalize(x: Tensor, dims: tuple[int, ...], *, eps: float = 1e-4) -> Tensor:
@@ -187,7 +188,7 @@ class UNetBlock(Planned):
     def __init__(self, config: NetworkConfig, block: Block):
         name, has = block.name, config.switches
         super().__init__(config, name, "emb_gain")
-        self.config, self.block = config, block
+        self.config, self.block, self.drop = config, block, Dropout(config.dropout)
         after_silu = 1 / config.silu_rms
         self.norm_res0 = GroupNorm(config, f"{name}.norm_res0", block.residual_channels)
         self.conv_res0 = Layer(config, f"{name}.conv_res0", gain=after_silu)
@@ -210,8 +211,7 @@ class UNetBlock(Planned):
             x = normalize(x, (1,))
         y = self.resampled(F.silu(self.norm_res0(x)), now=not has.resample_first)
         y = self.norm_res1(self.conv_res0(y))
-        y = F.silu(self.conditioned(y, emb))
-        y = F.dropout(y, config.dropout, self.training and config.dropout > 0)
+        y = self.drop(F.silu(self.conditioned(y, emb)))
         y = self.conv_res1(y)
         x = self.widened(self.resampled(x, now=not has.resample_first), now=not block.widens_first)
         x = torch.add(y, x, alpha=config.blend(config.res_balance)[0])

@@ -20,21 +20,24 @@ from edm2_core import loss as objective
 from edm2_core.ema import Length
 from edm2_core.state import Arrays, State
 
+from .dropout import dropping
 from .ema import PowerEMA
 from .network import Layer, normalize
+from .sharded import FullySharded, is_sharded, local_gradients, placed_as
 from .weights import dump, load, tensors, unwrapped
 from .working_weights import Shared, WorkingWeights, force, rows
 
 
 class Batch(NamedTuple):
     """images and unit_noise [N, ...] (data of any shape), sigma [N, 1, ...] with as many axes, labels [N, label_dim] or
-    None, condition [N, cond_channels, ...] or None; all float32."""
+    None, condition [N, cond_channels, ...] or None; all float32. ``dropout``: seeds, int32 [N], or None."""
 
     images: Tensor
     unit_noise: Tensor
     sigma: Tensor
     labels: Tensor | None = None
     condition: Tensor | None = None
+    dropout: Tensor | None = None
 
     def split(self, size: int | None) -> "list[Batch]":
         """This batch in parts of ``size`` images, the last may be smaller; None: in one part."""
@@ -49,8 +52,10 @@ def batch_loss(network: nn.Module, batch: Batch) -> Tensor:
     ``network`` is a :class:`~.denoiser.Denoiser`, perhaps wrapped by DDP or torch.compile.
     """
     noisy = batch.images + batch.unit_noise * batch.sigma
-    denoised, logvar = network(noisy, batch.sigma, batch.labels, batch.condition)
-    sigma_data = unwrapped(network).sigma_data
+    plain = unwrapped(network)
+    with dropping(plain, batch.dropout):
+        denoised, logvar = network(noisy, batch.sigma, batch.labels, batch.condition)
+    sigma_data = plain.sigma_data
     return objective.loss(denoised, batch.images, batch.sigma, logvar, sigma_data=sigma_data)
 
 
@@ -99,6 +104,7 @@ class Learner:
             while the backward pass runs (DDP).
         frozen: canonical names of the parameters that are not trained.
         compiles: normalization and the check of gradients are compiled, once for tensors of all sizes.
+        shards: the processes divide weights, moments and averages among them (FSDP2) instead of each having all.
     """
 
     def __init__(
@@ -112,17 +118,22 @@ class Learner:
         world: int = 1,
         frozen: Collection[str] = (),
         compiles: bool = False,
+        shards: bool = False,
     ):
+        sharded = FullySharded(network, world=world) if shards else None  # first: it replaces parameters
         self.network, self.loss_scaling, self.microbatch, self.world = network.train(), loss_scaling, microbatch, world
         self.weights = {name: p for name, p in tensors(network).items() if p.requires_grad}
         kind = next(iter(self.weights.values())).device.type
         self.fused = kind in ("cpu", "cuda")  # then Adam's step counts are on the device too
-        self.optimizer = torch.optim.Adam(list(self.weights.values()), betas=betas, eps=1e-8, fused=self.fused or None)
+        divided, whole = ([w for w in self.weights.values() if is_sharded(w) == it] for it in (True, False))
+        groups = [{"params": weights} for weights in (divided, whole) if weights]  # no operation takes both
+        self.optimizer = torch.optim.Adam(groups, betas=betas, eps=1e-8, fused=self.fused or None)
         self.ema = PowerEMA(network, sigma_rels=sigma_rels)
         self.steps = 0
         self._frozen = [self.weights[name] for name in frozen]
-        self._working = WorkingWeights(network, compiles=compiles)
-        self._shared: Any = network if world == 1 else self._among_processes()
+        self._shards = shards
+        self._working: Any = sharded or WorkingWeights(network, compiles=compiles)
+        self._shared: Any = sharded or (network if world == 1 else self._among_processes())
         self._zero_nonfinite: Callable[[Tensor], Tensor] = (
             torch.compile(zero_nonfinite, dynamic=True) if compiles else zero_nonfinite
         )
@@ -148,11 +159,15 @@ class Learner:
         self._working.pull_gradients()
         for weight in self._frozen:
             weight.grad = None  # Adam passes over it
-        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        gradients = local_gradients(self.weights.values())
         if self.loss_scaling != 1:
             torch._foreach_mul_(gradients, 1 / self.loss_scaling)
         nonfinite = self._zeroed(gradients)
-        self.optimizer.param_groups[0]["lr"] = lr
+        if self._shards:
+            with meeting():
+                torch.distributed.all_reduce(nonfinite)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
         self.steps += 1
         self.ema.update(time=self.nimg + total, delta=total)
@@ -224,5 +239,5 @@ class Learner:
 
 
 def _like(weight: Tensor, array: np.ndarray) -> Tensor:
-    """``array`` in memory of its own, laid out as ``weight``, so that Adam takes all tensors in one pass."""
-    return torch.empty_like(weight, requires_grad=False).copy_(torch.tensor(array))
+    """``array`` in memory of its own, laid out and divided as ``weight`` is: Adam then takes all in one pass."""
+    return torch.empty_like(weight, requires_grad=False).copy_(placed_as(weight, torch.tensor(array)))

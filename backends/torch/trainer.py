@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from backends.pipeline.data import batches as data
 from backends.pipeline.runs.config import TrainConfig
@@ -14,6 +15,7 @@ from backends.ports import Machine
 from backends.trainer import Measurement, Trainer
 from edm2_core import loss as objective
 from edm2_core.ema import Length
+from edm2_core.errors import InputError
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
 from edm2_core.state import Arrays, State
@@ -48,7 +50,10 @@ class TorchTrainer(Trainer):
         network = build(config.network, params, device=self._device, dtype=getattr(torch, config.precision))
         network.unet.recomputes = machine.activation_checkpoint
         mode = compile_mode(machine.compile, self._device)
-        made_ready(network, self._device, mode)
+        shards = machine.shard and self.world > 1
+        if shards and config.telemetry:
+            raise InputError("--telemetry needs whole weights in each process, got --shard: leave out one of the two")
+        made_ready(network, self._device, mode, whole=not shards)
         self.learner = Learner(
             network,
             **hyper.of_step,
@@ -56,6 +61,7 @@ class TorchTrainer(Trainer):
             world=self.world,
             frozen=config.frozen,
             compiles=mode is not None,
+            shards=shards,
         )
 
     @property
@@ -86,12 +92,13 @@ class TorchTrainer(Trainer):
         images, labels, condition = self._prepared(batch)
         noise, level = (torch.from_numpy(x).to(self._device) for x in (unit_noise, sigma.reshape(-1, 1, 1, 1)))
         whole = Batch(images, noise, level, labels, condition)
-        losses = []
-        with evaluating(self.learner.network):
+        losses, network = [], self.learner.network
+        denoise = network if isinstance(network, FSDPModule) else network.forward
+        with evaluating(network):
             for part in whole.split(self.learner.microbatch):
                 noisy = part.images + part.unit_noise * part.sigma
-                # not compiled: that would take a compilation for each size of a part
-                denoised, _ = self.learner.network.forward(noisy, part.sigma, part.labels, part.condition)
+                # not compiled as a whole: that would take a compilation for each size of a part
+                denoised, _ = denoise(noisy, part.sigma, part.labels, part.condition)
                 weight = objective.weight(part.sigma, sigma_data=self._config.network.sigma_data)
                 losses.append((weight * (denoised - part.images).square()).flatten(1).mean(dim=1))
         return torch.cat(losses).cpu().numpy()
@@ -100,13 +107,11 @@ class TorchTrainer(Trainer):
         return data.prepared(batch, self._config.format, label_dim=self._config.network.label_dim, normal=latent)
 
     def _batch(self, batch: data.Batch) -> Batch:
-        """With noise, a function of (seed, images seen). It is drawn for the whole batch and cut to this process's
-        share, so the number of processes has no effect on it."""
+        """With noise, and seeds of dropout, functions of (seed, images seen). They are drawn for the whole batch and
+        cut to this process's share, so the number of processes has no effect on them."""
         config, hyper = self._config, self._config.hyper
         key = np.random.SeedSequence([config.seed, self.nimg]).generate_state(2, np.uint64) >> np.uint64(1)
         generator = torch.Generator(self._device).manual_seed(int(key[0]))
-        if config.network.dropout:
-            torch.manual_seed(int(key[1]) + self.rank)
         shape = (hyper.batch, config.network.img_channels, *config.network.image_size)
         normal = torch.randn((hyper.batch, 1, 1, 1), generator=generator, device=self._device)
         noise = torch.randn(shape, generator=generator, device=self._device)
@@ -115,7 +120,11 @@ class TorchTrainer(Trainer):
         moments = config.format.codec.stored == "moments"
         latent = torch.randn(shape, generator=generator, device=self._device)[share] if moments else None
         images, labels, condition = self._prepared(batch, latent)
-        return Batch(images, noise[share], sigma[share], labels, condition)
+        dropout = None
+        if config.network.dropout:
+            seeds = np.random.default_rng(key[1]).integers(-(1 << 31), 1 << 31, hyper.batch, np.int32)
+            dropout = torch.from_numpy(seeds[share]).to(self._device)
+        return Batch(images, noise[share], sigma[share], labels, condition, dropout)
 
     def fetch(self, values: Sequence[Tensor], /) -> np.ndarray:
         if self.world == 1:

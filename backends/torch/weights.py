@@ -12,7 +12,7 @@ from edm2_core.network import NetworkConfig, check_parameters
 
 from .denoiser import Denoiser
 from .network import Network
-from .sharded import is_sharded
+from .sharded import is_sharded, placed_as
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, recomputation
 
@@ -34,7 +34,7 @@ def load(network: nn.Module, params: Mapping[str, np.ndarray], /) -> None:
             raise InputError(f"{name} must have shape {need}, got {got}: use parameters of the same network")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(torch.from_numpy(np.array(params[name])))
+            tensor.copy_(placed_as(tensor, torch.from_numpy(np.array(params[name]))))
 
 
 def dump(values: Mapping[str, Tensor], /) -> dict[str, np.ndarray]:
