@@ -47,6 +47,9 @@ class Machine:
     shard: bool = False
     """Divide weights, moments and averages among the processes: large networks fit, and more is sent. JAX divides them
     always, MLX cannot."""
+    timeout: float | None = None
+    """Seconds that processes wait for each other, and for data, before they end with an error. Without it:
+    EDM2_TIMEOUT, or 300."""
     activation_checkpoint: bool = False
     """Compute the activations of each block anew in the backward pass: less memory, a third more time."""
 

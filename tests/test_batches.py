@@ -283,3 +283,4 @@ def test_a_folder_with_a_broken_image_is_trained_on_where_that_is_asked_for(
     assert run_toy(ToyTrainer, ToySampler(), outdir="run", skip_broken=True, no_picture=True) == 0
     assert Run("run").state_nimg() == 2048
     assert len([record for record in caplog.records if "skipped: " in record.message]) == 1
+    assert Run("run").log()[-1]["skipped"] > 0

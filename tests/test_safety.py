@@ -1,5 +1,10 @@
 """What a run keeps: one writer, one state for all processes, and that state at every end."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from toy_port import PRESET, PROG, ToySampler, ToyTrainer, contents, together
@@ -107,3 +112,63 @@ def test_gradients_that_are_never_finite_stop_the_run(first, duration):
 
     with pytest.raises(InputError, match=rf"gradients must be finite, got others in all \d+ steps from {first} to \d+"):
         train("run", trainer=Zeroed, duration=duration)
+
+
+def test_a_loss_far_above_those_before_is_said_and_marked(capsys):
+    class Spiking(ToyTrainer):
+        def metrics(self):
+            noise = np.sin(self.nimg) * 0.01
+            return {"loss": 1 + noise + (self.nimg == 2048), "nonfinite": super().metrics()["nonfinite"]}
+
+    _, _, run = train(trainer=Spiking, status=64)
+    assert [line["nimg"] for line in run.log() if line.get("spike")] == [2048]
+    assert "warning: the loss rose to 1.99" in capsys.readouterr().err
+
+
+def test_a_run_resumed_at_any_state_logs_the_same_means():
+    class Killed(ToyTrainer):
+        def step(self, *args, lr):
+            if self.nimg == 2496:
+                raise ZeroDivisionError
+            super().step(*args, lr=lr)
+
+    _, _, whole = train("whole", status=1500, checkpoint=700)
+    with pytest.raises(ZeroDivisionError):
+        train("parts", status=1500, checkpoint=700, trainer=Killed)
+    _, trainer, parts = train("parts")
+    assert trainer.seen[0][0] == 2112  # between two lines of --status
+    assert contents(parts)[0] == contents(whole)[0]
+
+
+HANGS = """
+import sys, threading
+from toy_port import PRESET, PRESETS, ToySampler, ToyTrainer, run_toy
+from backends.pipeline.runs.exit_codes import command
+PRESETS["toy"] = PRESET
+
+class Hanging(ToyTrainer):
+    def place(self, batch, /):
+        if self.nimg >= 256:
+            threading.Event().wait()
+        return super().place(batch)
+
+def main():
+    return run_toy(Hanging, ToySampler(), preset="toy", data="digits", outdir="run", timeout=2, duration=4096)
+sys.exit(command(main)())
+"""
+
+
+def test_data_that_do_not_come_end_the_process_after_its_state_is_stored(tmp_path):
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", HANGS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: data must be read within 1.6 s, got no batch of digits: ")
+    assert Run("run").state_nimg() >= 256
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_is_none_is_refused(limit):
+    with pytest.raises(InputError, match="must be a number of seconds above 0"):
+        train(timeout=limit, dry_run=True)

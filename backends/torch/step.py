@@ -5,6 +5,7 @@ normalization; zero non-finite gradient elements; Adam; average the stored weigh
 forced again.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import repeat
@@ -178,8 +179,10 @@ class Learner:
         stored = {id(layer.weight) for layer in self._working.layers}
         others = [weight for weight in self.weights.values() if id(weight) not in stored]
         shared = Shared(self.network, [*self._working.parameters, *others])
+        # of kernels of one pixel, which lie alike by either strides
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         with meeting():
-            return DistributedDataParallel(shared, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return DistributedDataParallel(shared, gradient_as_bucket_view=True)
 
     def _zeroed(self, gradients: Sequence[Tensor]) -> Tensor:
         """The number of elements of ``gradients`` that were zeroed. Only on a CPU, where there is nothing to wait for,

@@ -12,7 +12,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
@@ -24,8 +24,9 @@ from edm2_core.errors import InputError
 from edm2_core.loss import drop_labels
 
 from .datasets import Dataset
+from .patience import Unanswered, seconds
 from .seeds import bits
-from .workers import process_pool
+from .workers import end_processes, process_pool
 
 _MOST_THREADS = 4
 _PART = 256  # the most images that a worker reads at a time
@@ -132,14 +133,20 @@ class Reading(NamedTuple):
 
     def __call__(self, start: int, count: int) -> Batch:
         """The samples at the positions from ``start`` on."""
+        return self.counted(start, count)[0]
+
+    def counted(self, start: int, count: int) -> tuple[Batch, int]:
+        """:meth:`__call__`, and in the place of how many samples another was taken."""
         data, part = self.dataset, {"start": start, "count": count, "size": len(self.dataset), "seed": self.seed}
-        images, indices = self._images(sample_indices(**part))
-        return Batch(
+        wanted = sample_indices(**part)
+        images, indices = self._images(wanted)
+        batch = Batch(
             images,
             self._labels(indices, part) if data.label_dim and self.labelled else None,
             data.condition(indices) if data.cond_channels else None,
             _at_positions(_flips, **part) if self.flip else None,
         )
+        return batch, int(np.count_nonzero(indices != wanted))
 
     def _images(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The images at ``indices``, or at those that take their places."""
@@ -186,7 +193,8 @@ class Batches(Generic[Placed]):
     Yields what ``place`` makes of a :class:`Batch` of n images, by default the batch itself; it is called in a thread
     of its own, so that copies to a device overlap with training. ``start`` is the number of images seen before. n is
     ``batch``, or ``count`` for a process that trains on the samples from ``offset`` on of each batch: it reads no
-    others. An error while reading ahead is raised when its batch is requested, and ends the iteration.
+    others. An error while reading ahead is raised when its batch is requested, and ends the iteration; so does a batch
+    that does not come within :func:`~backends.pipeline.data.patience.seconds`.
 
     ``workers`` processes read (:func:`~.workers.process_pool`), or threads of this one for 0.
     """
@@ -206,6 +214,9 @@ class Batches(Generic[Placed]):
     ) -> None:
         self._batch, self._count = batch, batch - offset if count is None else count
         self._next, self._place = start + offset, place
+        self._name, self._waits = reading.dataset.name, True
+        self.skipped = 0
+        """Samples in whose place another was taken, so far as batches have been read."""
         self._readers, self._read = _readers(reading, workers)
         self._gatherer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: deque[Future[Placed]] = deque()
@@ -218,8 +229,16 @@ class Batches(Generic[Placed]):
     def __next__(self) -> Placed:
         if not self._ahead:
             raise StopIteration
+        limit = _SHARE * seconds()
         try:
-            batch = self._ahead.popleft().result()
+            batch = self._ahead.popleft().result(limit)
+        except TimeoutError:
+            self._waits = False
+            self.close()
+            raise Unanswered(
+                f"data must be read within {limit:g} s, got no batch of {self._name}: see whether its disk answers, or "
+                "give a longer --timeout"
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -236,7 +255,9 @@ class Batches(Generic[Placed]):
         """Stop the workers and the iteration."""
         self._ahead.clear()
         for pool in (self._gatherer, self._readers):
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=self._waits, cancel_futures=True)
+        if not self._waits and isinstance(self._readers, ProcessPoolExecutor):
+            end_processes(self._readers)
 
     def _read_ahead(self) -> None:
         starts = range(self._next, self._next + self._count, _PART)
@@ -245,19 +266,24 @@ class Batches(Generic[Placed]):
         self._ahead.append(self._gatherer.submit(self._gathered, parts))
         self._next += self._batch
 
-    def _gathered(self, parts: Sequence[Future[Batch]]) -> Placed:
-        first, *others = (part.result() for part in parts)
+    def _gathered(self, parts: Sequence[Future[tuple[Batch, int]]]) -> Placed:
+        read, skipped = zip(*(part.result() for part in parts), strict=True)
+        self.skipped += sum(skipped)
+        first, *others = read
         if not others:
             return self._place(first)
         columns = zip(first, *others, strict=True)
         return self._place(Batch(*(None if column[0] is None else np.concatenate(column) for column in columns)))
 
 
-def _readers(reading: Reading, workers: int) -> tuple[Executor, Callable[[int, int], Batch]]:
+_SHARE = 0.8  # of the limit: other processes, which wait for this one, hear of it before theirs is over
+
+
+def _readers(reading: Reading, workers: int) -> tuple[Executor, Callable[[int, int], tuple[Batch, int]]]:
     """A pool of threads or processes, and the function that it runs."""
     if not workers:
         threads = min(_MOST_THREADS, os.cpu_count() or 1)
-        return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="reader"), reading.__call__
+        return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="reader"), reading.counted
     return process_pool(workers, _keep, reading), _in_process
 
 
@@ -266,8 +292,8 @@ def _keep(reading: Reading) -> None:
     _reading = reading
 
 
-def _in_process(start: int, count: int) -> Batch:
-    return _reading(start, count)
+def _in_process(start: int, count: int) -> tuple[Batch, int]:
+    return _reading.counted(start, count)
 
 
 _reading: Reading

@@ -20,6 +20,12 @@ def process_pool(workers: int, prepare: Callable[..., None], /, *given: Any) -> 
     return ProcessPoolExecutor(workers, context, _begin, (prepare, given))
 
 
+def end_processes(pool: ProcessPoolExecutor, /) -> None:
+    """Those of a pool that is shut down, whatever they wait for."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+
+
 def _begin(prepare: Callable[..., None], given: tuple[Any, ...]) -> None:
     signal(SIGINT, SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()

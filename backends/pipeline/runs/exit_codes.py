@@ -12,6 +12,7 @@ from io import TextIOWrapper
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, Self
 
+from backends.pipeline.data.patience import Unanswered
 from edm2_core.errors import InputError
 
 P = ParamSpec("P")
@@ -29,6 +30,10 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
                 stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs) or 0
+        except Unanswered as error:
+            _fail(str(error))
+            sys.stdout.flush()
+            os._exit(2)  # the interpreter would wait for the thread
         except InputError as error:
             return _fail(str(error))
         except ImportError as error:

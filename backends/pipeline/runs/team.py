@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from backends.pipeline.data import patience
 from edm2_core.errors import InputError
 
 AllGather = Callable[[np.ndarray], np.ndarray]
@@ -83,7 +84,7 @@ class Team:
 
 @contextmanager
 def meeting(*, others: type[RuntimeError] | tuple[type[RuntimeError], ...] = ()) -> Iterator[None]:
-    """Within it, wait for the other processes for at most ``EDM2_TIMEOUT`` seconds, 300 by default.
+    """Within it, wait for the other processes for at most :func:`~backends.pipeline.data.patience.seconds`.
 
     Frameworks wait longer or without limit, and no exception can interrupt them: after that time the process prints one
     line and exits with status 1.
@@ -91,20 +92,16 @@ def meeting(*, others: type[RuntimeError] | tuple[type[RuntimeError], ...] = ())
     ``others`` are errors that are not of the meeting, which pass.
 
     Raises:
-        InputError: another process has ended, or the variable is no number.
+        InputError: another process has ended, or the limit is none.
     """
-    text = os.environ.get("EDM2_TIMEOUT", "300")
-    try:
-        seconds = float(text)
-    except ValueError:
-        raise InputError(f"EDM2_TIMEOUT must be a number of seconds, got {text!r}: unset or correct it") from None
+    limit = patience.seconds()
 
     def give_up() -> None:
-        rule = f"error: processes must meet within {seconds:g} s, got no answer from another"
-        print(f"{rule}: see what it says, or set EDM2_TIMEOUT higher", file=sys.stderr, flush=True)
+        rule = f"error: processes must meet within {limit:g} s, got no answer from another"
+        print(f"{rule}: see what it says, or give a longer --timeout", file=sys.stderr, flush=True)
         os._exit(1)
 
-    timer = threading.Timer(seconds, give_up)
+    timer = threading.Timer(limit, give_up)
     timer.daemon = True
     timer.start()
     try:

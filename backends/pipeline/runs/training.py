@@ -4,8 +4,6 @@ Order of an iteration: learning rate, batch, step; then, whenever a multiple of 
 the log line and the state. The result depends only on the config: stopping and resuming do not change it.
 """
 
-import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
 from backends.pipeline.data.batches import Batches, Reading
 from backends.pipeline.data.datasets import Dataset, held_out
+from backends.pipeline.data.patience import set_seconds
 from backends.ports import Machine, OpenSampler
 from backends.trainer import Measurement, OpenTrainer, Trainer
 from edm2_core.ema import Length
@@ -29,11 +28,12 @@ from .config import DataSummary, TrainConfig
 from .exit_codes import Interrupts
 from .fitting import Room, images_at_a_time
 from .folder import Run
-from .holdout import HeldOut, Overfitting
+from .holdout import HeldOut
 from .length_picture import draw_lengths
 from .messages import Estimate, ladder_text, say_begin, say_epochs, say_initial, say_next
 from .options import ScoreOptions, TrainOptions
 from .progress import Progress
+from .reporting import Report
 from .resolve import microbatches, open_data, resolve, with_free_options
 from .safety import Divergence, Failure
 from .scoring import Measured, Scores
@@ -59,6 +59,7 @@ def run_training(
         InputError: as :func:`~.resolve.resolve`; a damaged state; another writer of the run; processes that would train
             something else; or a failed write.
     """
+    set_seconds(options.machine.timeout)
     options = resumed_by_first(options, team, prog=prog)
     previous = options.previous
     dataset = open_data(options, previous)
@@ -107,6 +108,7 @@ def train(
             written; or another process would train something else.
         KeyboardInterrupt: after SIGINT or SIGTERM; the state was saved, and the same call continues from it.
     """
+    set_seconds(machine.timeout)
     config = replace(config, data_summary=DataSummary.of(dataset)).intervals_filled()
     run = None if outdir is None else Run(outdir)
     previous = run.config() if run is not None and run.exists() else None
@@ -213,7 +215,7 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler) -> int:
     ):
         failure = Failure()
         diverged = Divergence(trainer.nimg, hyper.batch)
-        report = _Report(run, progress, trainer.nimg, None if held is None else HeldOut(config, held, trainer))
+        report = Report(run, progress, trainer.nimg, None if held is None else HeldOut(config, held, trainer))
         snapshots = _Snapshots(config, run)
         scores = _scores(job, run, open_sampler, progress)
         estimate = Estimate(trainer, hyper.duration, progress.say)
@@ -227,25 +229,28 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler) -> int:
             measurement, lr = _step(job, batch)
             nimg, end = trainer.nimg, trainer.nimg >= hyper.duration
             snapshots.store_due(trainer, before, nimg, end=end)
-            reported = end or _crossed(config.status, before, nimg)
+            stores = end or _crossed(config.checkpoint, before, nimg)
+            # a mean ends where a state is stored, so that a resumed run logs the same
+            reported = stores or _crossed(config.status, before, nimg)
             with failure.kept():
                 if run is not None and measurement is not None:
                     run.append_telemetry(telemetry.record(config, measurement, nimg=before))
                 progress.advance(nimg - before)
                 if reported:
-                    report(trainer.metrics(), nimg, lr)
+                    report(trainer.metrics(), nimg, lr, skipped=batches.skipped)
             if reported:
                 diverged(trainer, end=end)
                 stored.look()
             if scores is not None and (end or _crossed(job.scores.evaluate, before, nimg)):
                 scores(nimg)
-            if end or _crossed(config.checkpoint, before, nimg) or (reported and stored.is_old):
+            if stores or (reported and stored.is_old):
                 stored.begin()
         if trainer.agree(failure.error is not None):
             failure.end(stored, trainer)
         stopped = trainer.nimg < hyper.duration
         if stopped and trainer.nimg > report.nimg:
-            report(trainer.metrics(), trainer.nimg, _learning_rate(config, before - hyper.batch))
+            lr = _learning_rate(config, before - hyper.batch)
+            report(trainer.metrics(), trainer.nimg, lr, skipped=batches.skipped)
         if not stored.is_now:
             stored.begin()
         stored.finish()
@@ -330,37 +335,3 @@ class _Snapshots:
             return tuple(map(Length.of, self._plan.due(before, now, end=end)))
         hyper = self._config.hyper
         return hyper.lengths if end or _crossed(hyper.snapshot, before, now) else ()
-
-
-class _Report:
-    """Each call writes a log line and shows the loss; ``nimg`` is the time of the last call. Later lines are dropped at
-    construction."""
-
-    def __init__(self, run: Run | None, progress: Progress, nimg: int, held: HeldOut | None) -> None:
-        self._held, self._overfitting = held, Overfitting(progress.say)
-        kept = run.truncate_logs(nimg) if run is not None else []
-        self._run, self._progress, self.nimg = run, progress, nimg
-        # seconds of training before this start
-        self._before = max((line.get("seconds") or 0.0 for line in kept), default=0.0)
-        self._start = self._last = time.monotonic()
-
-    def __call__(self, metrics: Mapping[str, float], nimg: int, lr: float) -> None:
-        now = time.monotonic()
-        record = {
-            "nimg": nimg,
-            "loss": metrics["loss"],
-            "lr": lr,
-            "images_per_s": (nimg - self.nimg) / max(now - self._last, 1e-9),
-            "seconds": self._before + now - self._start,
-            "nonfinite": metrics["nonfinite"],
-        }
-        said = f"loss {metrics['loss']:.4f}"
-        if self._held is not None:
-            record |= self._held.measure()
-            said += f", held out {record['holdout']:.4f}"
-        self.nimg, self._last = nimg, time.monotonic()
-        if self._run is not None:
-            self._run.append_log(record)
-            self._progress.report(said)
-            if self._held is not None:
-                self._overfitting(record["holdout"], nimg)
