@@ -282,4 +282,4 @@ def test_reconstructed_files_keep_what_is_not_averaged(tmp_path: Any) -> None:
     assert (entries["mask"].dtype, entries["weight"].dtype) == ("F32", "BF16")
     got = reconstruct(path.parent, sigma_rel=0.07)
     assert np.array_equal(got["mask"].numpy(), MASK)
-    assert torch.allclose(got["weight"], module.weight, rtol=2**-8)
+    assert torch.allclose(got["weight"], module.weight, rtol=2**-7)  # stochastic rounding: a spacing of bfloat16

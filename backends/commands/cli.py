@@ -13,6 +13,7 @@ COMMANDS = {  # name: (module in this package, description)
     "plan": ("plan", "which averages to store when, within a budget of files"),
     "import": ("import_official", "an official EDM2 pickle as a snapshot, executing nothing in it"),
     "export": ("export", "a network for other tools, without a pickle"),
+    "convert-state": ("convert_state", "a run's training state to and from checkpoints of other engines"),
     "ema-plot": ("ema_plot", "profiles and reconstruction error of a folder of snapshots"),
     "dataset convert": ("dataset_convert", "a training set of pictures of any kind and size"),
     "dataset info": ("dataset_info", "what a dataset was recognised as"),

@@ -227,7 +227,7 @@ class _Inert:
     """A class that is only named, as in the arguments of ``_reconstruct``."""
 
 
-def _check_memo(file: BinaryIO) -> None:
+def check_memo(file: BinaryIO) -> None:
     """A pickle numbers the objects that it names again; for any number the unpickler takes as much memory as if all the
     numbers before were there. Honest ones count from 0, so a number is never beyond the bytes that precede it.
 
@@ -295,7 +295,7 @@ def load(path: Path, /) -> Any:
     """
     try:
         with open(path, "rb") as file:
-            _check_memo(file)
+            check_memo(file)
             gc.disable()  # objects are many and all stay: looking for garbage among them takes a quarter of the time
             return _Unpickler(_InPlace(file)).load()
     except OSError as error:

@@ -109,6 +109,14 @@ def complete(folder: Path, /, *, count: int) -> None:
         raise write_error(folder, error) from error
 
 
+def store(states: Path, state: State, /) -> Path:
+    """Write ``state``, whole, as one shard of its folder in ``states``; returns that."""
+    folder = folder_of(states, state.nimg)
+    save_state(shard_of(folder, 0, 1), state)
+    complete(folder, count=1)
+    return folder
+
+
 def remove_others(states: Path, /, *, keep: int) -> None:
     """Of the complete states in a run's folder, remove all but the last ``keep``."""
     for folder in _complete(states)[:-keep]:
