@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from backends.pipeline.checkpoints.atomic import write_bytes
+from backends.pipeline.checkpoints.remote import local
 from backends.pipeline.report import sections
 from backends.pipeline.report.figures import measured
 from backends.pipeline.report.history import History
@@ -79,6 +80,7 @@ def _named(paths: Sequence[Path]) -> dict[str, Run]:
     """Runs by the name of their folder, or by its full path if several have that name."""
     if not paths:
         raise InputError("runs must be one or more run folders, got none: edm2 report runs/mine for example")
+    paths = [local(path) for path in paths]
     folders = [path.resolve() for path in paths]
     if repeated := [folder for folder, times in Counter(folders).items() if times > 1]:
         raise InputError(f"runs must differ, got {repeated[0]} twice: name each once")

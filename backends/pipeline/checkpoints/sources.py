@@ -25,6 +25,7 @@ from edm2_core.network import NetworkConfig
 from .described import Described
 from .file_times import TIME, named_times, some
 from .folders import INDEX, FoundFile, ShardedFile, find_files
+from .remote import local
 from .safetensors_io import Reader, TensorFile
 from .snapshots import KIND, Metadata, Snapshot, metadata_of, read_params, with_params
 from .torch_files import Unreachable
@@ -75,7 +76,8 @@ def open_sources(
     skip: Skip | None = None,
     show: Callable[[str], None] = _LOGGER.info,
 ) -> list[Source]:
-    """Open the averages in a run folder, in any folder of files, or at these paths; in order of time, then of length.
+    """Open the averages in a run folder, in any folder of files, at a URL of either, or at these paths; in order of
+    time, then of length.
 
     All must hold the same arrays of one network: files that differ from the majority are broken. ``described`` tells
     what files without metadata hold. ``skip`` is called with each broken file, which is left out; without it they
@@ -88,7 +90,7 @@ def open_sources(
     """
     described = described or Described()
     if isinstance(source, str | Path):
-        files = find_files(Path(source), described.pattern)
+        files = find_files(local(source), described.pattern)
     else:
         files = [FoundFile(Path(path).stem, Path(path)) for path in source]
     opened: list[_Opened] = []

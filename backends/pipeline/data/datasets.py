@@ -15,6 +15,7 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 
+from backends.pipeline.checkpoints.remote import local
 from edm2_core.codec import PIXELS, Codec, DataFormat
 from edm2_core.errors import InputError
 
@@ -159,8 +160,8 @@ def open_dataset(
 
     Args:
         spec: ``digits``; a folder, .zip or .tar of images, or of .npy files with a sample each; a .npy, .npz or
-            .safetensors file of all samples; or a folder with .parquet or .arrow files. Files are found at any depth
-            and ordered by name; hidden ones are skipped.
+            .safetensors file of all samples; a folder with .parquet or .arrow files; or the URL of one. Files are found
+            at any depth and ordered by name; hidden ones are skipped.
         kind: what it is; None: recognised by what is in it.
         condition: a dataset of as many samples, in the same order: each is the condition of one.
         format: codecs that were measured before, of a run to resume; None: from a manifest, or measured now.
@@ -170,10 +171,10 @@ def open_dataset(
             that are not finite, or a condition of another number or size.
     """
     codec = format.codec if format else None
-    dataset = _open(Path(spec), kind, codec) if os.fspath(spec) != DIGITS else digits()
+    dataset = _open(local(spec), kind, codec) if os.fspath(spec) != DIGITS else digits()
     if condition is None:
         return dataset
-    pair = _open(Path(condition), None, format.condition if format else None)
+    pair = _open(local(condition), None, format.condition if format else None)
     if (got := (len(pair), *pair.shape[1:])) != (need := (len(dataset), *dataset.shape[1:])):
         raise InputError(
             f"a condition must be as many samples of the same size as the data, {_sizes(need)}, got {_sizes(got)} in "

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from backends.pipeline.checkpoints.remote import is_url, url_of
 from edm2_core.errors import InputError
 
 T = TypeVar("T")
@@ -124,18 +125,35 @@ def _by_type(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     return reader(*_READERS[kind], optional=optional and kind in (int, float))
 
 
+_WRITTEN = ("outdir", "out", "dest", "save", "picture")  # options that name what a command writes
+
+
 def parse(
-    cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str, default: T | None = None
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str,
+    default: T | None = None,
+    writes_to_urls: bool = False,
 ) -> T:
     """The options in ``argv`` (None: ``sys.argv``), with defaults from ``default``.
 
     Raises:
-        InputError: a value cannot be read, or ``cls`` refuses it; the message names the flag.
+        InputError: a value cannot be read, or ``cls`` refuses it; or a URL of what is written, unless
+            ``writes_to_urls``. The message names the flag.
         SystemExit: 0 after ``--help``, 2 for an unknown flag.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        return cast(T, _read(cls, words, prog=prog, description=description, default=default))
+        options: Any = _read(cls, words, prog=prog, description=description, default=default)
+        for name in _WRITTEN:
+            if is_url(value := getattr(options, name, None) or "") and not writes_to_urls:
+                raise InputError(
+                    f"{name} must be local, got {url_of(value)}: of all that is written, only the --outdir of training "
+                    "may be a URL"
+                )
+        return cast(T, options)
     except InputError as error:
         raise InputError(_with_flag(str(error), cls)) from error
 

@@ -1,7 +1,6 @@
 """Training that starts from a trained network: the arrays that fit are taken, the others are fresh."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -38,7 +37,7 @@ def initial(config: TrainConfig, /) -> Initial:
     Raises:
         InputError: no such network, or one of which nothing fits.
     """
-    source = stored_network(Path(str(config.init)))
+    source = stored_network(str(config.init))
     fresh = initialize(config.network, seed=config.seed)
     given = renamed(source, config.network)
     fits = {name: given[name] for name, array in fresh.items() if name in given and given[name].shape == array.shape}

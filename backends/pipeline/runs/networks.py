@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from backends.pipeline.checkpoints.atomic import write_atomically
 from backends.pipeline.checkpoints.hub import SCHEME, hub_folder
 from backends.pipeline.checkpoints.reconstruct import reconstruct
+from backends.pipeline.checkpoints.remote import CACHE, local
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, snapshot_name
 from backends.pipeline.checkpoints.sources import Source, open_sources
 from edm2_core.ema import Length
@@ -20,7 +21,6 @@ from edm2_core.published import URL
 from . import shipped
 from .folder import Run, any_run, newest
 
-CACHE = Path.home() / ".cache" / "edm2"
 """Where published networks are kept."""
 
 
@@ -38,18 +38,19 @@ def stored_network(path: str | Path, /, *, sigma_rel: float | None = None) -> Sn
     """The network in a file, or the latest average in a folder.
 
     Args:
-        path: a snapshot, an official pickle, a run, or a folder of snapshots or of pickles.
+        path: a snapshot, an official pickle, a run, or a folder of snapshots or of pickles; or the URL of one.
         sigma_rel: length of a folder's average, reconstructed if it is not stored; None: 0.10 if stored, else the
             longest.
 
     Raises:
         InputError: no such file or run, a folder without averages, or ``sigma_rel`` with a single file.
     """
-    return open_network(Path(path), sigma_rel=sigma_rel).snapshot
+    return open_network(path, sigma_rel=sigma_rel).snapshot
 
 
-def open_network(path: Path, /, *, sigma_rel: float | None = None, train: str | None = None) -> FoundNetwork:
+def open_network(path: str | Path, /, *, sigma_rel: float | None = None, train: str | None = None) -> FoundNetwork:
     """:func:`stored_network`, with its origin; ``train`` is the command to suggest."""
+    path = local(path)
     if not path.is_dir():
         if sigma_rel is not None:
             raise InputError(f"a single snapshot has one length, got sigma_rel {sigma_rel} for {path}: give the run")

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from backends.pipeline.checkpoints.checksums import KEY
+from backends.pipeline.checkpoints.remote import is_url, url_of
 from backends.pipeline.data.datasets import DIGITS, Kind, open_dataset
 from backends.ports import Compile, Machine
 from edm2_core.codec import DataFormat
@@ -29,6 +30,7 @@ from .command_line import flag, flags_given, parse, parse_some, reader
 from .config import Precision, TrainConfig
 from .folder import Run
 from .job import Noise
+from .mirror import folder_of, working_copy
 
 _EXCLUSIVE = (
     ("half_life", "sigma_rels"),
@@ -121,13 +123,13 @@ class ScoreOptions:
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Options of the train command. Those in ``config`` are stored with the run; ``previous`` is the config of the run
-    that is resumed, or None; ``words`` are the line that they were read from."""
+    that is resumed, or None; ``url`` is that of the run whose working copy is ``outdir``, or None; ``words`` are the
+    line that they were read from."""
 
     outdir: Path | None = None
-    """Run folder; an existing run is resumed. Without it: a new numbered folder under runs/."""
+    """Run folder, or the URL of one; an existing run is resumed. Without it: a new numbered folder under runs/."""
     data: str | None = None
-    """'digits', or a folder or file of images, arrays or latents. Without it: digits, or the data of the resumed run.
-    """
+    """'digits', or a folder, file or URL of images, arrays or latents. Without it: digits, or the resumed run's."""
     preset: str = AUTO
     """Network and hyperparameters; auto chooses them by the number and the size of the images."""
     config_file: ConfigFile = None
@@ -147,6 +149,7 @@ class TrainOptions:
     """File written by edm2 plan: which averages to store when, instead of --sigma-rels and --snapshot."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     previous: tyro.conf.Fixed[TrainConfig | None] = None
+    url: tyro.conf.Fixed[str | None] = None
     words: tyro.conf.Fixed[tuple[str, ...]] = ()
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
     scores: Annotated[ScoreOptions, tyro.conf.arg(name="")] = ScoreOptions()
@@ -181,11 +184,13 @@ def parse_train(
     given = sys.argv[1:] if argv is None else list(argv)
     words = [re.sub("^--batch-gpu(?=$|=)", "--batch-per-device", word) for word in given]  # the official spelling
     default = _defaults(words, prog=prog) if previous is None else _resuming(previous)
-    options = parse(TrainOptions, words, prog=prog, description=description, default=default)
+    options = parse(TrainOptions, words, prog=prog, description=description, default=default, writes_to_urls=True)
     _check_exclusive(flags_given(words))
     config = options.config
     config = replace(config, condition=_absolute(config.condition), init=_absolute(config.init))
-    return replace(options, preset=_plain(options.preset), config=config, words=tuple(given))
+    url = url_of(options.outdir) if options.outdir is not None and is_url(options.outdir) else None
+    outdir = options.outdir if url is None else folder_of(url)
+    return replace(options, outdir=outdir, preset=_plain(options.preset), config=config, words=tuple(given), url=url)
 
 
 def with_precision(options: TrainOptions, argv: Sequence[str] | None, fastest: Precision, /) -> TrainOptions:
@@ -198,7 +203,7 @@ def with_precision(options: TrainOptions, argv: Sequence[str] | None, fastest: P
 
 def _absolute(path: str | None) -> str | None:
     """As the config records it, wherever the command runs."""
-    return None if path is None else str(Path(path).absolute())
+    return path if path is None or is_url(path) else str(Path(path).absolute())
 
 
 def _plain(name: str) -> str:
@@ -214,7 +219,10 @@ def _check_exclusive(names: set[str]) -> None:
 
 def _defaults(words: Sequence[str], *, prog: str) -> TrainOptions:
     choice = parse_some(_Choice, [word for word in words if word not in ("-h", "--help")], prog=prog)
-    if choice.outdir is not None and (run := Run(choice.outdir)).exists():
+    outdir = choice.outdir
+    if outdir is not None and is_url(outdir):
+        outdir = working_copy(url_of(outdir))
+    if outdir is not None and (run := Run(outdir)).exists():
         return _resuming(run.config())
     name, base = _base(choice)
     base = on_rung(base, choice.ladder)

@@ -31,6 +31,7 @@ from .folder import Run
 from .holdout import HeldOut
 from .length_picture import draw_lengths
 from .messages import Estimate, ladder_text, say_begin, say_epochs, say_initial, say_next
+from .mirror import Mirror
 from .options import ScoreOptions, TrainOptions
 from .progress import Progress
 from .reporting import Report
@@ -81,7 +82,7 @@ def run_training(
         return _draw(run, config, dataset, state.params, open_sampler, nimg=start, prog=prog)
     machine = _machine(options.machine, config, room)
     trainer, picture = open_trainer(config, machine), not options.no_picture
-    job = Training(config, dataset, trainer, machine, options.scores)
+    job = Training(config, dataset, trainer, machine, options.scores, options.url)
     return _train(job, open_sampler, options.outdir, start=start, picture=picture, prog=prog)[1]
 
 
@@ -149,6 +150,8 @@ class Training:
     trainer: Trainer
     machine: Machine = Machine()
     scores: ScoreOptions = field(default_factory=ScoreOptions)
+    url: str | None = None
+    """Where the run's files are copied to."""
 
 
 def _train(
@@ -174,11 +177,14 @@ def _train(
                 trainer.parameters()  # gathered in every process, for the picture
             return None, status
         run.save_config(config)
+        mirror = None if job.url is None else held.enter_context(Mirror(run.path, job.url))
         say_begin(run, config, trainer, resumed=resumed)
+        if job.url is not None:
+            print(f"copies   of all that is written go to {job.url}")
         if begin is not None:
             say_initial(config, begin)
-        if status := _loop(job, run, open_sampler):
-            print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.path}")
+        if status := _loop(job, run, open_sampler, mirror):
+            print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {job.url or run.path}")
             return run, status
         if not picture:
             say_next(run, config, prog=prog)
@@ -203,8 +209,9 @@ def _draw(
     return 0
 
 
-def _loop(job: Training, run: Run | None, open_sampler: OpenSampler) -> int:
-    """Train to the end; write to ``run`` unless it is None. Returns 0, or the exit status after a signal."""
+def _loop(job: Training, run: Run | None, open_sampler: OpenSampler, mirror: Mirror | None = None) -> int:
+    """Train to the end; write to ``run``, which ``mirror`` copies, unless it is None. Returns 0, or the exit status
+    after a signal."""
     config, trainer, hyper = job.config, job.trainer, job.config.hyper
     kept, held = held_out(job.dataset, config.holdout, seed=config.seed)
     with (
@@ -241,6 +248,8 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler) -> int:
             if reported:
                 diverged(trainer, end=end)
                 stored.look()
+                if mirror is not None:
+                    mirror.push()
             if scores is not None and (end or _crossed(job.scores.evaluate, before, nimg)):
                 scores(nimg)
             if stores or (reported and stored.is_old):
