@@ -251,3 +251,11 @@ def test_what_is_written_elsewhere_than_by_training_must_be_local(words, capsys,
         assert edm2([name, *options]) == 2
         assert f"{options[0]} must be local, got s3://b" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_url_survives_being_a_path():
+    for url in ("s3://bucket/a/b", "file:///tmp/a", "memory://a"):
+        assert remote.is_url(Path(url))
+        assert remote.url_of(Path(url)) == remote.url_of(url) == url
+    for path in ("/tmp/a", "runs/x", "C:/data", "a:b"):
+        assert not remote.is_url(path)

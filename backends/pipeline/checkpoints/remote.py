@@ -33,8 +33,9 @@ def is_url(path: str | os.PathLike[str], /) -> bool:
 
 
 def url_of(path: str | os.PathLike[str], /) -> str:
-    """The URL, with the slashes that a Path has lost."""
-    return _URL.sub(r"\1://", os.fspath(path), count=1)
+    """The URL, with the slashes that a Path has lost: two, or three where there are no hosts."""
+    text = os.fspath(path)
+    return _URL.sub(r"\1:///" if text.startswith(("file:", "local:")) else r"\1://", text, count=1)
 
 
 def local(path: str | os.PathLike[str], /) -> Path:

@@ -72,12 +72,19 @@ class Run:
 
     def __init__(self, path: str | Path, /) -> None:
         self.path = Path(path)
+        self.url: str | None = None
+        """Where its files are copied to."""
         self.config_path = self.path / "config.json"
         self.log_path = self.path / "log.jsonl"
         self.telemetry_path = self.path / "telemetry.jsonl"
         self.states_path = self.path / "state"
         self.snapshots_path = self.path / "snapshots"
         self.samples_path = self.path / "samples"
+
+    @property
+    def address(self) -> str:
+        """What a command is given to find it."""
+        return self.url or str(self.path)
 
     @property
     def state_path(self) -> Path | None:

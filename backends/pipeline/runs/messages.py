@@ -78,14 +78,14 @@ def ladder_text(network: NetworkConfig) -> str:
 
 
 def say_next(run: Run, config: TrainConfig, *, prog: str) -> None:
-    sample = f"{prog.removesuffix('train')}sample --run {run.path}"
+    sample = f"{prog.removesuffix('train')}sample --run {run.address}"
     print("next, for example:")
     other = any(length.relative for length in config.hyper.lengths)  # a half-life alone reconstructs few lengths
     print(f"  {sample} --sigma-rel 0.15" if other else f"  {sample}")
     if config.network.label_dim and not (config.data_summary and config.data_summary.vectors):
         print(f"  {sample} --class 3" + " --guidance 2" * (config.network.label_dropout > 0))
     if not isinstance(config.snapshot_plan, TimedPlan):  # a timed plan ends with its run
-        print(f"  {prog} --outdir {run.path} --duration {count_text(2 * config.hyper.duration)}")
+        print(f"  {prog} --outdir {run.address} --duration {count_text(2 * config.hyper.duration)}")
 
 
 class Estimate:

@@ -177,6 +177,7 @@ def _train(
                 trainer.parameters()  # gathered in every process, for the picture
             return None, status
         run.save_config(config)
+        run.url = job.url
         mirror = None if job.url is None else held.enter_context(Mirror(run.path, job.url))
         say_begin(run, config, trainer, resumed=resumed)
         if job.url is not None:
@@ -184,7 +185,7 @@ def _train(
         if begin is not None:
             say_initial(config, begin)
         if status := _loop(job, run, open_sampler, mirror):
-            print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {job.url or run.path}")
+            print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.address}")
             return run, status
         if not picture:
             say_next(run, config, prog=prog)
@@ -199,7 +200,7 @@ def _draw(
     try:
         drawn = draw_lengths(run, config, dataset, raw, open_sampler, nimg=nimg)
     except KeyboardInterrupt:
-        print(f"stopped; the run is complete and stored; to draw the picture: {prog} --outdir {run.path}")
+        print(f"stopped; the run is complete and stored; to draw the picture: {prog} --outdir {run.address}")
         return 128 + SIGINT
     if drawn is not None:
         print(f"picture  {drawn.path}: the raw weights, then averages from short to long")
