@@ -27,7 +27,7 @@ from .agreement import check_same_config, hold, load_into, resumed_by_first, sto
 from .config import DataSummary, TrainConfig
 from .exit_codes import Interrupts
 from .fitting import Room, images_at_a_time
-from .folder import Run
+from .folder import RUNS, Run
 from .holdout import HeldOut
 from .length_picture import draw_lengths
 from .messages import Estimate, ladder_text, say_begin, say_epochs, say_initial, say_next
@@ -38,6 +38,7 @@ from .reporting import Report
 from .resolve import microbatches, open_data, resolve, with_free_options
 from .safety import Divergence, Failure
 from .scoring import Measured, Scores
+from .space import check_space
 from .storing import Stored, same_everywhere
 from .team import Team
 
@@ -72,6 +73,7 @@ def run_training(
         place = run.path if run is not None else "a new folder under runs/"
         print(f"{config.to_json()}{ladder_text(config.network)}")
         say_epochs(config)
+        print(f"disk     {check_space(config, Run(options.outdir or RUNS))}")
         print(f"would train from {start} to {config.hyper.duration} images in {place}")
         return 0
     if run is not None and start >= config.hyper.duration:
@@ -172,6 +174,7 @@ def _train(
         begin = load_into(trainer, config, outdir, start=start)
         if trainer.world > 1:
             same_everywhere(trainer, config)
+        disk = trainer.team.first(lambda: b"" if run is None else check_space(config, run).encode())
         if run is None:
             if not (status := _loop(job, None, open_sampler)) and picture:
                 trainer.parameters()  # gathered in every process, for the picture
@@ -180,6 +183,7 @@ def _train(
         run.url = job.url
         mirror = None if job.url is None else held.enter_context(Mirror(run.path, job.url))
         say_begin(run, config, trainer, resumed=resumed)
+        print(f"disk     {disk.decode()}")
         if job.url is not None:
             print(f"copies   of all that is written go to {job.url}")
         if begin is not None:
