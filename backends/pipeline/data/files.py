@@ -49,9 +49,28 @@ def open_files(path: Path, /) -> Files:
         if shards and len(shards) == sum(not is_hidden(name) for name in folder.names):
             return Tars(path, [path / name for name in shards])
         return folder
-    if tarfile.is_tarfile(path):
+    if _is_tar(path) or _is_compressed(path):
         return Tars(path, [path])
     return Zip(path)
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether it is an uncompressed .tar. ``tarfile.is_tarfile`` would try to decompress anything, with as much memory
+    as its first bytes ask for."""
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except (tarfile.TarError, OSError, EOFError):
+        return False
+
+
+def _is_compressed(path: Path) -> bool:
+    """Whether it begins as gzip, bzip2, xz or zstd files do."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"))
+    except OSError:
+        return False
 
 
 def find(files: Files, name: str, /) -> int | None:
@@ -162,7 +181,7 @@ class Tars(_Mapped):
                             names.append(prefix + member.name.removeprefix("./"))
                             rows.append((number, member.offset_data, member.size))
             except (tarfile.TarError, OSError, EOFError) as error:
-                got = "a compressed archive" if tarfile.is_tarfile(archive) else error
+                got = "a compressed archive" if _is_compressed(archive) else error
                 raise InputError(
                     f"a .tar of data must be whole and uncompressed, got '{got}' in {archive}: unpack it into a folder"
                 ) from error

@@ -148,7 +148,8 @@ def parse(
     try:
         options: Any = _read(cls, words, prog=prog, description=description, default=default)
         for name in _WRITTEN:
-            if is_url(value := getattr(options, name, None) or "") and not writes_to_urls:
+            value = getattr(options, name, None)
+            if isinstance(value, Path) and is_url(value) and not writes_to_urls:
                 raise InputError(
                     f"{name} must be local, got {url_of(value)}: of all that is written, only the --outdir of training "
                     "may be a URL"
