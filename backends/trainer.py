@@ -54,6 +54,7 @@ class Trainer(ABC):
 
     def __init__(self) -> None:
         self._metrics: list[tuple[Any, Any]] = []
+        self._images = 1  # of this process's last share
         self.zeroed_in_a_row = 0
         """The number of steps in a row, up to the last call of :meth:`metrics`, with zeroed gradient elements."""
 
@@ -64,12 +65,14 @@ class Trainer(ABC):
 
     def step(self, batch: Any, /, *, lr: float) -> None:
         """Train on this process's share of a batch. Raises InputError if the memory of the device is exhausted."""
-        with self._memory(len(batch.images)):
+        self._images = len(batch.images)
+        with self._memory(self._images):
             self._metrics.append(self.take_step(batch, lr=lr))
 
     def measured_step(self, batch: Any, /, *, lr: float) -> Measurement:
         """:meth:`step`, and its telemetry. Training continues exactly as if nothing were measured."""
-        with self._memory(len(batch.images)):
+        self._images = len(batch.images)
+        with self._memory(self._images):
             metrics, measurement = self.take_measured_step(batch, lr=lr)
             self._metrics.append(metrics)
         return measurement
@@ -83,7 +86,8 @@ class Trainer(ABC):
     def metrics(self) -> dict[str, float]:
         """Since the last call: ``loss``, the mean over steps and processes, and ``nonfinite``, the number of gradient
         elements that were zeroed."""
-        losses, nonfinite = (self.fetch(values) for values in zip(*self._metrics, strict=True))
+        with self._memory(self._images):  # some devices say at the end of a step that it did not fit
+            losses, nonfinite = (self.fetch(values) for values in zip(*self._metrics, strict=True))
         self._metrics = []
         for count in nonfinite:
             self.zeroed_in_a_row = self.zeroed_in_a_row + 1 if count else 0
@@ -92,7 +96,8 @@ class Trainer(ABC):
     def settle(self) -> None:
         """Wait for the device to end the last step."""
         if self._metrics:
-            self.fetch(self._metrics[-1])
+            with self._memory(self._images):
+                self.fetch(self._metrics[-1])
 
     def agree(self, stop: bool, /) -> bool:
         """Whether ``stop`` is true in any process."""

@@ -44,8 +44,11 @@ KEPT = (".safetensors", ".png", ".zip", ".npz")  # files whose bytes are compare
 ROWS: list[str] = []
 
 
-def main(*, torch: int = 200, jax: int = 30, mlx: int = 15, commands: int = 20, flips: int = 2000) -> None:
-    """Kill training of each port so many times, the other commands COMMANDS times each, and flip FLIPS bytes a file."""
+def main(
+    *, torch: int = 200, jax: int = 30, mlx: int = 15, pairs: int = 10, commands: int = 20, flips: int = 2000
+) -> None:
+    """Kill training of each port so many times, that of two processes PAIRS times, the other commands COMMANDS times
+    each, and flip FLIPS bytes a file."""
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         for port, trials in (("torch", torch), ("jax", jax), ("mlx", mlx)):
             if trials:
@@ -55,6 +58,7 @@ def main(*, torch: int = 200, jax: int = 30, mlx: int = 15, commands: int = 20, 
             kills(name, commands, module, words)
         damages(flips)
         full_disks()
+        pairs_killed(pairs)
         peers()
         growth()
     table = "\n".join(ROWS)
@@ -70,7 +74,8 @@ Measured by `python -m benchmarks.faults` (`nox -s faults`) on {machine()}.
   and picture, after the same command was given once more. While a killed run rests, every visible file is read.
 - A flipped byte is found by checksums of the header and of each 16,384 elements of a snapshot or state, and of
   config.json. log.jsonl and dataset.json have none: a changed digit in them is a changed number.
-- With several processes a state is stored at intervals and at signals, not at errors: the last interval may be lost.
+- With several processes the state is stored at intervals, at signals to any of them and at errors between steps. A
+  process that is killed takes the last interval with it; states are then complete in all shards or not there.
 """
     print(text)
     (Path(__file__).parents[1] / "docs" / "reliability.md").write_text(text)
@@ -286,12 +291,11 @@ def peers() -> None:
         for signum in (signal.SIGKILL, signal.SIGSTOP):
             seconds, status, line = pair(port, signum)
             happened = f"the other ended after {seconds:.0f} s with status {status}: {line[:110]}"
-            row(f"{port}: {signum.name} to one of two, EDM2_TIMEOUT=10", 1, happened, "since the last state")
+            row(f"{port}: {signum.name} to one of two, --timeout 10", 1, happened, "since the last state")
 
 
-def pair(port: str, signum: signal.Signals) -> tuple[float, int, str]:
-    """Seconds until the first of two processes ends, its status and its last line, after the second got a signal."""
-    folder = Path(tempfile.mkdtemp(dir="."))
+def started(port: str, folder: Path, words: str) -> list[subprocess.Popen[bytes]]:
+    """Two processes of a train command, as each port starts them; what they say goes to said-0.txt and said-1.txt."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([["127.0.0.1:32323"], ["127.0.0.1:32324"]]))
     commands = []
@@ -301,12 +305,18 @@ def pair(port: str, signum: signal.Signals) -> tuple[float, int, str]:
             "jax": {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:29634", "JAX_NUM_PROCESSES": 2, "JAX_PROCESS_ID": rank},
             "mlx": {"MLX_RANK": rank, "MLX_HOSTFILE": hosts.absolute()},
         }[port]
-        environment = {**os.environ, "EDM2_TIMEOUT": "10", **{name: str(value) for name, value in of_port.items()}}
-        words = f"-m backends.{port}.train {SMALL} --duration 1Mi --status 256 --no-picture --outdir run".split()
-        said = open(folder / f"said-{rank}.txt", "w")  # noqa: SIM115
-        commands.append(
-            subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, stdout=said, stderr=said)
-        )
+        environment = {**os.environ, **{name: str(value) for name, value in of_port.items()}}
+        line = [sys.executable, "-m", f"backends.{port}.train", *words.split()]
+        with open(folder / f"said-{rank}.txt", "a") as said:
+            commands.append(subprocess.Popen(line, cwd=folder, env=environment, stdout=said, stderr=said))
+    return commands
+
+
+def pair(port: str, signum: signal.Signals) -> tuple[float, int, str]:
+    """Seconds until the first of two processes ends, its status and its last line, after the second got a signal."""
+    folder = Path(tempfile.mkdtemp(dir="."))
+    words = f"{SMALL} --duration 1Mi --status 256 --no-picture --outdir run --timeout 10"
+    commands = started(port, folder, words)
     while "img/s" not in (folder / "said-0.txt").read_text() and commands[0].poll() is None:
         time.sleep(0.2)
     commands[1].send_signal(signum)
@@ -316,6 +326,37 @@ def pair(port: str, signum: signal.Signals) -> tuple[float, int, str]:
     commands[1].kill()
     text = (folder / "said-0.txt").read_text()
     return seconds, status, text.strip().splitlines()[-1].replace("|", "/")
+
+
+def pairs_killed(trials: int) -> None:
+    """A row for both of two processes killed, which divide the weights and store a shard of each state."""
+    words = f"{TRAIN} --shard"
+
+    def run(name: str, moment: float | None) -> float:
+        folder = Path(f"pair-{name}")
+        folder.mkdir(exist_ok=True)
+        begin, commands = time.monotonic(), started("torch", folder, words)
+        if moment is not None:
+            time.sleep(moment)
+            for command in commands:
+                command.kill()
+        for command in commands:
+            command.wait(timeout=300)
+        return time.monotonic() - begin
+
+    seconds, equal, readable = run("whole", None), 0, 0
+    for i in range(trials):
+        run(str(i), random.Random(i).uniform(0, seconds))
+        readable += all_whole(Path(f"pair-{i}"))
+        run(str(i), None)
+        equal += contents(Path(f"pair-{i}")) == contents(Path("pair-whole"))
+    lost = "none" if equal == readable == trials else "see left"
+    row(
+        "torch: train, two processes with --shard, both kill -9",
+        trials,
+        f"{equal} equal, {readable} whole at rest",
+        lost,
+    )
 
 
 def growth() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_files import write
 from PIL import Image
 
 from backends.commands.cli import main
@@ -348,3 +349,21 @@ def test_images_become_latents_and_images_again() -> None:
         with pytest.raises(InputError, match=r"^data to (en|de)code must be"):
             call()
     shutil.rmtree("in")
+
+
+def test_a_changed_byte_of_the_labels_that_it_wrote_is_found(tmp_path):
+    for index in range(4):
+        write(tmp_path / "photographs" / "abcd"[index] / f"{index}.png", seed=index)
+    assert main(["dataset", "convert", str(tmp_path / "photographs"), str(tmp_path / "data")]) == 0
+    manifest = tmp_path / "data" / "dataset.json"
+    whole, wanted = manifest.read_bytes(), open_dataset(tmp_path / "data").labels(np.arange(4)).tolist()
+    assert json.loads(whole)["classes"] == ["a", "b", "c", "d"]
+    for at in range(len(whole)):
+        manifest.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        if b'"xxh3": "' in manifest.read_bytes():
+            with pytest.raises(InputError, match=r"dataset\.json"):
+                open_dataset(tmp_path / "data")
+        else:  # the name of the checksum has changed, and nothing else
+            assert open_dataset(tmp_path / "data").labels(np.arange(4)).tolist() == wanted
+    manifest.write_text(json.dumps({key: value for key, value in json.loads(whole).items() if key != "xxh3"}))
+    assert open_dataset(tmp_path / "data").labels(np.arange(4)).tolist() == wanted

@@ -312,6 +312,10 @@ def test_too_little_memory_names_the_batch_to_try(monkeypatch):
     trainer = room.JaxTrainer(config, Machine())
     with pytest.raises(InputError, match=line):
         trainer.step(trainer.place(batch), lr=0.01)
+    monkeypatch.setattr(room.jax, "device_get", exhausted)  # on a GPU, where the step ends
+    trainer._metrics, trainer._images = [(0, 0)], 64
+    with pytest.raises(InputError, match=line):
+        trainer.metrics()
     monkeypatch.setattr(room, "compiled", exhausted)
     with pytest.raises(InputError, match=line):
         room.JaxTrainer(config, Machine())

@@ -50,12 +50,17 @@ def join() -> None:
         ) from error
 
 
+def is_out_of_memory(error: Exception, /) -> bool:
+    """Whether the memory of a device is exhausted."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 @contextmanager
 def meeting() -> Iterator[None]:
     """:func:`backends.pipeline.runs.team.meeting`, which ends this process with its line when another has ended: JAX
     would wait for that one at the exit, for a minute, and then abort."""
     try:
-        with teams.meeting():
+        with teams.meeting(passes=is_out_of_memory):
             yield
     except InputError as error:
         print("error:", error, file=sys.stderr, flush=True)

@@ -237,7 +237,7 @@ class JaxTrainer(Trainer):
             return float(np.mean(multihost_utils.process_allgather(np.float32(value))))
 
     def is_out_of_memory(self, error: Exception, /) -> bool:
-        return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+        return devices.is_out_of_memory(error)
 
     def images_at_a_time(self, count: int, /) -> int:
         return self._microbatch // self._mesh.size

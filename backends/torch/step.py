@@ -155,7 +155,7 @@ class Learner:
             for part in parts:
                 with nullcontext() if self.world == 1 else self._shared.no_sync():
                     losses.append(self._add_gradients(part, total))
-            with nullcontext() if self.world == 1 else meeting(others=torch.OutOfMemoryError):
+            with nullcontext() if self.world == 1 else meeting(passes=_exhausted):
                 losses.append(self._add_gradients(last, total))
         self._working.pull_gradients()
         for weight in self._frozen:
@@ -239,6 +239,10 @@ class Learner:
         }
         self.ema.load_state_dict({"time": state.nimg, "averages": averages})
         self.steps = state.steps
+
+
+def _exhausted(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 def _like(weight: Tensor, array: np.ndarray) -> Tensor:

@@ -18,7 +18,7 @@ PIECE = 1 << 14  # elements: a read that begins and ends at multiples of it is c
 KEY, OF_HEADER = "xxh3", "xxh3_header"
 _DIGITS = 8
 BLANK = "0" * _DIGITS
-_SEAL = re.compile(rb'("xxh3_header": ")([0-9a-f]{8})"')
+_SEAL = re.compile(rb'("xxh3(?:_header)?": ")([0-9a-f]{8})"')
 
 
 def digest(data: Any, /) -> str:
@@ -38,13 +38,13 @@ def blank(size: int, /) -> str:
 
 
 def sealed(header: bytes, /) -> bytes:
-    """``header``, whose own digits are zeros, with its digits."""
+    """``header``, or other JSON, whose own digits are zeros, with its digits."""
     own = digest(header).encode()
     return _SEAL.sub(lambda match: match[1] + own + b'"', header, count=1)
 
 
 def is_whole(header: bytes, /) -> bool:
-    """Whether a header agrees with its digits; true without any."""
+    """Whether a header, or other JSON, agrees with its digits; true without any."""
     found = _SEAL.search(header)
     if found is None:
         return True

@@ -23,7 +23,7 @@ from PIL import UnidentifiedImageError
 from backends.pipeline.checkpoints.atomic import write_atomically, write_bytes
 from edm2_core.errors import InputError
 
-from .file_labels import MANIFEST, Labels, read_labels
+from .file_labels import MANIFEST, Labels, manifest, read_labels
 from .files import Files, Zip, is_hidden, open_files
 from .images import SUFFIXES, UNREADABLE
 from .tables import is_table, open_table
@@ -278,19 +278,14 @@ def _assemble(paths: Sequence[Path], dest: Path, source: Source, size: tuple[int
                     labels.append([official, _label(source.labels, int(name[:8]))])
                     yield official, content
 
-    write_set(dest, pictures(), lambda: {MANIFEST: _manifest(labels, source.labels)})
+    given = source.labels
+    text = (None, ()) if given is None else (labels, given.classes)
+    write_set(dest, pictures(), lambda: {MANIFEST: manifest(*text)})
     return len(labels)
 
 
 def _label(labels: Labels | None, number: int) -> object:
     return None if labels is None else labels.values[number].tolist()
-
-
-def _manifest(labels: Sequence[Sequence[object]], given: Labels | None) -> bytes:
-    content: dict[str, object] = {"labels": None if given is None else list(labels)}
-    if given is not None and given.classes:
-        content["classes"] = list(given.classes)
-    return json.dumps(content).encode()
 
 
 def write_set(

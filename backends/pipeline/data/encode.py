@@ -1,6 +1,5 @@
 """Images to latents of an autoencoder, and back, as datasets."""
 
-import json
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +10,7 @@ from PIL import Image
 from edm2_core.codec import SD_LATENTS
 from edm2_core.errors import InputError
 
-from . import latents
+from . import file_labels, latents
 from .convert import write_set
 from .datasets import StoredDataset
 from .file_labels import MANIFEST
@@ -122,13 +121,10 @@ class _Moments:
 
 
 def _labels(dataset: StoredDataset, name: Callable[[int], str]) -> bytes:
-    content: dict[str, object] = {"labels": None}
-    if dataset.label_dim:
-        values = dataset.labels(np.arange(len(dataset))).tolist()
-        content["labels"] = [[name(i), label] for i, label in enumerate(values)]
-        if dataset.format.classes:
-            content["classes"] = list(dataset.format.classes)
-    return json.dumps(content).encode()
+    if not dataset.label_dim:
+        return file_labels.manifest(None, ())
+    values = dataset.labels(np.arange(len(dataset))).tolist()
+    return file_labels.manifest([[name(i), label] for i, label in enumerate(values)], dataset.format.classes)
 
 
 def _png_name(index: int) -> str:

@@ -1,5 +1,6 @@
 """Labels of files: from ``dataset.json``, from WebDataset's ``.cls`` files, or from the names of folders."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from backends.pipeline.checkpoints import checksums
 from edm2_core.errors import InputError
 from edm2_core.json_text import parse_json
 
@@ -37,6 +39,15 @@ class Labels:
         return cls(values.astype(np.int64), dim, tuple(classes))
 
 
+def manifest(labels: Sequence[Sequence[object]] | None, classes: Sequence[str], /) -> bytes:
+    """The text of a dataset.json: a name and a label for each file, or None, and the names of the classes, if any. It
+    ends with a checksum, by which a changed byte is found."""
+    content: dict[str, object] = {"labels": None if labels is None else list(labels)}
+    if labels is not None and classes:
+        content["classes"] = list(classes)
+    return checksums.sealed(json.dumps({**content, checksums.KEY: checksums.BLANK}).encode())
+
+
 def read_labels(files: Files, indices: Sequence[int], /) -> Labels | None:
     """The labels of the files at ``indices``, in this order, or None.
 
@@ -48,8 +59,8 @@ def read_labels(files: Files, indices: Sequence[int], /) -> Labels | None:
         InputError: labels that are broken, do not name every file, or are of several kinds.
     """
     names = [files.names[i] for i in indices]
-    if (manifest := find(files, MANIFEST)) is not None:
-        return _of_manifest(files, manifest, names)
+    if (index := find(files, MANIFEST)) is not None:
+        return _of_manifest(files, index, names)
     if (first := _beside(files, names[0])) is not None:
         return _of_class_files(files, names, first)
     folders = {name.rpartition("/")[0] for name in names}
@@ -76,15 +87,18 @@ def _of_class_files(files: Files, names: Sequence[str], first: int) -> Labels:
     return Labels.of_ids(values)
 
 
-def _of_manifest(files: Files, manifest: int, names: Sequence[str]) -> Labels | None:
+def _of_manifest(files: Files, index: int, names: Sequence[str]) -> Labels | None:
     path = files.path / MANIFEST
 
     def fault(got: str) -> InputError:
         rule = f'{path} must be {{"labels": [["folder/image.png", 3], ...]}} or {{"labels": null}}'
         return InputError(f"{rule}, got {got}: correct the file, or remove it to train without labels")
 
+    text = bytes(files.read(index))
+    if not checksums.is_whole(text):
+        raise fault(f"another text than was written, by its {checksums.KEY!r}, which may be removed")
     try:
-        content = parse_json(bytes(files.read(manifest)))
+        content = parse_json(text)
     except ValueError as error:
         raise fault(f"'{' '.join(str(error).split())}'") from error
     if not isinstance(content, dict) or "labels" not in content:

@@ -83,13 +83,13 @@ class Team:
 
 
 @contextmanager
-def meeting(*, others: type[RuntimeError] | tuple[type[RuntimeError], ...] = ()) -> Iterator[None]:
+def meeting(*, passes: Callable[[RuntimeError], bool] = lambda _: False) -> Iterator[None]:
     """Within it, wait for the other processes for at most :func:`~backends.pipeline.data.patience.seconds`.
 
     Frameworks wait longer or without limit, and no exception can interrupt them: after that time the process prints one
     line and exits with status 1.
 
-    ``others`` are errors that are not of the meeting, which pass.
+    ``passes``: whether an error is not of the meeting, and passes.
 
     Raises:
         InputError: another process has ended, or the limit is none.
@@ -107,7 +107,7 @@ def meeting(*, others: type[RuntimeError] | tuple[type[RuntimeError], ...] = ())
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, others):
+        if passes(error):
             raise
         why = " ".join(str(error).split())
         raise InputError(f"all processes must stay until the end, got '{why:.160}': see what the others say") from error
