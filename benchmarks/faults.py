@@ -7,6 +7,7 @@ command is given again, and what it leaves is compared, byte for byte, with what
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -23,6 +24,7 @@ from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from PIL import Image
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot
 from backends.pipeline.checkpoints.states import INDEX, arrays_of, shard_of
+from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs.agreement import stored_state
 from backends.pipeline.runs.folder import Run
 from edm2_core.errors import InputError
@@ -72,8 +75,9 @@ Measured by `python -m benchmarks.faults` (`nox -s faults`) on {machine()}.
 
 - Kills are SIGKILL at moments drawn evenly over the whole command. "Equal" is byte for byte, of every snapshot, state
   and picture, after the same command was given once more. While a killed run rests, every visible file is read.
-- A flipped byte is found by checksums of the header and of each 16,384 elements of a snapshot or state, and of
-  config.json. log.jsonl and dataset.json have none: a changed digit in them is a changed number.
+- A flipped byte is found by checksums: of the header and of each 16,384 elements of a snapshot or shard, of a state's
+  index, of config.json, of a dataset.json that was written here, of each line of the log, which is then passed over and
+  said; in a .zip by its own.
 - With several processes the state is stored at intervals, at signals to any of them and at errors between steps. A
   process that is killed takes the last interval with it; states are then complete in all shards or not there.
 """
@@ -185,7 +189,7 @@ COMMANDS = {
     "edm2 reconstruct": ("backends.commands.cli", "reconstruct run --sigma-rels 0.06 0.12 0.2 --outdir averages"),
     "edm2 dataset convert": (
         "backends.commands.cli",
-        "dataset convert pictures data.zip --resolution 16x16 --transform center-crop",
+        "dataset convert pictures converted.zip --resolution 16x16 --transform center-crop",
     ),
     "torch: sample": (
         "backends.torch.sample",
@@ -202,7 +206,12 @@ def make_inputs() -> None:
         Path("pictures").mkdir()
         rng = np.random.default_rng(0)
         for i in range(300):
-            Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(f"pictures/{i:03d}.png")
+            folder = Path("pictures") / f"class{i % 3}"
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{i:03d}.png")
+        for dest in ("data", "data.zip"):
+            words = f"dataset convert pictures {dest} --resolution 8x8 --transform center-crop"
+            import_module("backends.commands.cli").main(words.split())
 
 
 # ---- damages
@@ -211,7 +220,7 @@ def make_inputs() -> None:
 def damages(count: int) -> None:
     """A row for each kind of file: random bytes flipped, and cut short."""
     run = Run("inputs/run")
-    config, state = run.config(), run.state_path
+    config, state, labels = run.config(), run.state_path, Path("inputs/data/dataset.json")
     snapshot = next(run.snapshots_path.glob("*.safetensors"))
     if state is None:
         raise InputError(f"a run must have a state to be damaged, got none in {run.states_path}")
@@ -220,13 +229,21 @@ def damages(count: int) -> None:
         "state: a shard": (shard_of(state, 0, 1), lambda: digest(stored_state(run, config))),
         "state: the index": (state / INDEX, lambda: digest(stored_state(run, config))),
         "config.json": (run.config_path, lambda: run.config()),
+        "log.jsonl": (run.log_path, lambda: run.log()),
+        "dataset.json": (labels, lambda: open_dataset(labels.parent).labels(np.arange(300)).tolist()),
+        "a .zip of images": (Path("inputs/data.zip"), lambda: digest_of_data(Path("inputs/data.zip"))),
     }
     for name, (path, read) in readers.items():
+        said = StringIO()
+        logging.getLogger("edm2").addHandler(logging.StreamHandler(said))
         whole, wanted, results = path.read_bytes(), read(), {"error": 0, "identical": 0, "silent": 0}
         for content in damaged(whole, count):
             path.write_bytes(content)
+            said.truncate(0)
             try:
-                results["identical" if read() == wanted else "silent"] += 1
+                same = read() == wanted
+                named = str(path) in said.getvalue()  # a damaged line of the log, which is passed over
+                results["identical" if same else "error" if named else "silent"] += 1
             except InputError as error:
                 results["error" if str(path) in str(error) else "silent"] += 1
         path.write_bytes(whole)
@@ -249,6 +266,11 @@ def damaged(whole: bytes, count: int) -> Iterator[bytes]:
         yield bytes(content)
     for _ in range(count // 10):
         yield whole[: rng.randrange(len(whole))]
+
+
+def digest_of_data(path: Path) -> bytes:
+    data = open_dataset(path)
+    return data.read(np.arange(len(data))).tobytes() + data.labels(np.arange(len(data))).tobytes()
 
 
 def digest(value: Snapshot | State) -> bytes:

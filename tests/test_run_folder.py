@@ -145,3 +145,20 @@ def test_truncating_the_log_is_all_or_nothing(run, monkeypatch):
 def test_a_run_without_a_log_has_none_to_truncate(run):
     assert run.truncate_logs(0) == []
     assert not run.log_path.exists()
+
+
+def test_a_changed_byte_in_a_line_of_the_log_is_said_and_the_line_passed_over(tmp_path, caplog):
+    run = Run(tmp_path)
+    for nimg in (64, 128, 192):
+        run.append_log({"nimg": nimg, "loss": 1.25, "seconds": 0.5})
+    whole = run.log_path.read_bytes()
+    assert run.log() == [{"nimg": nimg, "loss": 1.25, "seconds": 0.5} for nimg in (64, 128, 192)]
+    run.log_path.write_bytes(whole.replace(b"1.25", b"1.75", 1))
+    assert [line["nimg"] for line in run.log()] == [128, 192]
+    assert f"line 1 of {run.log_path} is damaged, and is passed over" in caplog.text
+    run.log_path.write_bytes(whole + b'{"nimg": 25')  # as a killed run leaves it
+    caplog.clear()
+    assert len(run.log()) == 3
+    assert not caplog.text
+    run.log_path.write_bytes(b'{"nimg": 64, "loss": 2.0}\n')  # of an earlier version
+    assert run.log() == [{"nimg": 64, "loss": 2.0}]

@@ -266,12 +266,12 @@ def to_state(state: TrainState, names: Collection[str] | None = None, /) -> Stat
     )
 
 
-def from_state(config: NetworkConfig, state: State) -> TrainState:
-    """The inverse of :func:`to_state`, whichever port wrote ``state``."""
-    trained, constants = weights.load_divided(config, state.params)
+def from_state(config: NetworkConfig, state: State, *, place: weights.Place = weights.to_device) -> TrainState:
+    """The inverse of :func:`to_state`, whichever port wrote ``state``; each array is placed as it is read."""
+    trained, constants = weights.load_divided(config, state.params, place=place)
 
     def native(arrays: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        return {name: weights.to_device(arrays[name]) for name in trained}
+        return {name: place(arrays[name]) for name in trained}
 
     adam = optax.ScaleByAdamState(jnp.asarray(state.steps, jnp.int32), native(state.moments1), native(state.moments2))
     averages = {length.key: native(arrays) for length, arrays in state.averages.items()}

@@ -257,8 +257,14 @@ class JaxTrainer(Trainer):
         return to_state(self._state, names)
 
     def load_state(self, state: State, /) -> None:
-        self._place(from_state(self._config.network, state))
+        self._place(from_state(self._config.network, state, place=self._on_devices))
         self._nimg = state.nimg
+
+    def _on_devices(self, array: np.ndarray) -> Array:
+        """Each device is given its part: none holds a state that others share."""
+        native = np.asarray(weights.to_native(array), np.float32)
+        sharding = devices.state_sharding(self._mesh, native)
+        return jax.make_array_from_callback(native.shape, sharding, lambda index: np.asarray(native[index], order="C"))
 
     def _place(self, state: TrainState) -> None:
         self._state = jax.device_put(state, devices.state_sharding(self._mesh, state))

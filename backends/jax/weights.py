@@ -4,7 +4,7 @@ A convolution is [out, in, kh, kw] on disk and [kh, kw, in, out] here, a linear 
 of outputs is the last. Arrays of one axis or none stay as they are. Images are NCHW on disk and NHWC here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +13,9 @@ from jax import Array
 from edm2_core.network import NetworkConfig, check_parameters, initialize, plan
 
 from .device import gathered
+
+Place = Callable[[np.ndarray], Array]
+"""From a canonical array to a native one on its devices."""
 
 
 def init_params(config: NetworkConfig, /, *, seed: int) -> dict[str, Array]:
@@ -23,17 +26,18 @@ def init_params(config: NetworkConfig, /, *, seed: int) -> dict[str, Array]:
     return load(config, initialize(config, seed=seed))
 
 
-def load(config: NetworkConfig, params: Mapping[str, np.ndarray], /) -> dict[str, Array]:
-    """Canonical ``params`` as native float32 arrays, copied. Raises InputError unless they are the config's."""
+def load(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, place: Place | None = None) -> dict[str, Array]:
+    """Canonical ``params`` as native float32 arrays, copied by ``place``, by default :func:`to_device`. Raises
+    InputError unless they are the config's."""
     check_parameters(config, params)
-    return {name: to_device(array) for name, array in params.items()}
+    return {name: (place or to_device)(array) for name, array in params.items()}
 
 
 def load_divided(
-    config: NetworkConfig, params: Mapping[str, np.ndarray], /
+    config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, place: Place | None = None
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """:func:`load`, divided into what is trained and constants."""
-    native, table = load(config, params), plan(config).parameters
+    native, table = load(config, params, place=place), plan(config).parameters
     trained = {name: array for name, array in native.items() if table[name].trained}
     return trained, {name: array for name, array in native.items() if name not in trained}
 

@@ -6,12 +6,14 @@ telemetry.jsonl  a line per measured step      samples/     pictures
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from backends.pipeline.checkpoints import checksums
 from backends.pipeline.checkpoints.atomic import write_bytes, write_error
 from backends.pipeline.checkpoints.described import Undescribed
 from backends.pipeline.checkpoints.sources import Source, open_sources
@@ -24,6 +26,7 @@ from edm2_core.network import NetworkConfig
 from .config import TrainConfig
 
 RUNS = Path("runs")
+_LOGGER = logging.getLogger("edm2")
 
 
 def create(outdir: Path | None, data_name: str) -> Path:
@@ -165,7 +168,7 @@ class Run:
         measured = [record for record in self.telemetry() if record["nimg"] < nimg]  # nimg before the step
         for path, records in ((self.log_path, kept), (self.telemetry_path, measured)):
             if path.exists():
-                write_bytes(path, "".join(json.dumps(r) + "\n" for r in records).encode())
+                write_bytes(path, "".join(map(_line, records)).encode())
         return kept
 
 
@@ -176,9 +179,14 @@ def _foreign(path: Path) -> InputError:
 def _append(path: Path, record: dict[str, Any]) -> None:
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
+            file.write(_line(_finite(record)))
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def _line(record: dict[str, Any]) -> str:
+    """With a checksum, by which a changed byte is found."""
+    return checksums.sealed(json.dumps({**record, checksums.KEY: checksums.BLANK}).encode()).decode() + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -197,10 +205,14 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             try:
                 record = parse_json(line)
+                whole = checksums.is_whole(line.rstrip("\n").encode())
             except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("nimg"), int):
+                whole = False
+            if whole and isinstance(record, dict) and isinstance(record.get("nimg"), int):
+                record.pop(checksums.KEY, None)
                 yield record
+            elif line.endswith("\n"):  # not one that was being written
+                _LOGGER.warning(f"line {number} of {path} is damaged, and is passed over")
