@@ -347,3 +347,11 @@ def test_a_file_that_changes_size_afterwards_is_refused(folder: Path) -> None:
     write(folder / "1.png", size=(4, 4))
     with pytest.raises(InputError, match=r"1\.png is 4x4 colour"):
         dataset.read(np.array([0]))
+
+
+def test_labels_of_files_that_are_not_there_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(folder / "0.png")
+    table = [["0.png", 0], ["gone.png", 1], ["lost.png", 1]]
+    (folder / "dataset.json").write_text(json.dumps({"labels": table}))
+    assert len(open_dataset(folder)) == 1
+    assert f"{folder}/dataset.json names gone.png and 1 more, which is not there: it is left out" in caplog.text

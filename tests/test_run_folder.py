@@ -156,6 +156,8 @@ def test_a_changed_byte_in_a_line_of_the_log_is_said_and_the_line_passed_over(tm
     run.log_path.write_bytes(whole.replace(b"1.25", b"1.75", 1))
     assert [line["nimg"] for line in run.log()] == [128, 192]
     assert f"line 1 of {run.log_path} is damaged, and is passed over" in caplog.text
+    run.log_path.write_bytes(whole[::-1].replace(b"3hxx", b"2hxx", 1)[::-1])  # the last line's own key
+    assert len(run.log()) == 2
     run.log_path.write_bytes(whole + b'{"nimg": 25')  # as a killed run leaves it
     caplog.clear()
     assert len(run.log()) == 3

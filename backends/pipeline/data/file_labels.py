@@ -1,6 +1,7 @@
 """Labels of files: from ``dataset.json``, from WebDataset's ``.cls`` files, or from the names of folders."""
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from edm2_core.json_text import parse_json
 from .files import Files, find
 
 MANIFEST = "dataset.json"
+_LOGGER = logging.getLogger("edm2")
 MOST_LABELS = 1 << 20  # the longest one-hot row; a larger label is an error
 _CHUNK = re.compile(r"\d{5}")  # folders of the official layout, which are no classes
 
@@ -110,6 +112,12 @@ def _of_manifest(files: Files, index: int, names: Sequence[str]) -> Labels | Non
         raise fault(f"{type(pairs).__name__} as labels")
     if not (isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)):
         raise fault(f"{classes!r:.80} as classes")
+    if len(pairs) > len(names):
+        there = set(names)
+        absent = [str(pair[0]) for pair in pairs if isinstance(pair, list) and pair and str(pair[0]) not in there]
+        if absent:
+            more = f" and {len(absent) - 1} more" * (len(absent) > 1)
+            _LOGGER.warning(f"{path} names {absent[0]}{more}, which is not there: it is left out")
     if (ids := _plain_ids(pairs, names)) is not None:
         return Labels.of_ids(ids, classes)
     table: dict[str, Any] = {}

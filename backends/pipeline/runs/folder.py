@@ -204,12 +204,14 @@ def _is_number(value: Any) -> bool:
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
+    sealed = False  # of a run that an earlier version began, the first lines are not
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = parse_json(line)
-                whole = checksums.is_whole(line.rstrip("\n").encode())
-            except ValueError:
+                whole = checksums.is_whole(line.rstrip("\n").encode()) and (checksums.KEY in record or not sealed)
+                sealed = sealed or checksums.KEY in record
+            except (TypeError, ValueError):
                 whole = False
             if whole and isinstance(record, dict) and isinstance(record.get("nimg"), int):
                 record.pop(checksums.KEY, None)
