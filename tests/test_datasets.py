@@ -355,3 +355,11 @@ def test_labels_of_files_that_are_not_there_are_said(folder: Path, caplog: pytes
     (folder / "dataset.json").write_text(json.dumps({"labels": table}))
     assert len(open_dataset(folder)) == 1
     assert f"{folder}/dataset.json names gone.png and 1 more, which is not there: it is left out" in caplog.text
+
+
+def test_two_files_of_one_name_in_a_zip_are_refused(folder: Path, tmp_path: Path) -> None:
+    write(folder / "0.png")
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        for _ in range(2):
+            archive.write(folder / "0.png", "0.png")
+    refused(tmp_path / "two.zip", r"two files '0\.png'")

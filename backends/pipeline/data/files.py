@@ -11,6 +11,7 @@ import tarfile
 import zlib
 from array import array
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from operator import le
@@ -271,6 +272,9 @@ def _central_directory(path: Path, buffer: mmap.mmap) -> tuple[list[str], list[n
                 raise ValueError(f"{'an encrypted' if flags & 1 else 'an unusually packed'} file {raw.decode()!r}")
             rows.extend((start, length, size, method, crc))
             names.append(raw.decode("utf-8" if flags & 0x800 or raw.isascii() else "cp437"))
+        if len(set(names)) < len(names):
+            twice, _ = Counter(names).most_common(1)[0]
+            raise ValueError(f"two files {twice!r}")
     except (struct.error, ValueError, IndexError) as error:
         reason = error if isinstance(error, ValueError) else "a damaged directory"
         raise unreadable(path, f"not a zip that can be read: {reason}") from error
