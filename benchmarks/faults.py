@@ -40,10 +40,11 @@ from edm2_core.errors import InputError
 from edm2_core.state import State
 
 from .ema_reconstruct import machine
+from .fault_inputs import COMMANDS, SMALL, make_inputs
 
-SMALL = "--channels 16 --channels-per-head 16 --batch 64 --rampup 0 --checkpoint 128 --snapshot 1000 --device cpu"
 TRAIN = f"{SMALL} --duration 2Ki --no-picture --outdir run"
 KEPT = (".safetensors", ".png", ".zip", ".npz")  # files whose bytes are compared
+GROWTH = {"torch": 1500, "jax": 1500, "mlx": 300}  # steps
 ROWS: list[str] = []
 
 
@@ -63,7 +64,8 @@ def main(
         full_disks()
         pairs_killed(pairs)
         peers()
-        growth()
+        for port, steps in GROWTH.items():
+            growth(port, steps)
     table = "\n".join(ROWS)
     text = f"""# Reliability
 
@@ -158,6 +160,7 @@ class Job:
 def execute(module: str, words: str, folder: str) -> None:
     """Run a command in ``folder``; its output goes to said.txt there."""
     os.chdir(folder)
+    sys.path.insert(0, folder)  # of the extractor of the sweep
     with open("said.txt", "a") as said, redirect_stdout(said), redirect_stderr(said):
         sys.exit(import_module(module).main(words.split()))
 
@@ -183,35 +186,6 @@ def all_whole(folder: Path) -> bool:
     except (InputError, OSError, ValueError) as error:
         print(error)
         return False
-
-
-COMMANDS = {
-    "edm2 reconstruct": ("backends.commands.cli", "reconstruct run --sigma-rels 0.06 0.12 0.2 --outdir averages"),
-    "edm2 dataset convert": (
-        "backends.commands.cli",
-        "dataset convert pictures converted.zip --resolution 16x16 --transform center-crop",
-    ),
-    "torch: sample": (
-        "backends.torch.sample",
-        "--run run --seeds 0-199 --steps 12 --device cpu --batch 10 --skip-existing --outdir samples",
-    ),
-}
-
-
-def make_inputs() -> None:
-    """A run and a folder of pictures, for the commands that need them."""
-    Path("inputs").mkdir()
-    with chdir("inputs"), redirect_stdout(sys.stderr):
-        import_module("backends.torch.train").main(f"{SMALL} --duration 4Ki --no-picture --outdir run".split())
-        Path("pictures").mkdir()
-        rng = np.random.default_rng(0)
-        for i in range(300):
-            folder = Path("pictures") / f"class{i % 3}"
-            folder.mkdir(exist_ok=True)
-            Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{i:03d}.png")
-        for dest in ("data", "data.zip"):
-            words = f"dataset convert pictures {dest} --resolution 8x8 --transform center-crop"
-            import_module("backends.commands.cli").main(words.split())
 
 
 # ---- damages
@@ -381,11 +355,13 @@ def pairs_killed(trials: int) -> None:
     )
 
 
-def growth() -> None:
-    """A row for memory and open files over 1,500 steps with snapshots, states and telemetry."""
-    words = f"-m backends.torch.train {SMALL} --duration {1500 * 64} --telemetry 10 --no-picture --outdir grown"
+def growth(port: str, steps: int) -> None:
+    """A row for memory and open files over so many steps with snapshots, states and telemetry."""
+    words = (
+        f"-m backends.{port}.train {SMALL} --duration {steps * 64} --telemetry 10 --no-picture --outdir grown-{port}"
+    )
     process = subprocess.Popen([sys.executable, *words.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log, seen = Path("grown/log.jsonl"), []
+    log, seen = Path(f"grown-{port}/log.jsonl"), []
     while process.poll() is None:
         time.sleep(0.5)
         try:
@@ -398,12 +374,8 @@ def growth() -> None:
             continue
     later = [part for part in seen if part[0] >= 100]
     memory = f"{later[0][1]:.0f} MiB at step {later[0][0]}, {later[-1][1]:.0f} MiB at {later[-1][0]}"
-    row(
-        "1,500 steps with snapshots, states, telemetry",
-        1,
-        f"{memory}; open files {later[0][2]} and {later[-1][2]}",
-        "none",
-    )
+    files_open = f"open files {later[0][2]} and {later[-1][2]}"
+    row(f"{port}: {steps} steps with snapshots, states, telemetry", 1, f"{memory}; {files_open}", "none")
 
 
 if __name__ == "__main__":

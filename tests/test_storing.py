@@ -13,8 +13,9 @@ from toy_port import train_toy as train
 from backends.pipeline.checkpoints import states
 from backends.pipeline.checkpoints.states import INDEX, arrays_of, load_state, read_counters, shard_of
 from backends.pipeline.data.datasets import open_dataset
-from backends.pipeline.runs import storing
+from backends.pipeline.runs import storing, training
 from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.progress import Progress
 from backends.pipeline.runs.resolve import configure
 from backends.pipeline.runs.storing import shares
 from backends.pipeline.runs.training import train as run_api
@@ -241,3 +242,32 @@ def test_counts_of_states_that_cannot_be_kept_are_refused():
     with pytest.raises(InputError, match="keep must be at least 1, got 0"):
         train(keep=0, dry_run=True)
     assert not Path("run").exists()
+
+
+def test_an_error_where_one_process_alone_writes_stores_the_state_of_all(monkeypatch):
+    """The others report the same losses as if nothing had happened: messages stay in step."""
+    advance = Progress.advance
+
+    def failing(progress, count):
+        if progress._shown and progress._done >= 128:
+            raise BrokenPipeError
+        advance(progress, count)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "advance", failing)
+        with pytest.raises(BrokenPipeError):
+            train_together(2, duration=4096, checkpoint=4096, status=64)
+    losses = [line["loss"] for line in Run("run").log()]
+    train_together(2, duration=256, outdir="whole", status=64)
+    assert losses == [line["loss"] for line in Run("whole").log()][: len(losses)]
+    assert Run("run").state_nimg() == 64 * len(losses)
+
+
+def test_an_error_of_a_measurement_stores_the_state_first(monkeypatch):
+    def measure(nimg):
+        raise InputError(f"no figure at {nimg}")
+
+    monkeypatch.setattr(training, "_scores", lambda *_: measure)
+    with pytest.raises(InputError, match="no figure at 4096"):
+        train(duration=4096, checkpoint=1 << 20)
+    assert Run("run").state_nimg() == 4096

@@ -38,7 +38,7 @@ class Failure:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Within it, an error ends the block alone. After one, there is no other block."""
+        """Within it, an error ends the block alone. No process may wait for another in it after what can fail."""
         try:
             yield
         except Exception as error:

@@ -4,7 +4,7 @@ Order of an iteration: learning rate, batch, step; then, whenever a multiple of 
 the log line and the state. The result depends only on the config: stopping and resuming do not change it.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -248,15 +248,17 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler, mirror: Mir
                 if run is not None and measurement is not None:
                     run.append_telemetry(telemetry.record(config, measurement, nimg=before))
                 progress.advance(nimg - before)
-                if reported:
-                    report(trainer.metrics(), nimg, lr, skipped=batches.skipped)
             if reported:
+                metrics = trainer.metrics()  # of all processes, whatever has failed in one
+                with failure.kept():
+                    report(metrics, nimg, lr, skipped=batches.skipped)
                 diverged(trainer, end=end)
                 stored.look()
                 if mirror is not None:
                     mirror.push()
             if scores is not None and (end or _crossed(job.scores.evaluate, before, nimg)):
-                scores(nimg)
+                with failure.kept() if trainer.world == 1 else nullcontext():  # within it, processes share the work
+                    scores(nimg)
             if stores or (reported and stored.is_old):
                 stored.begin()
         if trainer.agree(failure.error is not None):
