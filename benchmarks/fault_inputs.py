@@ -24,7 +24,7 @@ COMMANDS = {
     ),
     "edm2 dataset encode": (
         "backends.commands.cli",
-        "dataset encode data.zip latents.zip --vae vae --device cpu",
+        "dataset encode data.zip latents.zip --vae ../inputs/vae --device cpu",  # its path is in what is written
     ),
     "edm2 sweep": (
         "backends.commands.cli",

@@ -373,7 +373,8 @@ def growth(port: str, steps: int) -> None:
         except (OSError, ValueError, IndexError):
             continue
     later = [part for part in seen if part[0] >= 100]
-    memory = f"{later[0][1]:.0f} MiB at step {later[0][0]}, {later[-1][1]:.0f} MiB at {later[-1][0]}"
+    thirds = [later[i * (len(later) - 1) // 3] for i in range(4)]
+    memory = "MiB at step " + ", ".join(f"{step}: {size:.0f}" for step, size, _ in thirds)
     files_open = f"open files {later[0][2]} and {later[-1][2]}"
     row(f"{port}: {steps} steps with snapshots, states, telemetry", 1, f"{memory}; {files_open}", "none")
 
