@@ -1,7 +1,7 @@
 """What the training loop drives: the base class of every port's trainer, and what all trainers share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -147,17 +147,32 @@ class Trainer(ABC):
     def images_at_a_time(self, count: int, /) -> int:
         """How many images a device processes at once when this process has ``count``."""
 
-    @abstractmethod
-    def parameters(self) -> Arrays:
-        """The current weights and constants, canonical, in every process."""
+    def for_first(self, get: Callable[[Collection[str]], Arrays], names: Iterable[str], /) -> Arrays:
+        """What ``get`` returns of all ``names``, in the first process, and nothing in the others, which help to gather
+        one array after another and keep none."""
+        kept: dict[str, np.ndarray] = {}
+        for name in names:
+            part = get([name])
+            if self.rank == 0:
+                kept.update(part)
+        return kept
 
     @abstractmethod
-    def average(self, length: Length, /) -> Arrays:
-        """One average, canonical, in every process; nothing else is gathered."""
+    def parameters(self, names: Collection[str] | None = None, /) -> Arrays:
+        """The current weights and constants ``names``, or all, canonical, in every process."""
+
+    @abstractmethod
+    def average(self, length: Length, names: Collection[str] | None = None, /) -> Arrays:
+        """The arrays ``names`` of one average, or all, canonical, in every process; nothing else is gathered."""
 
     @abstractmethod
     def state(self, names: Collection[str] | None = None, /) -> State:
         """The arrays of the parameters ``names``, or of all, as copies on the host: nothing else is gathered."""
+
+    @abstractmethod
+    def state_alone(self, error: Exception, /) -> State | None:
+        """The whole state after the last complete step, from this process alone, in which ``error`` ended a step or a
+        message. None: others hold parts of it, or the step failed while it was changing it."""
 
     @abstractmethod
     def load_state(self, state: State, /) -> None:

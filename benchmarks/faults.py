@@ -80,8 +80,10 @@ Measured by `python -m benchmarks.faults` (`nox -s faults`) on {machine()}.
 - A flipped byte is found by checksums: of the header and of each 16,384 elements of a snapshot or shard, of a state's
   index, of config.json, of a dataset.json that was written here, of each line of the log, which is then passed over and
   said; in a .zip by its own. A log that is cut short is the log of a run that was killed then.
-- With several processes the state is stored at intervals, at signals to any of them and at errors between steps. A
-  process that is killed takes the last interval with it; states are then complete in all shards or not there.
+- The state is stored at intervals, at signals and at errors, all processes together. Where one of several is gone, or
+  fails within a step, the others store the state after the last complete step if each has all of it: in PyTorch without
+  `--shard`, and in MLX. Otherwise the last interval is lost: JAX gives a step the memory of its state, and after a
+  process that hangs no call returns. States are complete in all shards or not there.
 """
     print(text)
     (Path(__file__).parents[1] / "docs" / "reliability.md").write_text(text)
@@ -285,9 +287,11 @@ def peers() -> None:
     """Rows for two processes of which one is killed, or stopped."""
     for port in ("torch", "jax", "mlx"):
         for signum in (signal.SIGKILL, signal.SIGSTOP):
-            seconds, status, line = pair(port, signum)
-            happened = f"the other ended after {seconds:.0f} s with status {status}: {line[:110]}"
-            row(f"{port}: {signum.name} to one of two, --timeout 10", 1, happened, "since the last state")
+            seconds, status, said = pair(port, signum)
+            happened = f"the other ended after {seconds:.0f} s with status {status}: {said[-1][:110]}"
+            saved = any(line.startswith("saved    the state") for line in said)
+            lost = "none: it stored the state" if saved else "since the last state"
+            row(f"{port}: {signum.name} to one of two, --timeout 10", 1, happened, lost)
 
 
 def started(port: str, folder: Path, words: str) -> list[subprocess.Popen[bytes]]:
@@ -308,8 +312,8 @@ def started(port: str, folder: Path, words: str) -> list[subprocess.Popen[bytes]
     return commands
 
 
-def pair(port: str, signum: signal.Signals) -> tuple[float, int, str]:
-    """Seconds until the first of two processes ends, its status and its last line, after the second got a signal."""
+def pair(port: str, signum: signal.Signals) -> tuple[float, int, list[str]]:
+    """Seconds until the first of two processes ends, its status and its lines, after the second got a signal."""
     folder = Path(tempfile.mkdtemp(dir="."))
     words = f"{SMALL} --duration 1Mi --status 256 --no-picture --outdir run --timeout 10"
     commands = started(port, folder, words)
@@ -321,7 +325,7 @@ def pair(port: str, signum: signal.Signals) -> tuple[float, int, str]:
     seconds = time.monotonic() - begin
     commands[1].kill()
     text = (folder / "said-0.txt").read_text()
-    return seconds, status, text.strip().splitlines()[-1].replace("|", "/")
+    return seconds, status, text.strip().replace("|", "/").splitlines()
 
 
 def pairs_killed(trials: int) -> None:

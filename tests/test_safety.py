@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_port import PRESET, PROG, ToySampler, ToyTrainer, contents, together
+from toy_port import PRESET, PROG, Killed, ToySampler, ToyTrainer, contents, together
 from toy_port import train_toy as train
 
 from backends.pipeline.checkpoints.states import load_state, read_counters
 from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs import training
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.resolve import configure
 from backends.pipeline.runs.training import train as run_api
@@ -77,16 +78,68 @@ def test_an_error_between_steps_saves_the_state_and_the_run_goes_on_from_there(e
     assert contents(whole)[1:] == contents(run)[1:]  # the log lacks the line
 
 
-def test_an_error_within_a_step_keeps_the_state_before():
-    class Half(ToyTrainer):
-        def step(self, *args, lr):
-            super().step(*args, lr=lr)
-            if self.nimg == 3072:
-                raise ZeroDivisionError
+class Failing(ToyTrainer):
+    """Its last process cannot take the step at 2560 images."""
+
+    def step(self, *args, lr):
+        if self.nimg == 2560 and self.rank == self.world - 1:
+            raise ZeroDivisionError
+        super().step(*args, lr=lr)
+
+
+def test_an_error_within_a_step_stores_the_state_before_it(capsys):
+    _, _, whole = train("whole", status=64)
+    with pytest.raises(ZeroDivisionError):
+        train("parts", trainer=Failing, status=64, checkpoint=1024)
+    assert read_counters(Run("parts").state_path) == (2560, 40)
+    assert "saved    the state at 2560 images" in capsys.readouterr().err
+    _, trainer, parts = train("parts")
+    assert trainer.seen[0][0] == 2560
+    assert contents(parts) == contents(whole)
+
+
+def test_an_error_that_changed_a_part_of_the_state_keeps_the_one_before():
+    class Half(Failing):
+        def state_alone(self, error):
+            return None
 
     with pytest.raises(ZeroDivisionError):
         train("parts", trainer=Half, checkpoint=1024)
     assert read_counters(Run("parts").state_path) == (2048, 32)
+
+
+def test_what_is_left_of_several_processes_stores_the_state(capsys):
+    dataset = open_dataset("digits")
+    config = configure(dataset, preset_name="toy", checkpoint=1024)
+
+    def work(team):
+        return run_api(config, dataset, lambda c, m: Failing(c, m, team=team), ToySampler(), outdir="run", prog=PROG)
+
+    lost, failed = together(work, 2)
+    assert isinstance(failed, ZeroDivisionError)
+    assert "all processes must stay" in str(lost)
+    assert read_counters(Run("run").state_path) == (2560, 40)
+    state = load_state(Run("run").state_path, config.network, config.hyper.lengths)
+    _, trainer, _ = train("alone", duration=2560)
+    assert all(np.array_equal(state.params[name], array) for name, array in trainer.params.items())
+
+
+def test_a_snapshot_that_could_not_be_written_is_when_the_run_goes_on(monkeypatch):
+    _, _, whole = train("whole", status=64, checkpoint=1536)
+    save = training.save_snapshot
+
+    def failing(path, snapshot, **options):
+        if snapshot.nimg == 2048:
+            raise InputError("no room")
+        save(path, snapshot, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "save_snapshot", failing)
+        with pytest.raises(InputError, match="no room"):
+            train("parts", status=64, checkpoint=1536)
+    assert Run("parts").state_nimg() == 2048
+    _, _, parts = train("parts")
+    assert contents(parts)[1:] == contents(whole)[1:]  # the log has no line of 2048 images
 
 
 def test_weights_that_are_not_finite_do_not_replace_the_state():
@@ -126,15 +179,15 @@ def test_a_loss_far_above_those_before_is_said_and_marked(capsys):
 
 
 def test_a_run_resumed_at_any_state_logs_the_same_means():
-    class Killed(ToyTrainer):
+    class Killing(ToyTrainer):
         def step(self, *args, lr):
             if self.nimg == 2496:
-                raise ZeroDivisionError
+                raise Killed
             super().step(*args, lr=lr)
 
     _, _, whole = train("whole", status=1500, checkpoint=700)
-    with pytest.raises(ZeroDivisionError):
-        train("parts", status=1500, checkpoint=700, trainer=Killed)
+    with pytest.raises(Killed):
+        train("parts", status=1500, checkpoint=700, trainer=Killing)
     _, trainer, parts = train("parts")
     assert trainer.seen[0][0] == 2112  # between two lines of --status
     assert contents(parts)[0] == contents(whole)[0]

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from PIL import Image
-from toy_port import PRESET, PROG, ToySampler, ToyTrainer, contents, together
+from toy_port import PRESET, PROG, Killed, ToySampler, ToyTrainer, contents, together
 from toy_port import train_toy as train
 
 from backends.pipeline.checkpoints.snapshots import load_snapshot, save_snapshot
@@ -157,9 +157,6 @@ def test_a_run_that_was_stopped_twice_ends_as_one_that_was_not():
 
 
 def test_a_killed_run_goes_on_from_its_last_state_and_its_log_has_no_line_twice():
-    class Killed(Exception):
-        pass
-
     class Killing(ToyTrainer):
         def step(self, *args, lr):
             if self.nimg == 2560:
@@ -182,10 +179,10 @@ def test_a_run_killed_before_its_first_state_starts_again(capsys):
     class Killing(ToyTrainer):
         def step(self, *args, lr):
             if self.nimg == 512:
-                raise KeyError
+                raise Killed
             super().step(*args, lr=lr)
 
-    with pytest.raises(KeyError):
+    with pytest.raises(Killed):
         train(status=64, trainer=Killing)
     _, trainer, run = train()
     assert (trainer.seen[0][0], trainer.resumed) == (0, False)

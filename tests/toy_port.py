@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from backends.pipeline.runs.command_line import flag, parse
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.options import parse_train
 from backends.pipeline.runs.resolve import resolve
-from backends.pipeline.runs.team import Team
+from backends.pipeline.runs.team import PeerLost, Team
 from backends.pipeline.runs.training import run_training
 from backends.ports import Machine
 from backends.trainer import Trainer
@@ -41,6 +41,10 @@ PRESET = Preset(
     network=CONFIG,
     hyper=replace(PRESETS["digits"].hyper, duration=4096, batch=64, snapshot=1024, rampup=512, decay=20),
 )
+
+
+class Killed(BaseException):
+    """The process is gone: nothing more is stored."""
 
 
 class ToyTrainer(Trainer):
@@ -102,21 +106,21 @@ class ToyTrainer(Trainer):
     def images_at_a_time(self, count):
         return count
 
-    def parameters(self):
-        return self.params
+    def parameters(self, names=None, /):
+        return some(self.params, names)
 
-    def average(self, length):
-        return self.kept[length]
+    def average(self, length, names=None, /):
+        return some(self.kept[length], names)
+
+    def state_alone(self, error, /):
+        return self.state()
 
     def state(self, names=None, /):
-        def some(arrays):
-            return {name: np.array(array) for name, array in arrays.items() if names is None or name in names}
-
         return State(
-            params=some(self.params),
-            moments1=some(self.moments1),
-            moments2=some(self.moments2),
-            averages={length: some(average) for length, average in self.kept.items()},
+            params=some(self.params, names),
+            moments1=some(self.moments1, names),
+            moments2=some(self.moments2, names),
+            averages={length: some(average, names) for length, average in self.kept.items()},
             nimg=self.nimg,
             steps=self.steps,
         )
@@ -125,6 +129,10 @@ class ToyTrainer(Trainer):
         self.params, self.moments1, self.moments2 = dict(state.params), dict(state.moments1), dict(state.moments2)
         self.kept = {length: dict(average) for length, average in state.averages.items()}
         self._nimg, self.steps, self.resumed = state.nimg, state.steps, True
+
+
+def some(arrays, names):
+    return {name: np.array(array) for name, array in arrays.items() if names is None or name in names}
 
 
 class ToySampler:
@@ -195,14 +203,20 @@ def together(work, count=3):
         def all_gather(data):
             assert data.dtype == np.uint8
             slots[rank] = data.copy()
-            barrier.wait()
-            rows = np.stack(slots)
-            barrier.wait()
+            try:
+                barrier.wait()
+                rows = np.stack(slots)
+                barrier.wait()
+            except BrokenBarrierError as error:
+                raise PeerLost("all processes must stay until the end") from error
             return rows
 
         try:
             return work(Team(rank, count, all_gather))
         except InputError as error:
+            return error
+        except ZeroDivisionError as error:
+            barrier.abort()  # the connections of a process that ends are closed
             return error
 
     with ThreadPoolExecutor(count) as pool:

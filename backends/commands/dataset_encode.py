@@ -44,7 +44,7 @@ def run(options: Options) -> None:
     if options.vae is None:
         raise InputError("--vae must name an autoencoder, got none: stabilityai/sd-vae-ft-mse is that of the paper")
     dataset = open_dataset(options.source)
-    name = str(Path(options.vae).absolute()) if Path(options.vae).is_dir() else options.vae
+    name = str(Path(options.vae).resolve()) if Path(options.vae).is_dir() else options.vae
     encoder = autoencoders().open_encoder(name, options.device)
     with Progress(total=len(dataset)) as progress:
         made = encode(dataset, options.dest, encoder, name=name, batch=options.batch, progress=progress.done)

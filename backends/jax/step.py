@@ -252,7 +252,7 @@ def to_state(state: TrainState, names: Collection[str] | None = None, /) -> Stat
     parameters ``names``. Where processes hold parts of the arrays, all must call it together."""
 
     def some(arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
-        return weights.dump({name: array for name, array in arrays.items() if names is None or name in names})
+        return weights.dump(arrays, names)
 
     adam, _, averages = state.opt_state
     constants = some(state.constants or {})

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -242,19 +242,21 @@ class JaxTrainer(Trainer):
     def images_at_a_time(self, count: int, /) -> int:
         return self._microbatch // self._mesh.size
 
-    def parameters(self) -> Arrays:
-        return self._gathered({**self._state.params, **(self._state.constants or {})})
+    def parameters(self, names: Collection[str] | None = None, /) -> Arrays:
+        return weights.dump({**self._state.params, **(self._state.constants or {})}, names)
 
-    def average(self, length: Length, /) -> Arrays:
+    def average(self, length: Length, names: Collection[str] | None = None, /) -> Arrays:
         averages = self._state.opt_state[-1].averages
-        return self._gathered({**averages[length.key], **(self._state.constants or {})})
-
-    def _gathered(self, arrays: Mapping[str, Array]) -> Arrays:
-        """Canonical arrays on every process, gathered one after another: no more than one is whole on a device."""
-        return weights.dump(arrays)
+        return weights.dump({**averages[length.key], **(self._state.constants or {})}, names)
 
     def state(self, names: Collection[str] | None = None, /) -> State:
         return to_state(self._state, names)
+
+    def state_alone(self, error: Exception, /) -> State | None:
+        """None also where the step had been given the memory of the state, before it failed."""
+        arrays = jax.tree.leaves(self._state)
+        there = all(not x.is_deleted() and (x.is_fully_addressable or x.is_fully_replicated) for x in arrays)
+        return to_state(self._state) if there else None
 
     def load_state(self, state: State, /) -> None:
         self._place(from_state(self._config.network, state, place=self._on_devices))

@@ -4,7 +4,7 @@ A convolution is [out, in, kh, kw] on disk and [kh, kw, in, out] here, a linear 
 of outputs is the last. Arrays of one axis or none stay as they are. Images are NCHW on disk and NHWC here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,10 +42,10 @@ def load_divided(
     return trained, {name: array for name, array in native.items() if name not in trained}
 
 
-def dump(params: Mapping[str, Array], /) -> dict[str, np.ndarray]:
-    """Native arrays as canonical float32 NumPy arrays, copied, one after another. Where processes hold parts of them,
-    all must call it together."""
-    return {name: to_host(gathered(array)) for name, array in params.items()}
+def dump(params: Mapping[str, Array], names: Collection[str] | None = None, /) -> dict[str, np.ndarray]:
+    """Native arrays, those of ``names`` or all, as canonical float32 NumPy arrays, copied, one after another. Where
+    processes hold parts of them, all must call it together."""
+    return {name: to_host(gathered(array)) for name, array in params.items() if names is None or name in names}
 
 
 def to_device(array: np.ndarray, /) -> Array:

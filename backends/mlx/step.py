@@ -112,7 +112,7 @@ class Learner:
         self.optimizer = optimizers.Adam(0.0, betas=list(betas), eps=1e-8, bias_correction=True)
         self.optimizer.init(network.trainable_parameters())
         self.ema = PowerEMA(network, sigma_rels=sigma_rels)
-        self._state = [network, self.optimizer.state]
+        self._state, self.updating = [network, self.optimizer.state], False
         self._force = compiled(partial(force_weight_norm, network), inputs=[network], outputs=[network])
         self._part_gradients = compiled(self._gradients_of_part, inputs=[network])
         self._finite = compiled(self._zero_nonfinite)
@@ -149,10 +149,12 @@ class Learner:
     def apply(self, gradients: Gradients, /, *, lr: float, images: int) -> None:
         """The second half: Adam, and the averages. ``images`` is this process's share of the batch."""
         self.optimizer.learning_rate = lr
+        self.updating = True  # stays, if the memory is exhausted half-way
         self._adam(gradients)
         total = images * self.processes.world
         self.ema.update(time=self.nimg + total, delta=total)
         mx.eval(self._state)
+        self.updating = False
 
     def _gradients_of_part(self, count: int, key: mx.array | None, *arrays: Any) -> tuple[mx.array, Gradients]:
         """The summed loss of a part of ``count`` images, and its share of the gradients of the mean, scaled."""
@@ -177,7 +179,7 @@ class Learner:
         parameters ``names``."""
 
         def some(values: Mapping[str, mx.array]) -> Arrays:
-            return dump({name: value for name, value in values.items() if names is None or name in names})
+            return dump(values, names)
 
         moments = self.moments
         return State(

@@ -118,14 +118,17 @@ class MLXTrainer(Trainer):
     def images_at_a_time(self, count: int, /) -> int:
         return self._microbatch or count
 
-    def parameters(self) -> Arrays:
-        return dump(tensors(self.learner.network))
+    def parameters(self, names: Collection[str] | None = None, /) -> Arrays:
+        return dump(tensors(self.learner.network), names)
 
-    def average(self, length: Length, /) -> Arrays:
-        return dump(self.learner.ema.arrays(length))
+    def average(self, length: Length, names: Collection[str] | None = None, /) -> Arrays:
+        return dump(self.learner.ema.arrays(length), names)
 
     def state(self, names: Collection[str] | None = None, /) -> State:
         return self.learner.state(names)
+
+    def state_alone(self, error: Exception, /) -> State | None:
+        return None if self.learner.updating else self.learner.state()
 
     def load_state(self, state: State, /) -> None:
         self.learner.load_state(state)

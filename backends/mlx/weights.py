@@ -5,7 +5,7 @@ here. The type tells which layout an array has: NumPy arrays are canonical and M
 twice changes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -41,9 +41,9 @@ def load(network: nn.Module, params: Mapping[str, np.ndarray], /) -> None:
     mx.eval(network.parameters())
 
 
-def dump(values: Mapping[str, mx.array], /) -> dict[str, np.ndarray]:
-    """Native arrays as canonical float32 NumPy arrays of their own."""
-    return {name: to_canonical(value) for name, value in values.items()}
+def dump(values: Mapping[str, mx.array], names: Collection[str] | None = None, /) -> dict[str, np.ndarray]:
+    """Native arrays, those of ``names`` or all, as canonical float32 NumPy arrays of their own."""
+    return {name: to_canonical(value) for name, value in values.items() if names is None or name in names}
 
 
 def tensors(network: nn.Module, /) -> dict[str, mx.array]:

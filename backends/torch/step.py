@@ -132,7 +132,7 @@ class Learner:
         self.ema = PowerEMA(network, sigma_rels=sigma_rels)
         self.steps = 0
         self._frozen = [self.weights[name] for name in frozen]
-        self._shards = shards
+        self.shards, self.updating = shards, False
         self._working: Any = sharded or WorkingWeights(network, compiles=compiles)
         self._shared: Any = sharded or (network if world == 1 else self._among_processes())
         self._zero_nonfinite: Callable[[Tensor], Tensor] = (
@@ -164,14 +164,16 @@ class Learner:
         if self.loss_scaling != 1:
             torch._foreach_mul_(gradients, 1 / self.loss_scaling)
         nonfinite = self._zeroed(gradients)
-        if self._shards:
+        if self.shards:
             with meeting():
                 torch.distributed.all_reduce(nonfinite)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.updating = True  # stays, if the memory is exhausted half-way
         self.optimizer.step()
         self.steps += 1
         self.ema.update(time=self.nimg + total, delta=total)
+        self.updating = False
         return torch.stack(losses).sum() / batch.images.numel(), nonfinite
 
     def _among_processes(self) -> DistributedDataParallel:
@@ -203,7 +205,7 @@ class Learner:
         parameters ``names``."""
 
         def some(values: Mapping[str, Tensor]) -> Arrays:
-            return dump({name: value for name, value in values.items() if names is None or name in names})
+            return dump(values, names)
 
         moments = {name: self.optimizer.state.get(p, {}) for name, p in self.weights.items()}
         first, second = (

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from backends.pipeline.data import batches as data
 from backends.pipeline.runs.config import TrainConfig
-from backends.pipeline.runs.team import meeting
+from backends.pipeline.runs.team import PeerLost, meeting
 from backends.ports import Machine
 from backends.trainer import Measurement, Trainer
 from edm2_core import loss as objective
@@ -142,14 +142,20 @@ class TorchTrainer(Trainer):
     def images_at_a_time(self, count: int, /) -> int:
         return min(self.learner.microbatch or count, count)
 
-    def parameters(self) -> Arrays:
-        return dump(tensors(self.learner.network))
+    def parameters(self, names: Collection[str] | None = None, /) -> Arrays:
+        return dump(tensors(self.learner.network), names)
 
-    def average(self, length: Length, /) -> Arrays:
-        return dump(self.learner.ema.arrays(length))
+    def average(self, length: Length, names: Collection[str] | None = None, /) -> Arrays:
+        return dump(self.learner.ema.arrays(length), names)
 
     def state(self, names: Collection[str] | None = None, /) -> State:
         return self.learner.state(names)
+
+    def state_alone(self, error: Exception, /) -> State | None:
+        learner = self.learner
+        # a step on a GPU goes on after its call: what it received is unknown when another process is lost
+        unknown = self.world > 1 and self._device.type != "cpu" and isinstance(error, PeerLost)
+        return None if learner.shards or learner.updating or unknown else learner.state()
 
     def load_state(self, state: State, /) -> None:
         self.learner.load_state(state)

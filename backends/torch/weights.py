@@ -1,6 +1,6 @@
 """Canonical arrays to and from a PyTorch network. Names and layouts are the same; only the container changes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -37,9 +37,10 @@ def load(network: nn.Module, params: Mapping[str, np.ndarray], /) -> None:
             tensor.copy_(placed_as(tensor, torch.from_numpy(np.array(params[name]))))
 
 
-def dump(values: Mapping[str, Tensor], /) -> dict[str, np.ndarray]:
-    """Tensors by name as NumPy arrays in memory of their own. Dtype: floats become float32, others keep theirs."""
-    return {name: _host(value.detach()) for name, value in values.items()}
+def dump(values: Mapping[str, Tensor], names: Collection[str] | None = None, /) -> dict[str, np.ndarray]:
+    """Tensors by name, those of ``names`` or all, as NumPy arrays in memory of their own. Dtype: floats become float32,
+    others keep theirs."""
+    return {name: _host(value.detach()) for name, value in values.items() if names is None or name in names}
 
 
 def _host(value: Tensor) -> np.ndarray:

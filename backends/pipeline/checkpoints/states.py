@@ -117,6 +117,11 @@ def store(states: Path, state: State, /) -> Path:
     return folder
 
 
+def is_complete(states: Path, nimg: int, /) -> bool:
+    """Whether the state after ``nimg`` images is stored in a run's folder of states."""
+    return (folder_of(states, nimg) / INDEX).exists()
+
+
 def remove_others(states: Path, /, *, keep: int) -> None:
     """Of the complete states in a run's folder, remove all but the last ``keep``."""
     for folder in _complete(states)[:-keep]:

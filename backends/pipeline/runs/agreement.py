@@ -22,6 +22,11 @@ from .options import TrainOptions, parse_train
 from .team import Team
 from .writer import writing
 
+
+class Unsound(InputError):
+    """The state must not be stored: training has diverged, or the processes differ."""
+
+
 _OF_HOST = ("data", "condition", "init", KEY)
 
 
@@ -167,11 +172,11 @@ def shared_state(load: Callable[[], State | None], team: Team, /) -> State | Non
 
 
 def check_same(fingerprints: bytes, team: Team, /, *, nimg: int) -> None:
-    """Raises InputError if those of the state in another process are others."""
+    """Raises Unsound if those of the state in another process are others."""
     first, *others = team.gather(np.frombuffer(fingerprints, np.uint8))
     different = [rank for rank, other in enumerate(others, 1) if not np.array_equal(first, other)]
     if different:
-        raise InputError(
+        raise Unsound(
             f"all processes must have the same state, got another in process {different[0]} after {nimg} images: "
             "a device or its memory is at fault; the last state was kept, resume from it"
         )

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from backends.trainer import Trainer
 from edm2_core.errors import InputError
 
+from .agreement import Unsound
 from .storing import Stored
 
 _MOST_ZEROED = 100  # steps in a row
@@ -19,11 +20,11 @@ class Divergence:
         self._begin, self._batch = nimg, batch
 
     def __call__(self, trainer: Trainer, *, end: bool) -> None:
-        """Check the steps up to the last call of ``trainer.metrics``. Raises InputError."""
+        """Check the steps up to the last call of ``trainer.metrics``. Raises Unsound."""
         steps, nimg = trainer.zeroed_in_a_row, trainer.nimg
         first = nimg - steps * self._batch
         if steps >= _MOST_ZEROED or (end and steps and first <= self._begin):
-            raise InputError(
+            raise Unsound(
                 f"gradients must be finite, got others in all {steps} steps from {first} to {nimg} images: training "
                 "has diverged; begin again with a smaller --lr in another --outdir"
             )

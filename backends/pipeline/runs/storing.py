@@ -1,13 +1,16 @@
 """How the state of a run is stored: each process its share of the arrays, from a copy, while training goes on."""
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
+from filelock import FileLock
 
 from backends.pipeline.checkpoints import states
 from backends.trainer import Trainer
@@ -15,12 +18,13 @@ from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, plan
 from edm2_core.state import State
 
-from .agreement import check_same, fingerprint
+from .agreement import Unsound, check_same, fingerprint
 from .config import TrainConfig
 from .folder import Run
 from .team import Team
 from .writer import holder
 
+_LOCK = ".alone.lock"  # in the folder of the states
 _OLD = 600.0  # seconds
 _WORTH = 20  # times what a state takes of training: it takes 5 % of the time at most
 
@@ -95,6 +99,19 @@ class Stored:
         self._at = time.monotonic()
         self._took = self._at - start
 
+    @contextmanager
+    def kept_at_errors(self) -> Iterator[None]:
+        """Within it, an error in a step or a message leaves the state after the last complete step: this process stores
+        it by itself, if it has all of it. The others may be gone, or do the same."""
+        try:
+            yield
+        except Unsound:
+            raise
+        except Exception as error:
+            with suppress(Exception):  # the first error says more
+                self._store_alone(error)
+            raise
+
     def finish(self) -> None:
         """Wait until the state that is being written is complete.
 
@@ -150,6 +167,23 @@ class Stored:
             check_same(b"".join(prints), trainer.team, nimg=trainer.nimg)
         return own
 
+    def _store_alone(self, error: Exception) -> None:
+        if self._folder is None:
+            return
+        if self._writing is not None:
+            self._writing.result()
+        nimg = self._trainer.nimg
+        if nimg in (0, self._last) or states.is_complete(self._folder, nimg):
+            return
+        state = self._trainer.state_alone(error)
+        if state is None:
+            return
+        check_finite(state)
+        with FileLock(self._folder / _LOCK).acquire(blocking=False):  # of those that do the same, one is enough
+            states.store(self._folder, state)
+            states.remove_others(self._folder, keep=self._config.keep)
+        print(f"saved    the state at {state.nimg} images", file=sys.stderr)
+
     def _write(self, folder: Path, share: State) -> None:
         index, count = self._owners.index(self._trainer.rank), len(self._owners)
         states.save_state(states.shard_of(folder, index, count), share)
@@ -162,10 +196,10 @@ class Stored:
 
 
 def check_finite(state: State, /) -> None:
-    """Raises InputError if a number of ``state`` is not finite."""
+    """Raises Unsound if a number of ``state`` is not finite."""
     for name, array in states.arrays_of(state).items():
         if not (np.isfinite(array.min(initial=0)) and np.isfinite(array.max(initial=0))):  # NaN is both
-            raise InputError(
+            raise Unsound(
                 f"a state must be finite to be stored, got other numbers in {name} after {state.nimg} images: training "
                 "has diverged; the state before is kept; begin again with a smaller --lr in another --outdir"
             )

@@ -18,6 +18,10 @@ AllGather = Callable[[np.ndarray], np.ndarray]
 _MESSAGE = 1 << 20  # bytes
 
 
+class PeerLost(InputError):
+    """Another process has ended."""
+
+
 @dataclass(frozen=True)
 class Team:
     """This process's ``rank`` among ``world``; by default it is the only one."""
@@ -92,7 +96,8 @@ def meeting(*, passes: Callable[[RuntimeError], bool] = lambda _: False) -> Iter
     ``passes``: whether an error is not of the meeting, and passes.
 
     Raises:
-        InputError: another process has ended, or the limit is none.
+        PeerLost: another process has ended.
+        InputError: the limit is none.
     """
     limit = patience.seconds()
 
@@ -110,7 +115,7 @@ def meeting(*, passes: Callable[[RuntimeError], bool] = lambda _: False) -> Iter
         if passes(error):
             raise
         why = " ".join(str(error).split())
-        raise InputError(f"all processes must stay until the end, got '{why:.160}': see what the others say") from error
+        raise PeerLost(f"all processes must stay until the end, got '{why:.160}': see what the others say") from error
     finally:
         timer.cancel()
 

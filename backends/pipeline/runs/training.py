@@ -6,6 +6,7 @@ the log line and the state. The result depends only on the config: stopping and 
 
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any
@@ -18,6 +19,7 @@ from backends.ports import Machine, OpenSampler
 from backends.trainer import Measurement, OpenTrainer, Trainer
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
+from edm2_core.network import plan
 from edm2_core.presets import AUTO
 from edm2_core.schedule import learning_rate
 from edm2_core.state import Arrays
@@ -177,7 +179,7 @@ def _train(
         disk = trainer.team.first(lambda: b"" if run is None else check_space(config, run).encode())
         if run is None:
             if not (status := _loop(job, None, open_sampler)) and picture:
-                trainer.parameters()  # gathered in every process, for the picture
+                _parameters(job)  # for the first process's picture
             return None, status
         run.save_config(config)
         run.url = job.url
@@ -194,7 +196,12 @@ def _train(
         if not picture:
             say_next(run, config, prog=prog)
             return run, 0
-        return run, _draw(run, config, dataset, trainer.parameters(), open_sampler, nimg=trainer.nimg, prog=prog)
+        return run, _draw(run, config, dataset, _parameters(job), open_sampler, nimg=trainer.nimg, prog=prog)
+
+
+def _parameters(job: Training) -> Arrays:
+    """The weights, in the first process. All must call it together."""
+    return job.trainer.for_first(job.trainer.parameters, plan(job.config.network).parameters)
 
 
 def _draw(
@@ -231,36 +238,38 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler, mirror: Mir
         snapshots = _Snapshots(config, run)
         scores = _scores(job, run, open_sampler, progress)
         estimate = Estimate(trainer, hyper.duration, progress.say)
-        while trainer.nimg < hyper.duration:
-            before = trainer.nimg
-            with failure.kept():
-                batch = next(batches)
-                estimate(nimg=before)
-            if trainer.agree(failure.error is not None or interrupts.signum is not None):
-                break
-            measurement, lr = _step(job, batch)
-            nimg, end = trainer.nimg, trainer.nimg >= hyper.duration
-            snapshots.store_due(trainer, before, nimg, end=end)
-            stores = end or _crossed(config.checkpoint, before, nimg)
-            # a mean ends where a state is stored, so that a resumed run logs the same
-            reported = stores or _crossed(config.status, before, nimg)
-            with failure.kept():
-                if run is not None and measurement is not None:
-                    run.append_telemetry(telemetry.record(config, measurement, nimg=before))
-                progress.advance(nimg - before)
-            if reported:
-                metrics = trainer.metrics()  # of all processes, whatever has failed in one
+        snapshots.store_missing(trainer)
+        with stored.kept_at_errors():
+            while trainer.nimg < hyper.duration:
+                before = trainer.nimg
                 with failure.kept():
-                    report(metrics, nimg, lr, skipped=batches.skipped)
-                diverged(trainer, end=end)
-                stored.look()
-                if mirror is not None:
-                    mirror.push()
-            if scores is not None and (end or _crossed(job.scores.evaluate, before, nimg)):
-                with failure.kept() if trainer.world == 1 else nullcontext():  # within it, processes share the work
-                    scores(nimg)
-            if stores or (reported and stored.is_old):
-                stored.begin()
+                    batch = next(batches)
+                    estimate(nimg=before)
+                if trainer.agree(failure.error is not None or interrupts.signum is not None):
+                    break
+                measurement, lr = _step(job, batch)
+                nimg, end = trainer.nimg, trainer.nimg >= hyper.duration
+                snapshots.store_due(trainer, before, nimg, end=end)
+                stores = end or _crossed(config.checkpoint, before, nimg)
+                # a mean ends where a state is stored, so that a resumed run logs the same
+                reported = stores or _crossed(config.status, before, nimg)
+                with failure.kept():
+                    if run is not None and measurement is not None:
+                        run.append_telemetry(telemetry.record(config, measurement, nimg=before))
+                    progress.advance(nimg - before)
+                if reported:
+                    metrics = trainer.metrics()  # of all processes, whatever has failed in one
+                    with failure.kept():
+                        report(metrics, nimg, lr, skipped=batches.skipped)
+                    diverged(trainer, end=end)
+                    stored.look()
+                    if mirror is not None:
+                        mirror.push()
+                if scores is not None and (end or _crossed(job.scores.evaluate, before, nimg)):
+                    with failure.kept() if trainer.world == 1 else nullcontext():  # within it, processes share the work
+                        scores(nimg)
+                if stores or (reported and stored.is_old):
+                    stored.begin()
         if trainer.agree(failure.error is not None):
             failure.end(stored, trainer)
         stopped = trainer.nimg < hyper.duration
@@ -333,7 +342,8 @@ class _Snapshots:
 
     def store_due(self, trainer: Trainer, before: int, now: int, *, end: bool) -> None:
         for length in self._due(before, now, end=end):
-            average = trainer.average(length)  # in every process: they gather it together
+            names = plan(self._config.network).parameters
+            average = trainer.for_first(partial(trainer.average, length), names)
             if self._run is not None:
                 config = self._config
                 snapshot = Snapshot(params=average, config=config.network, nimg=now, length=length, data=config.format)
@@ -345,6 +355,20 @@ class _Snapshots:
             for path in [path for path, stored in self._stored.items() if stored in stale]:
                 path.unlink(missing_ok=True)
                 del self._stored[path]
+
+    def store_missing(self, trainer: Trainer) -> None:
+        """Store what was due after the last step, if the run ended between that step and the end of the write."""
+        before, now = trainer.nimg - self._config.hyper.batch, trainer.nimg
+        if not now:
+            return
+        names = [snapshot_name(now, length) for length in self._due(before, now, end=False)]
+
+        def missing() -> bytes:
+            folder = None if self._run is None else self._run.snapshots_path
+            return b"" if folder is None or all((folder / name).exists() for name in names) else b"1"
+
+        if trainer.team.first(missing):
+            self.store_due(trainer, before, now, end=False)
 
     def _due(self, before: int, now: int, *, end: bool) -> tuple[Length, ...]:
         if self._plan is not None:
