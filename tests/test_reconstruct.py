@@ -158,3 +158,11 @@ def test_a_source_is_loaded_from_the_file_that_is_open(folder):
     assert (loaded.config, loaded.nimg, loaded.length) == (None, expected.nimg, expected.length)
     assert loaded.params.keys() == expected.params.keys()
     assert all(np.array_equal(array, expected.params[name]) for name, array in loaded.params.items())
+
+
+def test_a_source_that_is_removed_while_it_is_read_is_named(folder):
+    """As a snapshot plan does beside a reader."""
+    sources = open_sources(folder)
+    sources[1].path.unlink()
+    with pytest.raises(InputError, match=f"{sources[1].path.name} must stay until it is read.*give the command again"):
+        reconstruct(sources, sigma_rels=[0.07])

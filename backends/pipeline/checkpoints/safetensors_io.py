@@ -147,14 +147,19 @@ class FileReader:
         ``out`` is 1-D and contiguous; its dtype is the entry's in :data:`DTYPES`.
 
         Raises:
-            InputError: the file has become shorter since it was opened, has other bytes than were written, or cannot be
-                read.
+            InputError: the file was removed or has become shorter since it was opened, has other bytes than were
+                written, or cannot be read.
         """
         entry, got = self.entries[name], 0
         view, at = out.view(np.uint8).data, entry.offset + start * out.itemsize
         try:
             while got < len(view) and (count := os.preadv(self._descriptor, [view[got:]], at + got)):
                 got += count
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self.path} must stay until it is read, got none any more: a training with a snapshot plan may have "
+                "removed it, give the command again"
+            ) from error
         except OSError as error:
             raise _unreadable(self.path, error) from error
         if got < len(view):
