@@ -271,3 +271,11 @@ def test_an_error_of_a_measurement_stores_the_state_first(monkeypatch):
     with pytest.raises(InputError, match="no figure at 4096"):
         train(duration=4096, checkpoint=1 << 20)
     assert Run("run").state_nimg() == 4096
+
+
+def test_killed_before_the_last_states_are_removed_a_complete_run_removes_them_when_it_is_asked_for():
+    train(duration=1024, checkpoint=512)
+    run = Run("run")
+    shutil.copytree(states.folder_of(run.states_path, 1024), states.folder_of(run.states_path, 512))
+    train()
+    assert [path.name for path in run.states_path.glob("0*")] == [states.folder_of(run.states_path, 1024).name]

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from backends.pipeline.checkpoints.combination import Combination
-from backends.pipeline.report.plots import draw_errors, draw_profiles, figure, save
+from backends.pipeline.report.lines import errors
+from backends.pipeline.report.plots import draw_lines, draw_profiles, figure, save
 from edm2_core.ema import profile, reconstructed_profile, reconstruction_error
 
 from .sources import SourceOptions
@@ -35,7 +36,7 @@ def run(options: Options) -> None:
     wanted = [profile(t, end_time=1.0, sigma_rel=s) for s in lengths]
     draw_profiles(left, t, {s: (w, r) for s, w, r in zip(lengths, wanted, reconstructed, strict=True)})
     error = reconstruction_error(**combination.arguments(_CURVE), dtype=combination.stored_dtype)
-    draw_errors(right, _CURVE, {f"{len(combination.usable)} files": error})
+    draw_lines(right, errors(_CURVE, {f"{len(combination.usable)} files": error}))
     path = options.out or options.source / "ema.png"
     save(picture, path)
     worst = int(np.argmax(error.total))

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import numpy as np
 
 from backends.pipeline.checkpoints.atomic import write_bytes
-from backends.pipeline.report.plots import draw_errors, figure, save
+from backends.pipeline.report.lines import errors
+from backends.pipeline.report.plots import draw_lines, figure, save
 from backends.pipeline.runs.command_line import count_text, parse_count, reader
 from edm2_core.ema import SnapshotPlan, StorageDtype, TimedPlan, plan_snapshots, uniform_plan, worst_error
 from edm2_core.errors import InputError
@@ -80,12 +81,11 @@ def run(options: Options) -> None:
         counts = (options.files, 4 * options.files)
         uniform = {f"uniform, {n} files": uniform_plan(files=n, duration=plan.duration) for n in counts}
     path, picture = options.out, options.out.with_suffix(".png")
-    errors, (axes,) = figure(1)
+    drawn, (axes,) = figure(1)
     lengths = np.geomspace(*plan.range, 120)
-    draw_errors(
-        axes, lengths, {name: p.error(lengths) for name, p in {f"plan, {plan.files} files": plan, **uniform}.items()}
-    )
-    save(errors, picture)
+    plans = {f"plan, {plan.files} files": plan, **uniform}
+    draw_lines(axes, errors(lengths, {name: one.error(lengths) for name, one in plans.items()}))
+    save(drawn, picture)
     write_bytes(path, plan.to_json().encode())
     _print(plan, uniform, parameter_count(base.network) if options.parameters is None else options.parameters)
     print(f"wrote     {path}, for train --snapshot-plan {path}")
@@ -108,10 +108,10 @@ def _print(plan: SnapshotPlan, uniform: dict[str, TimedPlan], parameters: int) -
         worst = worst_error(one) if one is plan else float(one.error(np.geomspace(*plan.range, 49)).total.max())
         print(f"{name:{width}}  {one.files:5}  {_size(one.files * each):>8}  {worst:.4f}")
     lengths = np.array(sorted({*plan.range, *(s for s in _TABLE if plan.range[0] <= s <= plan.range[1])}))
-    errors = {name: one.error(lengths) for name, one in plans.items()}
+    predicted = {name: one.error(lengths) for name, one in plans.items()}
     print("length    " + "  ".join(f"{name:>20}" for name in plans) + "   (profile + rounding)")
     for i, length in enumerate(lengths):
-        cells = (f"{error.profile[i]:9.4f} +{error.rounding[i]:9.4f}" for error in errors.values())
+        cells = (f"{error.profile[i]:9.4f} +{error.rounding[i]:9.4f}" for error in predicted.values())
         print(f"{length:<8.3f}  " + "  ".join(f"{cell:>20}" for cell in cells))
 
 

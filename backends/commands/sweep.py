@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from backends.pipeline.checkpoints.reconstruct import reconstruct
 from backends.pipeline.checkpoints.sources import Source
-from backends.pipeline.report.plots import draw_sweep, figure, save
+from backends.pipeline.report.lines import swept
+from backends.pipeline.report.plots import draw_lines, draw_map, figure, save
 from backends.pipeline.runs.command_line import flag, reader
 from backends.pipeline.runs.evaluation import FIGURES, Measure, append_figures, described, generated, read_figures
 from backends.pipeline.runs.folder import Run, newest
@@ -84,7 +85,10 @@ def run(options: Options) -> None:
     if sweep.measure.team.rank == 0:
         path = sweep.run.path / f"sweep-{options.metric.replace(':', '-')}.png"
         drawn, (axes,) = figure(1)
-        draw_sweep(axes, names, measured, metric.main, best=best)
+        if len(names) == 1:
+            draw_lines(axes, swept(names[0], measured, metric.main, best=best))
+        else:
+            draw_map(axes, names, measured, metric.main, best=best)
         save(drawn, path)
         say(f"wrote    {path}")
 

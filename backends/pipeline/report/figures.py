@@ -13,8 +13,9 @@ from backends.pipeline.runs.folder import Run
 
 from . import page
 from .history import thin
+from .lines import over_images, palette, swept
 from .page import Chart, Section
-from .plots import draw_curves, draw_sweep, palette
+from .plots import draw_map
 from .sections import Canvas
 
 Lines = Sequence[Mapping[str, Any]]
@@ -30,12 +31,12 @@ def measured(runs: Mapping[str, Run], canvas: Canvas, /) -> Section:
     )
     charts = [*_over_training(lines, canvas), *_swept(lines, canvas)]
     if rows := _best(lines):
-        body += page.table(["best", "length", "after images", "images measured"], rows)
+        body += page.table(["figure", "best", "length", "after images", "images measured"], rows)
     text = (
         "Metrics against the data that a run, or the command that measured it, named. Of precision, recall, density, "
         "coverage and the Inception score the highest is the best, else the lowest."
     )
-    return Section(title="Figures", text=text, body=body + page.charts(charts, columns=2))
+    return Section(title="Figures", text=text, body=body + page.charts(charts))
 
 
 def _over_training(lines: Mapping[str, Lines], canvas: Canvas) -> Iterator[Chart]:
@@ -51,9 +52,8 @@ def _over_training(lines: Mapping[str, Lines], canvas: Canvas) -> Iterator[Chart
             label: thin(np.array(sorted(points), float), np.array([points[x] for x in sorted(points)]))
             for label, points in by_label.items()
         }
-        draw = partial(draw_curves, curves=drawn, colours=palette(drawn))
-        title = f"{metric} in training"
-        yield canvas.chart(f"figure-{metric}", title, f"{title} over images seen, by length of the average", draw)
+        title, chart = f"{metric} in training", over_images(drawn, colours=palette(drawn))
+        yield canvas.chart(f"figure-{metric}", title, f"{title} over images seen, by length of the average", chart)
 
 
 def _swept(lines: Mapping[str, Lines], canvas: Canvas) -> Iterator[Chart]:
@@ -69,9 +69,13 @@ def _swept(lines: Mapping[str, Lines], canvas: Canvas) -> Iterator[Chart]:
         values = {point: line["figures"][metric.main] for point, line in points.items()}
         best = min(values, key=lambda point: metric.loss(values[point]))
         title = f"{metric.main} by {' and '.join(names)}" + (f": {run}" if len(lines) > 1 else "")
-        draw = partial(draw_sweep, names=names, figures=values, metric=metric.main, best=best)
+        stem = f"sweep-{'-'.join((run, name, how, *names))}"
         description = f"{title}; {how}; best {values[best]:.4g} at {', '.join(f'{x:g}' for x in best)}"
-        yield canvas.chart(f"sweep-{'-'.join((run, name, how, *names))}", title, description, draw)
+        if len(names) == 1:
+            yield canvas.chart(stem, title, description, swept(names[0], values, metric.main, best=best))
+        else:
+            draw = partial(draw_map, names=names, figures=values, metric=metric.main, best=best)
+            yield Chart(title=title, description=description, picture=canvas.picture(stem, draw))
 
 
 def _best(lines: Mapping[str, Lines]) -> dict[str, list[str]]:
@@ -83,5 +87,6 @@ def _best(lines: Mapping[str, Lines]) -> dict[str, list[str]]:
                 (one for one in figures if one[0] == name), key=lambda one: Metric.called(one[2]["metric"]).loss(one[1])
             )
             shown = name if len(lines) == 1 else f"{run}: {name}"
-            rows[shown] = [f"{value:.5g}", *(str(line.get(key)) for key in ("length", "nimg", "count"))]
+            cells = (f"{value:.5g}", *(str(line.get(key)) for key in ("length", "nimg", "count")))
+            rows[shown] = list(map(page.cell, cells))
     return rows

@@ -1,23 +1,27 @@
 """The HTML of the report: sections with charts, tables and images on one page without external resources."""
 
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 
 from edm2_core.ema import Length
 
+from .lines import Lines
 from .strips import Strip, is_pixelated, picture_url
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """``svg`` is an element; ``description`` says what it shows, for screen readers."""
+    """``lines``, or a ``picture``, a file; ``description`` says what it shows, for screen readers."""
 
     title: str
-    svg: str
     description: str
+    lines: Lines | None = None
+    picture: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +33,24 @@ class Section:
     body: str = ""
 
 
-def page(*, title: str, summary: str, sections: Sequence[Section]) -> str:
-    """The HTML of the page. ``summary`` is HTML."""
+def page(*, title: str, summary: str, sections: Sequence[Section], version: str | None = None) -> str:
+    """The HTML of the page. ``summary`` is HTML. ``version``: of a page that is served, which looks for another."""
     links = "".join(f'<a href="#{_anchor(s.title)}">{escape(s.title)}</a>' for s in sections)
-    return Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8")).substitute(
-        title=escape(title), summary=summary, links=links, sections="\n".join(map(_section, sections))
+    live = "" if version is None else f'<p id="live" class="dim" data-version="{escape(version)}">live</p>'
+    return Template(_web("page.html")).substitute(
+        title=escape(title),
+        live=live,
+        summary=summary,
+        links=links,
+        sections="\n".join(map(_section, sections)),
+        style=_web("uPlot.min.css") + _web("report.css"),
+        charts=_web("uPlot.iife.min.js"),
+        script=_web("report.js") + ("" if version is None else _web("live.js")),
     )
+
+
+def _web(name: str) -> str:
+    return files(__package__).joinpath("web", name).read_text(encoding="utf-8")
 
 
 def _section(section: Section) -> str:
@@ -64,25 +80,43 @@ def cards(facts: Mapping[str, Iterable[str]]) -> str:
 
 def charts(drawn: Iterable[Chart], *, columns: int = 0) -> str:
     """Charts in ``columns`` on a wide page, fewer on a narrow one; 0: as many as fit."""
-    figures = (
-        f"<figure><figcaption>{escape(chart.title)}</figcaption>"
-        f'<div role="img" aria-label="{escape(chart.description)}">{chart.svg}</div></figure>'
-        for chart in drawn
-    )
     wide = f' style="--columns: {columns}"' if columns else ""
-    return f'<div class="charts"{wide}>{"".join(figures)}</div>'
+    return f'<div class="charts"{wide}>{"".join(map(_figure, drawn))}</div>'
 
 
-def table(names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table of options: a row for each, a column for each of ``names``."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    body = "".join(
-        f'<tr><th scope="row">{escape(option)}</th>{"".join(f"<td>{escape(value)}</td>" for value in values)}</tr>'
-        for option, values in rows.items()
-    )
+def _figure(chart: Chart) -> str:
+    title, description = escape(chart.title), escape(chart.description)
+    if chart.lines is None:
+        assert chart.picture is not None
+        data = b64encode(chart.picture.read_bytes()).decode()
+        picture = f'<img class="map" src="data:image/png;base64,{data}" alt="{description}">'
+        return f"<figure><figcaption>{title}</figcaption>{picture}</figure>"
+    data = chart.lines.to_json().replace("<", "\\u003c")
     return (
-        f'<div class="table" tabindex="0"><table><thead><tr><th scope="col">option</th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<figure class="lines"><figcaption>{title} <button type="button" class="log">log</button></figcaption>'
+        f'<div class="plot" role="img" tabindex="0" aria-label="{description}"></div><div class="legend"></div>'
+        f'<script type="application/json">{data}</script></figure>'
+    )
+
+
+def cell(text: str, kind: str = "") -> str:
+    """A cell of a table; ``kind`` is a class of the style sheet."""
+    return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
+
+
+def table(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table with the columns ``head``: by the name of a row, its cells."""
+    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>' for name, cells in rows.items())
+    return (
+        f'<div class="table" tabindex="0"><table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def groups(tables: Mapping[str, str]) -> str:
+    """Tables under a heading each, in as many columns as fit."""
+    return "".join(
+        ('<div class="groups">', *(f"<section><h3>{escape(t)}</h3>{b}</section>" for t, b in tables.items()), "</div>")
     )
 
 
@@ -124,8 +158,9 @@ def _strips(name: str, own: Sequence[Strip], lengths: Sequence[Length], seeds: S
 def _pictures(strip: Strip, seeds: Sequence[int]) -> str:
     kind = ' class="pixelated"' if is_pixelated(strip.images[0]) else ""
     pictures = "".join(
-        f'<img{kind} src="{picture_url(image)}" alt="seed {seed}{"" if label < 0 else f", class {label}"}, '
+        f'<figure><img{kind} src="{picture_url(image)}" alt="seed {seed}{f", {label}" if label else ""}, '
         f'length {strip.length}" width="{image.shape[2]}" height="{image.shape[1]}">'
-        for seed, label, image in zip(seeds, strip.labels.tolist(), strip.images, strict=True)
+        f"<figcaption>{seed}{f' · {label}' if label else ''}</figcaption></figure>"
+        for seed, label, image in zip(seeds, map(escape, strip.classes), strip.images, strict=True)
     )
     return f'<p>{escape(strip.caption)}</p><div class="pictures">{pictures}</div>'

@@ -1,36 +1,22 @@
-"""Charts of errors, profiles and training curves. Matplotlib is imported when the first is drawn."""
+"""Pictures of charts. Matplotlib is imported when the first is drawn."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from io import StringIO
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from backends.pipeline.checkpoints.atomic import write_atomically
-from edm2_core.ema import ReconstructionError
 from edm2_core.errors import InputError
 
-from .history import Curve, Place
+from .lines import COLOURS, Lines
 
-_Name = TypeVar("_Name")
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-
-_COLOURS = (  # distinct for the colour-blind; contrast of 3:1 or more on white and on a dark page
-    "#0969da",
-    "#cf222e",
-    "#1a7f37",
-    "#8250df",
-    "#bf8700",
-    "#0a8f9c",
-    "#d6409f",
-    "#6e7781",
-)
 
 _LONGEST, _LEGEND = 32, 64  # letters of a label, and of a row of a legend
 
@@ -50,55 +36,36 @@ def save(drawn: "Figure", path: Path) -> None:
     write_atomically(path, lambda file: drawn.savefig(file, format="png", dpi=144))
 
 
-def svg(drawn: "Figure", *, name: str) -> str:
-    """The figure as an SVG element that scales to its container and takes the page's text colour.
-
-    Its ids begin with ``name``, which must be unique on the page.
-    """
-    from matplotlib import rc_context
-
-    text = StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        drawn.savefig(
-            text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+def draw_lines(axes: "Axes", chart: Lines) -> None:
+    """A chart of lines, with the band of each that was thinned."""
+    for line in chart.lines:
+        dash, dot = "--" if line.dashed else "-", "." if line.marked else ""
+        axes.plot(
+            line.x, line.y, color=line.colour, linestyle=dash, marker=dot, linewidth=1.2, label=_plain(line.label)
         )
-    made = text.getvalue()
-    made = made[made.index("<svg") :].replace("#000000", "currentColor").replace("xlink:href", "href")
-    made = re.sub(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', made, count=1)
-    made = re.sub(r'<g id="[^"]*"', "<g", made)  # never referred to
-    made = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", made)
-    # one decimal is enough: a tenth of a point is less than a pixel
-    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), made)
+        if line.low is not None and line.high is not None:
+            axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=0.2, linewidth=0)
+    if chart.x_end is not None:
+        axes.set_xlim(0, chart.x_end)
+    if chart.y_span is not None:
+        axes.set_ylim(chart.y_span)  # first: without a positive value there is no logarithmic scale
+    if chart.images:
+        from matplotlib.ticker import EngFormatter
 
-
-def palette(names: Iterable[_Name]) -> dict[_Name, str]:
-    """A colour for each name, the same in all charts of a page."""
-    return dict(zip(names, cycle(_COLOURS), strict=False))
-
-
-def draw_errors(
-    axes: "Axes",
-    lengths: np.ndarray,
-    curves: Mapping[str, ReconstructionError],
-    colours: Mapping[str, str] | None = None,
-) -> None:
-    """Predicted errors over the length of the reconstructed average; the part that is storage rounding is dashed."""
-    colours = colours or palette(curves)
-    for label, error in curves.items():
-        axes.loglog(lengths, _visible(error.total), color=colours[label], label=_plain(label))
-        axes.loglog(lengths, _visible(error.rounding), color=colours[label], linestyle="--", linewidth=1)
-    axes.set_xlabel("relative length of the average, sigma_rel")
-    axes.set_ylabel("predicted error (dashed: rounding)")
-    axes.set_xticks(ticks := [t for t in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2) if lengths[0] <= t <= lengths[-1]])
-    axes.set_xticklabels([f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axis, log, scale in ((axes.xaxis, chart.x_log, axes.set_xscale), (axes.yaxis, chart.y_log, axes.set_yscale)):
+        if log:
+            scale("log", nonpositive="mask")
+            _readable(axis)
+    axes.set_xlabel(chart.x)
+    axes.set_ylabel(chart.y)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", frameon=False)
+    _legend(axes)
 
 
 def draw_profiles(axes: "Axes", t: np.ndarray, profiles: Mapping[float, tuple[np.ndarray, np.ndarray]]) -> None:
     """For each length the profile that stored averages add up to, and the wanted one dashed."""
-    for colour, (length, (wanted, made)) in zip(cycle(_COLOURS), profiles.items(), strict=False):
+    for colour, (length, (wanted, made)) in zip(cycle(COLOURS), profiles.items(), strict=False):
         axes.plot(t, made, color=colour, label=f"{length:g}")
         axes.plot(t, wanted, color="black", linestyle="--", linewidth=1)
     axes.set_xlabel("time, as a share of training up to the average")
@@ -107,44 +74,7 @@ def draw_profiles(axes: "Axes", t: np.ndarray, profiles: Mapping[float, tuple[np
     axes.legend(title="sigma_rel")
 
 
-def draw_curves(axes: "Axes", curves: Mapping[str, Curve], *, colours: Mapping[str, str]) -> None:
-    """Values over images seen; a thinned curve is its mean, over a band between its extremes."""
-    for label, curve in curves.items():
-        _line(axes, curve, label=_plain(label), color=colours[label])
-    _over_images(axes)
-
-
-def draw_places(axes: "Axes", curves: Mapping[Place, Curve], *, until: float, span: tuple[float, float]) -> None:
-    """Magnitudes over ``until`` images, on a logarithmic axis of range ``span``: a colour for each resolution, the
-    decoder dashed."""
-    colours = palette(sorted({place.size for place in curves}, reverse=True))
-    for place, curve in curves.items():
-        style = "-" if place.role == "enc" else "--"
-        _line(axes, curve, label=str(place), color=colours[place.size], linestyle=style)
-    axes.set_xlim(0, max(until, 1))  # a run may have been measured once
-    axes.set_ylim(span)  # first: without a positive value there is no logarithmic scale
-    axes.set_yscale("log", nonpositive="mask")
-    _readable(axes.yaxis, span)
-    _over_images(axes)
-
-
-def draw_by_noise(
-    axes: "Axes", lines: Mapping[str, tuple[np.ndarray, np.ndarray]], *, colours: Mapping[str, str], log: bool
-) -> None:
-    """Lines over noise levels: by label, (sigma, values)."""
-    for label, (sigma, values) in lines.items():
-        axes.plot(sigma, values, color=colours[label], label=_plain(label), marker=".")
-    axes.set_xscale("log")
-    if log:
-        axes.set_yscale("log", nonpositive="mask")
-    axes.set_xlabel("noise level, sigma")
-    axes.grid(alpha=0.3)
-    if log:
-        _readable(axes.yaxis, axes.get_ylim())
-    _legend(axes)
-
-
-def draw_sweep(
+def draw_map(
     axes: "Axes",
     names: Sequence[str],
     figures: Mapping[tuple[float, ...], float],
@@ -152,56 +82,25 @@ def draw_sweep(
     *,
     best: tuple[float, ...],
 ) -> None:
-    """Figures of points: a curve over one setting, or a map over two, of others the best; the best point is marked."""
-    if len(names) == 1:
-        xs = sorted(x for (x,) in figures)
-        axes.plot(xs, [figures[(x,)] for x in xs], color=_COLOURS[0], marker=".")
-        axes.plot(best[0], figures[best], color=_COLOURS[1], marker="o", linestyle="none")
-        axes.set_ylabel(_plain(metric))
-    else:
-        near = sorted(figures, key=lambda point: abs(figures[point] - figures[best]))
-        points = near[::-1]  # the best on top, where more settings differ
-        x, y = ([point[i] for point in points] for i in range(2))
-        shown = axes.scatter(x, y, c=[figures[point] for point in points], s=80, cmap="viridis")
-        axes.plot(best[0], best[1], color=_COLOURS[1], marker="o", fillstyle="none", markersize=14, linestyle="none")
-        axes.figure.colorbar(shown, ax=axes, label=_plain(metric))
-        axes.set_ylabel(_plain(names[1]))
+    """Figures of points over the first two of their settings; the best point is marked."""
+    near = sorted(figures, key=lambda point: abs(figures[point] - figures[best]))
+    points = near[::-1]  # the best on top, where more settings differ
+    x, y = ([point[i] for point in points] for i in range(2))
+    shown = axes.scatter(x, y, c=[figures[point] for point in points], s=80, cmap="viridis")
+    axes.plot(best[0], best[1], color=COLOURS[1], marker="o", fillstyle="none", markersize=14, linestyle="none")
+    axes.figure.colorbar(shown, ax=axes, label=_plain(metric))
     axes.set_xlabel(_plain(names[0]))
+    axes.set_ylabel(_plain(names[1]))
     axes.grid(alpha=0.3)
 
 
-def limits(curves: Iterable[Curve]) -> tuple[float, float]:
-    """The range of a logarithmic axis that shows all curves: at least a factor of 2."""
-    values = np.concatenate([np.ravel((curve.low, curve.high)) for curve in curves])
-    values = values[np.isfinite(values) & (values > 0)]
-    if not len(values):
-        return 0.1, 10.0
-    low, high = values.min() / 1.1, values.max() * 1.1
-    widen = max(np.sqrt(2 * low / high), 1.0)
-    return float(low / widen), float(high * widen)
-
-
-def _line(axes: "Axes", curve: Curve, **style: Any) -> None:
-    axes.plot(curve.x, curve.mean, linewidth=1.2, **style)
-    if curve.thinned:
-        axes.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
-
-
-def _over_images(axes: "Axes") -> None:
-    from matplotlib.ticker import EngFormatter
-
-    axes.set_xlabel("images seen")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.3)
-    _legend(axes)
-
-
-def _readable(axis: "Axis", span: tuple[float, float]) -> None:
+def _readable(axis: "Axis") -> None:
     """Ticks at 1, 2, 5, 10 where a logarithmic axis is too short for powers of ten alone."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    if span[1] / span[0] < 300:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span[1] / span[0] > 10 else (1, 1.5, 2, 3, 5, 7)))
+    low, high = axis.get_view_interval()
+    if low > 0 and high / low < 300:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 5, 7)))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -219,7 +118,3 @@ def _legend(axes: "Axes") -> None:
         axes.figure.legend(
             handles, labels, loc="outside lower center", ncols=min(columns, 4), fontsize="small", frameon=False
         )
-
-
-def _visible(values: np.ndarray) -> Any:
-    return np.where(values > 1e-8, values, np.nan)  # 0 where stored, which a logarithmic axis cannot show

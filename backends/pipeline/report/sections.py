@@ -5,10 +5,10 @@ Several runs get a line or a column each, on the same axes. What is missing is r
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -21,11 +21,13 @@ from backends.ports import OpenSampler
 from edm2_core.ema import reconstruction_error
 from edm2_core.errors import InputError
 from edm2_core.network import parameter_count
+from edm2_core.presets import PRESETS
 
 from . import page
 from .history import POINTS, Curve, History, thin
+from .lines import Lines, by_noise, by_place, errors, limits, over_images, palette
 from .page import Chart, Section
-from .plots import draw_by_noise, draw_curves, draw_errors, draw_places, figure, limits, palette, save, svg
+from .plots import draw_lines, figure, save
 from .strips import WITHIN, Strip, combine, draw_strips, traditional, within_error
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ _MAGNITUDES = {
 }
 
 Histories = Mapping[str, History]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +71,16 @@ class Canvas:
     def __init__(self, outdir: Path) -> None:
         self.outdir, self.count = outdir, 0
 
-    def chart(self, name: str, title: str, description: str, draw: "Callable[[Axes], None]") -> Chart:
+    def chart(self, name: str, title: str, description: str, lines: Lines) -> Chart:
+        self.picture(name, partial(draw_lines, chart=lines))
+        return Chart(title=title, description=description, lines=lines)
+
+    def picture(self, name: str, draw: "Callable[[Axes], None]") -> Path:
         drawn, (axes,) = figure(1, size=_PANEL)
         draw(axes)
         path = self._path(name)
         save(drawn, path)
-        drawn.set_layout_engine("none")  # the first layout is kept: it takes a third of the time
-        return Chart(title=title, svg=svg(drawn, name=path.stem), description=description)
+        return path
 
     def rows(self, name: str, strips: Sequence[Strip]) -> None:
         save_rows(self._path(name), [(str(strip.length), strip.images) for strip in strips])
@@ -105,8 +111,8 @@ def loss(histories: Histories, canvas: Canvas, /) -> Section:
     for column, title in _LOGGED.items() if logged else ():
         curves = {name: thin(log["nimg"], log[column]) for name, log in logged.items()}
         description = f"{title} over images seen. {_ends(curves)}"
-        draw = partial(draw_curves, curves=curves, colours=palette(histories))
-        charts.append(canvas.chart(column, title, description, draw))
+        lines = over_images(curves, colours=palette(histories))
+        charts.append(canvas.chart(column, title, description, lines))
     charts += _held_out(histories, canvas)
     text = (
         "The loss is the weighted total: lambda(sigma) / exp(u) times the mean square error, plus the learned u(sigma) "
@@ -115,7 +121,7 @@ def loss(histories: Histories, canvas: Canvas, /) -> Section:
         "smallest to their largest values."
     )
     missing = (f"{name} has no line of log yet." for name in histories if name not in logged)
-    return Section(title="Loss and speed", text=text, body=_notes(missing) + page.charts(charts, columns=3))
+    return Section(title="Loss and speed", text=text, body=_notes(missing) + page.charts(charts))
 
 
 def _held_out(histories: Histories, canvas: Canvas) -> Iterator[Chart]:
@@ -130,8 +136,8 @@ def _held_out(histories: Histories, canvas: Canvas) -> Iterator[Chart]:
     for stem, (title, values) in charts.items():
         curves = {label: thin(*line) for label, line in values.items()}
         description = f"{title} over images seen: where it turns up, the network learns its own images by heart"
-        draw = partial(draw_curves, curves=curves, colours=palette(curves if stem != "holdout" else histories))
-        yield canvas.chart(stem, title, description, draw)
+        colours = palette(curves if stem != "holdout" else histories)
+        yield canvas.chart(stem, title, description, over_images(curves, colours=colours))
 
 
 def noise(histories: Histories, canvas: Canvas, /) -> Section:
@@ -153,14 +159,13 @@ def noise(histories: Histories, canvas: Canvas, /) -> Section:
     ):
         if lines:
             description = f"{title} by noise level, a line for each of {', '.join(lines)}"
-            draw = partial(draw_by_noise, lines=lines, colours=colours, log=log)
-            charts.append(canvas.chart(stem, title, description, draw))
+            charts.append(canvas.chart(stem, title, description, by_noise(lines, colours=colours, log=log)))
     which = "a line for each quarter of training" if alone else "the last quarter of each run's training"
     text = (
         f"By noise level, {which}. The unweighted loss is lambda(sigma) times the mean square error, without u. "
         "Training makes u its logarithm, so that all noise levels come to weigh the same; on CONFIG A there is no u."
     )
-    return Section(title="Loss by noise level", text=text, body=_unmeasured(histories) + page.charts(charts, columns=2))
+    return Section(title="Loss by noise level", text=text, body=_unmeasured(histories) + page.charts(charts))
 
 
 def magnitudes(histories: Histories, canvas: Canvas, /) -> Section:
@@ -170,20 +175,24 @@ def magnitudes(histories: Histories, canvas: Canvas, /) -> Section:
         for column in _MAGNITUDES
         for name, t in measured.items()
     }
-    charts, until = [], max((t.nimg.max() for t in measured.values()), default=0.0)
+    charts, flat, until = [], [], max((t.nimg.max() for t in measured.values()), default=0.0)
     for (column, name), places in curves.items():
         title = _MAGNITUDES[column] if len(histories) == 1 else f"{_MAGNITUDES[column]}: {name}"
         stem = column if len(histories) == 1 else f"{column}-{name}"
         span = limits([curve for other in measured for curve in curves[column, other].values()])
         description = f"{title}, over images seen. {_ends({str(place): curve for place, curve in places.items()})}"
-        draw = partial(draw_places, curves=places, until=until, span=span)
-        charts.append(canvas.chart(stem, title, description, draw))
+        lines = by_place(places, until=until, span=span)
+        if lines.is_flat():
+            flat.append(f"{title}: {_values(lines)} throughout.")
+        else:
+            charts.append(canvas.chart(stem, title, description, lines))
     text = (
         "By resolution of the U-Net's encoder and decoder, as in Figure 15 of the paper. The magnitude of a feature is "
         "its root mean square (Eq. 3); a maximum is over the features of all blocks there, a mean over them. The "
         "relative update is how far a step moves a block's weights, as a share of their norm."
     )
-    body = _unmeasured(histories) + page.charts(charts, columns=2 if len(measured) == 1 else min(len(measured), 3))
+    columns = len(measured) if 1 < len(measured) <= 3 else 0
+    body = _unmeasured(histories) + page.charts(charts, columns=columns) + _notes(flat)
     return Section(title="Magnitudes", text=text, body=body)
 
 
@@ -200,13 +209,13 @@ def lengths(histories: Histories, canvas: Canvas, sampling: Sampling, /) -> Sect
     )
     for name, own in strips.items():
         canvas.rows("lengths" if len(histories) == 1 else f"lengths-{name}", own)
-    errors = {name: reconstruction_error(**made.arguments(_ERRORS_AT)) for name, made in combinations.items()}
+    predicted = {name: reconstruction_error(**made.arguments(_ERRORS_AT)) for name, made in combinations.items()}
     charts = []
-    if errors:
-        worst = (f"{name}: at most {error.total.max():.2g}" for name, error in errors.items())
+    if predicted:
+        worst = (f"{name}: at most {error.total.max():.2g}" for name, error in predicted.items())
         description = f"Predicted error of an average, over its length. {'; '.join(worst)}"
-        draw = partial(draw_errors, lengths=_ERRORS_AT, curves=errors, colours=palette(histories))
-        charts.append(canvas.chart("error", "Error of reconstruction", description, draw))
+        lines = errors(_ERRORS_AT, predicted, palette(histories))
+        charts.append(canvas.chart("error", "Error of reconstruction", description, lines))
     text = f"The same seeds from averages of many lengths, reconstructed from the stored ones. {how}"
     body = _notes(notes) + (page.slider(strips, sampling.seeds) if strips else "") + page.charts(charts)
     return Section(title="Length of the average", text=text, body=body)
@@ -247,33 +256,63 @@ def differences(histories: Histories, /) -> list[Section]:
     """The options that differ between several runs; no section for one run."""
     if len(histories) == 1:
         return []
-    differing, _ = _compared(histories)
-    body = page.table(list(histories), differing) if differing else page.note("All options are the same.")
+    differing = {name: values for name, values in _compared(histories).items() if len(set(values)) > 1}
+    rows = {_short(name): list(map(page.cell, values)) for name, values in _sorted(differing)}
+    body = page.table(["option", *histories], rows) if rows else page.note("All options are the same.")
     return [Section(title="Options that differ", body=body)]
 
 
 def options(histories: Histories, /) -> Section:
-    _, same = _compared(histories)
+    """The options that all runs have in common, in groups; those that are not as in the preset are marked."""
+    same = {name: values[0] for name, values in _compared(histories).items() if len(set(values)) == 1}
+    usual = _usual(next(iter(histories.values())).config)
+    tables: dict[str, dict[str, list[str]]] = {title: {} for title in (*_GROUPS, "Run")}
+    for name, value in _sorted(same):
+        title = next((title for title, begins in _GROUPS.items() if name.startswith(begins)), "Run")
+        changed = name in usual and usual[name] != value
+        text = f"{value} (preset: {usual[name]})" if changed else value
+        tables[title][_short(name)] = [page.cell(text, "changed" if changed else "")]
+    body = page.groups({title: page.table(["option", "value"], rows) for title, rows in tables.items() if rows})
     if len(histories) == 1:
-        return Section(title="Options", body=page.table(["value"], same))
-    return Section(
-        title="Options that are the same", body=page.folded(f"{len(same)} options", page.table(["all"], same))
-    )
+        return Section(title="Options", body=body)
+    return Section(title="Options that are the same", body=page.folded(f"{len(same)} options", body))
 
 
-def _compared(histories: Histories) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """(options that differ, with a value for each run; options that are the same, with that value)."""
+_GROUPS: Mapping[str, str | tuple[str, ...]] = {
+    "Network": "network.",
+    "Training": "hyper.",
+    "Data": ("data", "condition", "flip", "holdout", "skip_broken"),
+}
+
+
+def _compared(histories: Histories) -> dict[str, list[str]]:
+    """Each option's values in all runs."""
     flat = [_flat(history.config) for history in histories.values()]
     names = dict.fromkeys(name for one in flat for name in one)
-    rows = {name: [one.get(name, "") for one in flat] for name in names}
-    differing = {name: values for name, values in rows.items() if len(set(values)) > 1}
-    return differing, {name: values[:1] for name, values in rows.items() if name not in differing}
+    return {name: [one.get(name, "") for one in flat] for name in names}
+
+
+def _usual(config: TrainConfig) -> dict[str, str]:
+    """The options of network and training that the config's preset has; none of a preset that is not fixed."""
+    if config.preset not in PRESETS:
+        return {}
+    made = PRESETS[config.preset]
+    usual = _flat(replace(config, network=made.network, hyper=made.hyper, snapshot_plan=None))
+    return {name: text for name, text in usual.items() if name.startswith(("network.", "hyper."))}
 
 
 def _flat(config: TrainConfig) -> dict[str, str]:
-    """Every option as text, by its path in config.json."""
-    paths = _paths(asdict(config))
-    return {path.removeprefix("hyper.").replace(".switches.", "."): text for path, text in paths}
+    """Every option as text, by its path."""
+    return dict(_paths(asdict(config)))
+
+
+def _sorted(options: Mapping[str, _T]) -> list[tuple[str, _T]]:
+    return sorted(options.items(), key=lambda item: _short(item[0]).lower())
+
+
+def _short(name: str) -> str:
+    """Without its group, which stands above."""
+    return name.removeprefix("network.").removeprefix("hyper.").removeprefix("switches.")
 
 
 def _paths(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -288,6 +327,12 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value)) or "none"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _values(lines: Lines) -> str:
+    """The values of lines that stay as they are."""
+    values = sorted({f"{np.nanmean(line.y):.3g}" for line in lines.lines if np.isfinite(line.y).any()}, key=float)
+    return " to ".join(dict.fromkeys((values[0], values[-1]))) if values else "nothing"
 
 
 def _ends(curves: Mapping[str, Curve]) -> str:

@@ -32,12 +32,12 @@ _BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Strip:
-    """The images of one average, uint8 [n, 1 or 3, height, width], and their class ids, -1 without classes."""
+    """The images of one average, uint8 [n, 1 or 3, height, width], and the name of each one's class, "" without."""
 
     length: Length
     caption: str
     images: np.ndarray
-    labels: np.ndarray
+    classes: Sequence[str]
 
 
 def open_port(name: str | None, /) -> tuple[str, OpenSampler] | None:
@@ -95,8 +95,10 @@ def draw_strips(
     def strip(snapshot: Snapshot, length: Length, made: str) -> Strip:
         job = job_of_run(snapshot, run, seeds=seeds, solver={"num_steps": steps})
         images = sample_images(job, open_sampler, batch=_BATCH)
-        ids = job.labels if job.labels.ndim == 1 else np.full(len(seeds), -1)
-        return Strip(length=length, caption=f"{length}, {made}", images=images, labels=ids)
+        names = snapshot.data.classes if snapshot.data is not None else ()
+        ids = job.labels.tolist() if job.labels.ndim == 1 else [-1] * len(seeds)
+        classes = ["" if i < 0 else f"class {i}" if not names else str(names[i]) for i in ids]
+        return Strip(length=length, caption=f"{length}, {made}", images=images, classes=classes)
 
     for source in traditional(combination):
         yield strip(source.load(), source.length, "stored")

@@ -4,13 +4,14 @@ Order of an iteration: learning rate, batch, step; then, whenever a multiple of 
 the log line and the state. The result depends only on the config: stopping and resuming do not change it.
 """
 
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any
 
+from backends.pipeline.checkpoints import states
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
 from backends.pipeline.data.batches import Batches, Reading
 from backends.pipeline.data.datasets import Dataset, held_out
@@ -43,6 +44,7 @@ from .scoring import Measured, Scores
 from .space import check_space
 from .storing import Stored, same_everywhere
 from .team import Team
+from .writer import writing
 
 
 def run_training(
@@ -80,6 +82,8 @@ def run_training(
         return 0
     if run is not None and start >= config.hyper.duration:
         team.say(f"complete {run.path} at {start} images; give a longer --duration to continue it")
+        if team.rank == 0:
+            _tidy(run, keep=config.keep)
         if team.rank > 0 or options.no_picture or (run.samples_path / "lengths.png").exists():
             return 0
         state = stored_state(run, config)
@@ -130,6 +134,12 @@ def train(
     if status:
         raise KeyboardInterrupt
     return finished
+
+
+def _tidy(run: Run, *, keep: int) -> None:
+    """Remove what a process that was killed at the very end of a complete run has left."""
+    with suppress(InputError), writing(run.path):  # another process may train it longer
+        states.remove_others(run.states_path, keep=keep)
 
 
 def _machine(machine: Machine, config: TrainConfig, room: Room | None) -> Machine:
