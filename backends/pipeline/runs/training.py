@@ -41,6 +41,7 @@ from .scoring import Measured, Scores
 from .space import check_space
 from .storing import Stored, same_everywhere
 from .team import Team
+from .trackers import Trackers
 
 
 def run_training(
@@ -81,10 +82,11 @@ def run_training(
         if team.rank > 0 or options.no_picture or (run.samples_path / "lengths.png").exists():
             return 0
         state = stored_state(run, config)
-        return _draw(run, config, dataset, state.params, open_sampler, nimg=start, prog=prog)
+        with Trackers(options.log, run, config) as trackers:
+            return _draw(run, config, dataset, state.params, open_sampler, trackers, nimg=start, prog=prog)
     machine = _machine(options.machine, config, room)
     trainer, picture = open_trainer(config, machine), not options.no_picture
-    job = Training(config, dataset, trainer, machine, options.scores, options.url)
+    job = Training(config, dataset, trainer, machine, options.scores, options.url, options.log)
     return _train(job, open_sampler, options.outdir, start=start, picture=picture, prog=prog)[1]
 
 
@@ -154,6 +156,8 @@ class Training:
     scores: ScoreOptions = field(default_factory=ScoreOptions)
     url: str | None = None
     """Where the run's files are copied to."""
+    log: tuple[str, ...] = ()
+    """Names of the trackers that are sent what the run logs."""
 
 
 def _train(
@@ -176,7 +180,7 @@ def _train(
             same_everywhere(trainer, config)
         disk = trainer.team.first(lambda: b"" if run is None else check_space(config, run).encode())
         if run is None:
-            if not (status := _loop(job, None, open_sampler)) and picture:
+            if not (status := _loop(job, None, open_sampler, Trackers())) and picture:
                 trainer.parameters()  # gathered in every process, for the picture
             return None, status
         run.save_config(config)
@@ -188,25 +192,37 @@ def _train(
             print(f"copies   of all that is written go to {job.url}")
         if begin is not None:
             say_initial(config, begin)
-        if status := _loop(job, run, open_sampler, mirror):
+        trackers = held.enter_context(Trackers(job.log, run, config))
+        if status := _loop(job, run, open_sampler, trackers, mirror):
             print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.address}")
             return run, status
         if not picture:
             say_next(run, config, prog=prog)
             return run, 0
-        return run, _draw(run, config, dataset, trainer.parameters(), open_sampler, nimg=trainer.nimg, prog=prog)
+        raw = trainer.parameters()
+        return run, _draw(run, config, dataset, raw, open_sampler, trackers, nimg=trainer.nimg, prog=prog)
 
 
 def _draw(
-    run: Run, config: TrainConfig, dataset: Dataset, raw: Arrays, open_sampler: OpenSampler, *, nimg: int, prog: str
+    run: Run,
+    config: TrainConfig,
+    dataset: Dataset,
+    raw: Arrays,
+    open_sampler: OpenSampler,
+    trackers: Trackers,
+    *,
+    nimg: int,
+    prog: str,
 ) -> int:
-    """Draw the picture at the end of a run. Returns the exit status: 130 if it was interrupted, which loses nothing."""
+    """Draw the picture at the end of a run, and send it. Returns the exit status: 130 if it was interrupted, which
+    loses nothing."""
     try:
         drawn = draw_lengths(run, config, dataset, raw, open_sampler, nimg=nimg)
     except KeyboardInterrupt:
         print(f"stopped; the run is complete and stored; to draw the picture: {prog} --outdir {run.address}")
         return 128 + SIGINT
     if drawn is not None:
+        trackers.picture(nimg, drawn.path.stem, drawn.path)
         print(f"picture  {drawn.path}: the raw weights, then averages from short to long")
         print("error    of denoising: " + ", ".join(f"{name} {error:.4f}" for name, error in drawn.errors.items()))
         print(f"         on {drawn.measured_on}: not a verdict on samples")
@@ -214,9 +230,11 @@ def _draw(
     return 0
 
 
-def _loop(job: Training, run: Run | None, open_sampler: OpenSampler, mirror: Mirror | None = None) -> int:
-    """Train to the end; write to ``run``, which ``mirror`` copies, unless it is None. Returns 0, or the exit status
-    after a signal."""
+def _loop(
+    job: Training, run: Run | None, open_sampler: OpenSampler, trackers: Trackers, mirror: Mirror | None = None
+) -> int:
+    """Train to the end; write to ``run``, which ``mirror`` copies, and to ``trackers``, unless it is None. Returns 0,
+    or the exit status after a signal."""
     config, trainer, hyper = job.config, job.trainer, job.config.hyper
     kept, held = held_out(job.dataset, config.holdout, seed=config.seed)
     with (
@@ -227,9 +245,10 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler, mirror: Mir
     ):
         failure = Failure()
         diverged = Divergence(trainer.nimg, hyper.batch)
-        report = Report(run, progress, trainer.nimg, None if held is None else HeldOut(config, held, trainer))
+        held_out_loss = None if held is None else HeldOut(config, held, trainer)
+        report = Report(run, progress, trainer.nimg, held_out_loss, trackers)
         snapshots = _Snapshots(config, run)
-        scores = _scores(job, run, open_sampler, progress)
+        scores = _scores(job, run, open_sampler, progress, trackers)
         estimate = Estimate(trainer, hyper.duration, progress.say)
         while trainer.nimg < hyper.duration:
             before = trainer.nimg
@@ -246,7 +265,9 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler, mirror: Mir
             reported = stores or _crossed(config.status, before, nimg)
             with failure.kept():
                 if run is not None and measurement is not None:
-                    run.append_telemetry(telemetry.record(config, measurement, nimg=before))
+                    line = telemetry.record(config, measurement, nimg=before)
+                    run.append_telemetry(line)
+                    trackers.telemetry(line)
                 progress.advance(nimg - before)
             if reported:
                 metrics = trainer.metrics()  # of all processes, whatever has failed in one
@@ -284,11 +305,13 @@ def _step(job: Training, batch: Any) -> tuple[Measurement | None, float]:
     return None, lr
 
 
-def _scores(job: Training, run: Run | None, open_sampler: OpenSampler, progress: Progress) -> Scores | None:
+def _scores(
+    job: Training, run: Run | None, open_sampler: OpenSampler, progress: Progress, trackers: Trackers
+) -> Scores | None:
     if job.scores.evaluate is None:
         return None
     measured = Measured(job.config, job.dataset, job.trainer, job.machine.device)
-    return Scores(job.scores, measured, open_sampler, run=run, say=progress.say)
+    return Scores(job.scores, measured, open_sampler, run=run, say=progress.say, trackers=trackers)
 
 
 def _batches(job: Training, dataset: Dataset) -> Batches[Any]:
