@@ -8,7 +8,8 @@ from xdist.scheduler import LoadScopeScheduling
 from backends.pipeline.checkpoints import safetensors_io
 from edm2_core.presets import PRESETS
 
-ONE_PROCESS = ("test_torch_commands.py", "test_typing.py")  # which trains on digits, or checks types, for all tests
+# which train on digits, or check types, for all their tests
+ONE_PROCESS = ("test_torch_commands.py", "test_typing.py", "test_experiment_trackers.py")
 
 
 class OneByOne(LoadScopeScheduling):

@@ -12,7 +12,7 @@ from toy_port import train_toy as train
 
 from backends.pipeline.checkpoints.states import load_state, read_counters
 from backends.pipeline.data.datasets import open_dataset
-from backends.pipeline.runs import training
+from backends.pipeline.runs import snapshots_due
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.resolve import configure
 from backends.pipeline.runs.training import train as run_api
@@ -126,7 +126,7 @@ def test_what_is_left_of_several_processes_stores_the_state(capsys):
 
 def test_a_snapshot_that_could_not_be_written_is_when_the_run_goes_on(monkeypatch):
     _, _, whole = train("whole", status=64, checkpoint=1536)
-    save = training.save_snapshot
+    save = snapshots_due.save_snapshot
 
     def failing(path, snapshot, **options):
         if snapshot.nimg == 2048:
@@ -134,7 +134,7 @@ def test_a_snapshot_that_could_not_be_written_is_when_the_run_goes_on(monkeypatc
         save(path, snapshot, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "save_snapshot", failing)
+        patched.setattr(snapshots_due, "save_snapshot", failing)
         with pytest.raises(InputError, match="no room"):
             train("parts", status=64, checkpoint=1536)
     assert Run("parts").state_nimg() == 2048

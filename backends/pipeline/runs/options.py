@@ -31,6 +31,7 @@ from .config import Precision, TrainConfig
 from .folder import Run
 from .job import Noise
 from .mirror import folder_of, working_copy
+from .trackers import OPENED, check_installed
 
 _EXCLUSIVE = (
     ("half_life", "sigma_rels"),
@@ -51,9 +52,19 @@ def _switch(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _tracker(text: str) -> str:
+    if text not in OPENED:
+        raise ValueError(text)
+    return text
+
+
 Switches = Annotated[
     tuple[tuple[str, Any], ...],
     reader(_switch, "NAME=VALUE [...]", "one or more names with values such as bias=true group_norm=none", nargs="*"),
+]
+TrackerNames = Annotated[
+    tuple[str, ...],
+    reader(_tracker, "{" + ",".join(OPENED) + "} [...]", f"one or more of {', '.join(OPENED)}", nargs="*"),
 ]
 Class = Annotated[str | None, tyro.conf.arg(name="class")]
 ConfigFile = Annotated[Path | None, tyro.conf.arg(name="config")]
@@ -153,6 +164,9 @@ class TrainOptions:
     words: tyro.conf.Fixed[tuple[str, ...]] = ()
     machine: Annotated[Machine, tyro.conf.arg(name="")] = Machine()
     scores: Annotated[ScoreOptions, tyro.conf.arg(name="")] = ScoreOptions()
+    log: TrackerNames = ()
+    """Experiment trackers that are sent the log, telemetry, figures and pictures; it may change when a run is
+    resumed."""
     no_picture: bool = False
     """Draw no averages of several lengths at the end."""
     dry_run: bool = False
@@ -179,13 +193,15 @@ def parse_train(
     ``previous`` is the config of the resumed run; None: that in the folder --outdir, if there is one.
 
     Raises:
-        InputError: as :func:`parse`; an unknown preset; a damaged run; or options that exclude each other.
+        InputError: as :func:`parse`; an unknown preset; a damaged run; options that exclude each other; or a tracker
+            that is not installed.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     words = [re.sub("^--batch-gpu(?=$|=)", "--batch-per-device", word) for word in given]  # the official spelling
     default = _defaults(words, prog=prog) if previous is None else _resuming(previous)
     options = parse(TrainOptions, words, prog=prog, description=description, default=default, writes_to_urls=True)
     _check_exclusive(flags_given(words))
+    check_installed(options.log)
     config = options.config
     config = replace(config, condition=_absolute(config.condition), init=_absolute(config.init))
     url = url_of(options.outdir) if options.outdir is not None and is_url(options.outdir) else None

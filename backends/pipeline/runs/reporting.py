@@ -6,22 +6,29 @@ from collections.abc import Callable, Mapping
 from math import isfinite
 from statistics import median
 
+from .evaluation import FIGURES, read_figures
 from .folder import Run
 from .holdout import HeldOut, Overfitting
 from .progress import Progress
+from .trackers import Trackers
 
 _BEFORE = 20  # lines that a loss is compared with
 _FAR = 10  # times their median distance from their median: of normal numbers, about seven standard deviations
 
 
 class Report:
-    """Each call writes a log line and shows the loss; ``nimg`` is the time of the last call. Later lines are dropped at
-    construction."""
+    """Each call writes a log line, sends it to ``trackers`` and shows the loss; ``nimg`` is the time of the last call.
+    Later lines are dropped at construction."""
 
-    def __init__(self, run: Run | None, progress: Progress, nimg: int, held: HeldOut | None) -> None:
+    def __init__(
+        self, run: Run | None, progress: Progress, nimg: int, held: HeldOut | None, trackers: Trackers
+    ) -> None:
         self._held, self._overfitting, self._spikes = held, Overfitting(progress.say), Spikes(progress.say)
         kept = run.truncate_logs(nimg) if run is not None else []
-        self._run, self._progress, self.nimg = run, progress, nimg
+        self._run, self._progress, self._trackers, self.nimg = run, progress, trackers, nimg
+        if run is not None:
+            figures = [line for line in read_figures(run.path / FIGURES) if line.get("training")]
+            trackers.catch_up(run, [line for line in figures if line["nimg"] <= nimg])
         # seconds of training before this start
         self._before = max((line.get("seconds") or 0.0 for line in kept), default=0.0)
         self._start = self._last = time.monotonic()
@@ -49,6 +56,7 @@ class Report:
             if self._spikes(metrics["loss"], nimg):
                 record["spike"] = True
             self._run.append_log(record)
+            self._trackers.log(record)
             self._progress.report(said)
             if self._held is not None:
                 self._overfitting(record["holdout"], nimg)

@@ -1,7 +1,7 @@
 """Metrics of a run's averages while it trains."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.data.datasets import Dataset
@@ -17,6 +17,7 @@ from .evaluation import BATCH, FIGURES, Measure, append_figures, read_figures
 from .folder import Run
 from .job import Conditions, Job, batches, labels_of_seeds
 from .options import ScoreOptions
+from .trackers import Trackers
 
 
 class Measured(NamedTuple):
@@ -39,6 +40,7 @@ class Scores:
         *,
         run: Run | None,
         say: Callable[[str], None],
+        trackers: Trackers,
     ) -> None:
         config, dataset, trainer, device = measured
         if config.format.codec.stored != "uint8":
@@ -47,7 +49,7 @@ class Scores:
                 "edm2 evaluate and --vae"
             )
         self._options, self._config, self._dataset, self._open = options, config, dataset, open_sampler
-        self._trainer, self._run, self._say = trainer, run, say
+        self._trainer, self._run, self._say, self._trackers = trainer, run, say, trackers
         self._measure = Measure.of([options.evaluate_metric], reference=dataset.spec, device=device, team=trainer.team)
         self._best: tuple[float, str] | None = None
         for line in read_figures(run.path / FIGURES) if run is not None else ():
@@ -60,16 +62,20 @@ class Scores:
         return metric
 
     def __call__(self, nimg: int) -> None:
-        """Measure each average, write the figures to the run, and say them and the best so far."""
+        """Measure each average, write the figures to the run, send them to its trackers, and say them and the best so
+        far."""
+        lines = []
         for length in self._config.hyper.lengths:
-            figures = self._of(length, nimg)
-            value = figures[self._metric.main]
+            lines.append(self._of(length, nimg))
+            value = lines[-1]["figures"][self._metric.main]
             self._note(value, str(length), nimg)
             assert self._best is not None
             name = f"sigma_rel {length}" if length.relative else str(length)
             self._say(f"{self._metric.name} {value:.4g} by {name}; best so far {self._best[1]}")
+        self._trackers.figures(lines)
 
-    def _of(self, length: Length, nimg: int) -> dict[str, float]:
+    def _of(self, length: Length, nimg: int) -> dict[str, Any]:
+        """The line of figures.jsonl of one average."""
         config = self._config.network
         snapshot = Snapshot(
             params=self._trainer.average(length), config=config, nimg=nimg, length=length, data=self._config.format
@@ -87,11 +93,10 @@ class Scores:
         images = batches(job, self._open, batch=BATCH, team=self._trainer.team, finish=finish)
         made = self._measure.statistics(one.images for one in images)
         (line,) = self._measure.figures(made)
+        known = {"training": True, "nimg": nimg, "length": length.value, "steps": self._options.evaluate_steps}
         if self._run is not None:
-            known = {"training": True, "nimg": nimg, "length": length.value, "steps": self._options.evaluate_steps}
             append_figures(self._run.path / FIGURES, [line | known])
-        figures: dict[str, float] = line["figures"]
-        return figures
+        return line | known
 
     def _note(self, value: float, length: str, nimg: int) -> None:
         if self._best is None or self._metric.loss(value) < self._best[0]:

@@ -6,19 +6,16 @@ the log line and the state. The result depends only on the config: stopping and 
 
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any
 
 from backends.pipeline.checkpoints import states
-from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
 from backends.pipeline.data.batches import Batches, Reading
 from backends.pipeline.data.datasets import Dataset, held_out
 from backends.pipeline.data.patience import set_seconds
 from backends.ports import Machine, OpenSampler
 from backends.trainer import Measurement, OpenTrainer, Trainer
-from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import plan
 from edm2_core.presets import AUTO
@@ -41,9 +38,11 @@ from .reporting import Report
 from .resolve import microbatches, open_data, resolve, with_free_options
 from .safety import Divergence, Failure
 from .scoring import Measured, Scores
+from .snapshots_due import DueSnapshots, crossed
 from .space import check_space
 from .storing import Stored, same_everywhere
 from .team import Team
+from .trackers import Trackers
 from .writer import writing
 
 
@@ -87,10 +86,11 @@ def run_training(
         if team.rank > 0 or options.no_picture or (run.samples_path / "lengths.png").exists():
             return 0
         state = stored_state(run, config)
-        return _draw(run, config, dataset, state.params, open_sampler, nimg=start, prog=prog)
+        with Trackers(options.log, run, config) as trackers:
+            return _draw(run, config, dataset, state.params, open_sampler, trackers, nimg=start, prog=prog)
     machine = _machine(options.machine, config, room)
     trainer, picture = open_trainer(config, machine), not options.no_picture
-    job = Training(config, dataset, trainer, machine, options.scores, options.url)
+    job = Training(config, dataset, trainer, machine, options.scores, options.url, options.log)
     return _train(job, open_sampler, options.outdir, start=start, picture=picture, prog=prog)[1]
 
 
@@ -166,6 +166,8 @@ class Training:
     scores: ScoreOptions = field(default_factory=ScoreOptions)
     url: str | None = None
     """Where the run's files are copied to."""
+    log: tuple[str, ...] = ()
+    """Names of the trackers that are sent what the run logs."""
 
 
 def _train(
@@ -188,7 +190,7 @@ def _train(
             same_everywhere(trainer, config)
         disk = trainer.team.first(lambda: b"" if run is None else check_space(config, run).encode())
         if run is None:
-            if not (status := _loop(job, None, open_sampler)) and picture:
+            if not (status := _loop(job, None, open_sampler, Trackers())) and picture:
                 _parameters(job)  # for the first process's picture
             return None, status
         run.save_config(config)
@@ -200,13 +202,15 @@ def _train(
             print(f"copies   of all that is written go to {job.url}")
         if begin is not None:
             say_initial(config, begin)
-        if status := _loop(job, run, open_sampler, mirror):
+        trackers = held.enter_context(Trackers(job.log, run, config))
+        if status := _loop(job, run, open_sampler, trackers, mirror):
             print(f"stopped; state saved in {run.state_path}; to resume: {prog} --outdir {run.address}")
             return run, status
         if not picture:
             say_next(run, config, prog=prog)
             return run, 0
-        return run, _draw(run, config, dataset, _parameters(job), open_sampler, nimg=trainer.nimg, prog=prog)
+        raw = _parameters(job)
+        return run, _draw(run, config, dataset, raw, open_sampler, trackers, nimg=trainer.nimg, prog=prog)
 
 
 def _parameters(job: Training) -> Arrays:
@@ -215,15 +219,25 @@ def _parameters(job: Training) -> Arrays:
 
 
 def _draw(
-    run: Run, config: TrainConfig, dataset: Dataset, raw: Arrays, open_sampler: OpenSampler, *, nimg: int, prog: str
+    run: Run,
+    config: TrainConfig,
+    dataset: Dataset,
+    raw: Arrays,
+    open_sampler: OpenSampler,
+    trackers: Trackers,
+    *,
+    nimg: int,
+    prog: str,
 ) -> int:
-    """Draw the picture at the end of a run. Returns the exit status: 130 if it was interrupted, which loses nothing."""
+    """Draw the picture at the end of a run, and send it. Returns the exit status: 130 if it was interrupted, which
+    loses nothing."""
     try:
         drawn = draw_lengths(run, config, dataset, raw, open_sampler, nimg=nimg)
     except KeyboardInterrupt:
         print(f"stopped; the run is complete and stored; to draw the picture: {prog} --outdir {run.address}")
         return 128 + SIGINT
     if drawn is not None:
+        trackers.picture(nimg, drawn.path.stem, drawn.path)
         print(f"picture  {drawn.path}: the raw weights, then averages from short to long")
         print("error    of denoising: " + ", ".join(f"{name} {error:.4f}" for name, error in drawn.errors.items()))
         print(f"         on {drawn.measured_on}: not a verdict on samples")
@@ -231,9 +245,11 @@ def _draw(
     return 0
 
 
-def _loop(job: Training, run: Run | None, open_sampler: OpenSampler, mirror: Mirror | None = None) -> int:
-    """Train to the end; write to ``run``, which ``mirror`` copies, unless it is None. Returns 0, or the exit status
-    after a signal."""
+def _loop(
+    job: Training, run: Run | None, open_sampler: OpenSampler, trackers: Trackers, mirror: Mirror | None = None
+) -> int:
+    """Train to the end; write to ``run``, which ``mirror`` copies, and to ``trackers``, unless it is None. Returns 0,
+    or the exit status after a signal."""
     config, trainer, hyper = job.config, job.trainer, job.config.hyper
     kept, held = held_out(job.dataset, config.holdout, seed=config.seed)
     with (
@@ -244,9 +260,10 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler, mirror: Mir
     ):
         failure = Failure()
         diverged = Divergence(trainer.nimg, hyper.batch)
-        report = Report(run, progress, trainer.nimg, None if held is None else HeldOut(config, held, trainer))
-        snapshots = _Snapshots(config, run)
-        scores = _scores(job, run, open_sampler, progress)
+        held_out_loss = None if held is None else HeldOut(config, held, trainer)
+        report = Report(run, progress, trainer.nimg, held_out_loss, trackers)
+        snapshots = DueSnapshots(config, run)
+        scores = _scores(job, run, open_sampler, progress, trackers)
         estimate = Estimate(trainer, hyper.duration, progress.say)
         snapshots.store_missing(trainer)
         with stored.kept_at_errors():
@@ -260,12 +277,14 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler, mirror: Mir
                 measurement, lr = _step(job, batch)
                 nimg, end = trainer.nimg, trainer.nimg >= hyper.duration
                 snapshots.store_due(trainer, before, nimg, end=end)
-                stores = end or _crossed(config.checkpoint, before, nimg)
+                stores = end or crossed(config.checkpoint, before, nimg)
                 # a mean ends where a state is stored, so that a resumed run logs the same
-                reported = stores or _crossed(config.status, before, nimg)
+                reported = stores or crossed(config.status, before, nimg)
                 with failure.kept():
                     if run is not None and measurement is not None:
-                        run.append_telemetry(telemetry.record(config, measurement, nimg=before))
+                        line = telemetry.record(config, measurement, nimg=before)
+                        run.append_telemetry(line)
+                        trackers.telemetry(line)
                     progress.advance(nimg - before)
                 if reported:
                     metrics = trainer.metrics()  # of all processes, whatever has failed in one
@@ -275,7 +294,7 @@ def _loop(job: Training, run: Run | None, open_sampler: OpenSampler, mirror: Mir
                     stored.look()
                     if mirror is not None:
                         mirror.push()
-                if scores is not None and (end or _crossed(job.scores.evaluate, before, nimg)):
+                if scores is not None and (end or crossed(job.scores.evaluate, before, nimg)):
                     with failure.kept() if trainer.world == 1 else nullcontext():  # within it, processes share the work
                         scores(nimg)
                 if stores or (reported and stored.is_old):
@@ -303,11 +322,13 @@ def _step(job: Training, batch: Any) -> tuple[Measurement | None, float]:
     return None, lr
 
 
-def _scores(job: Training, run: Run | None, open_sampler: OpenSampler, progress: Progress) -> Scores | None:
+def _scores(
+    job: Training, run: Run | None, open_sampler: OpenSampler, progress: Progress, trackers: Trackers
+) -> Scores | None:
     if job.scores.evaluate is None:
         return None
     measured = Measured(job.config, job.dataset, job.trainer, job.machine.device)
-    return Scores(job.scores, measured, open_sampler, run=run, say=progress.say)
+    return Scores(job.scores, measured, open_sampler, run=run, say=progress.say, trackers=trackers)
 
 
 def _batches(job: Training, dataset: Dataset) -> Batches[Any]:
@@ -333,55 +354,6 @@ def _batches(job: Training, dataset: Dataset) -> Batches[Any]:
     )
 
 
-def _crossed(interval: int | None, before: int, now: int) -> bool:
-    return interval is not None and before // interval < now // interval
-
-
 def _learning_rate(config: TrainConfig, nimg: int) -> float:
     hyper = config.hyper
     return learning_rate(nimg, batch=hyper.batch, ref_lr=hyper.lr, ref_batches=hyper.decay, rampup_nimg=hyper.rampup)
-
-
-class _Snapshots:
-    """Stores averages when they are due, and deletes those that the snapshot plan no longer keeps."""
-
-    def __init__(self, config: TrainConfig, run: Run | None) -> None:
-        self._config, self._run, self._plan = config, run, config.snapshot_plan
-        sources = run.snapshots(config.network) if run is not None and self._plan is not None else []
-        self._stored = {source.path: (source.time, source.length.value) for source in sources}
-
-    def store_due(self, trainer: Trainer, before: int, now: int, *, end: bool) -> None:
-        for length in self._due(before, now, end=end):
-            names = plan(self._config.network).parameters
-            average = trainer.for_first(partial(trainer.average, length), names)
-            if self._run is not None:
-                config = self._config
-                snapshot = Snapshot(params=average, config=config.network, nimg=now, length=length, data=config.format)
-                path = self._run.snapshots_path / snapshot_name(now, length)
-                save_snapshot(path, snapshot, dtype=config.snapshot_dtype)
-                self._stored[path] = (now, length.value)  # names count thousands of images: one may come again
-        if self._run is not None and self._plan is not None:
-            stale = set(self._plan.stale(self._stored.values()))
-            for path in [path for path, stored in self._stored.items() if stored in stale]:
-                path.unlink(missing_ok=True)
-                del self._stored[path]
-
-    def store_missing(self, trainer: Trainer) -> None:
-        """Store what was due after the last step, if the run ended between that step and the end of the write."""
-        before, now = trainer.nimg - self._config.hyper.batch, trainer.nimg
-        if not now:
-            return
-        names = [snapshot_name(now, length) for length in self._due(before, now, end=False)]
-
-        def missing() -> bytes:
-            folder = None if self._run is None else self._run.snapshots_path
-            return b"" if folder is None or all((folder / name).exists() for name in names) else b"1"
-
-        if trainer.team.first(missing):
-            self.store_due(trainer, before, now, end=False)
-
-    def _due(self, before: int, now: int, *, end: bool) -> tuple[Length, ...]:
-        if self._plan is not None:
-            return tuple(map(Length.of, self._plan.due(before, now, end=end)))
-        hyper = self._config.hyper
-        return hyper.lengths if end or _crossed(hyper.snapshot, before, now) else ()
