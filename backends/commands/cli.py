@@ -12,6 +12,7 @@ COMMANDS = {  # name: (module in this package, description)
     "reconstruct": ("reconstruct", "averages of any length from stored ones, in one pass"),
     "plan": ("plan", "which averages to store when, within a budget of files"),
     "import": ("import_official", "an official EDM2 pickle as a snapshot, executing nothing in it"),
+    "publish": ("publish", "a run or a network on the Hugging Face hub, with a model card"),
     "export": ("export", "a network for other tools, without a pickle"),
     "convert-state": ("convert_state", "a run's training state to and from checkpoints of other engines"),
     "ema-plot": ("ema_plot", "profiles and reconstruction error of a folder of snapshots"),

@@ -16,14 +16,14 @@ import tyro
 
 from backends.pipeline.checkpoints.atomic import write_bytes
 from backends.pipeline.checkpoints.safetensors_io import write_tensors
-from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot
+from backends.pipeline.checkpoints.snapshots import Snapshot, description, save_snapshot
 from backends.pipeline.checkpoints.storage import StorageDtype, stored_arrays
-from backends.pipeline.runs.networks import open_network
+from backends.pipeline.runs.networks import WEIGHTS, open_network
 from edm2_core.errors import InputError
 from edm2_core.ladder import LADDER
 from edm2_core.network import NetworkConfig, plan
 
-WEIGHTS, DESCRIPTION, SCRIPT = "model.safetensors", "network.json", "make_pickle.py"
+DESCRIPTION, SCRIPT = "network.json", "make_pickle.py"
 _PIPELINE = "backends.torch.diffusers_pipeline"
 _DIFFUSERS = "0.30.0"  # the oldest version that reads these files
 _OFFICIAL = (  # arguments of the official network, which have the names of ours
@@ -75,7 +75,7 @@ def run(options: Options) -> None:
         return _write_pipeline(options, snapshot)
     script = _script(snapshot) if options.to == "official" else None
     save_snapshot(options.dest / WEIGHTS, snapshot, dtype=options.dtype)
-    _write_json(options.dest / DESCRIPTION, _described(snapshot))
+    _write_json(options.dest / DESCRIPTION, description(snapshot))
     print(f"wrote     {options.dest / WEIGHTS}, {DESCRIPTION}")
     if script is not None:
         write_bytes(options.dest / SCRIPT, script.encode())
@@ -84,7 +84,7 @@ def run(options: Options) -> None:
 
 def _write_pipeline(options: Options, snapshot: Snapshot) -> None:
     """The files that diffusers' ``save_pretrained`` writes of a pipeline."""
-    described = _described(snapshot)
+    described = description(snapshot)
     model = {"_class_name": "EDM2Model", "_diffusers_version": _DIFFUSERS}
     index = {"_class_name": "EDM2Pipeline", "_diffusers_version": _DIFFUSERS, "model": [_PIPELINE, "EDM2Model"]}
     absent = {name: [None, None] for name in ("vae", "guide")}
@@ -101,17 +101,6 @@ def _write_pipeline(options: Options, snapshot: Snapshot) -> None:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     write_bytes(path, json.dumps(values, indent=1).encode() + b"\n")
-
-
-def _described(snapshot: Snapshot) -> dict[str, Any]:
-    length = snapshot.length
-    return {
-        "format": "edm2",
-        "network": snapshot.required_config().to_json(),
-        "data": None if snapshot.data is None else snapshot.data.to_json(),
-        "nimg": snapshot.nimg,
-        "length": None if length is None else {length.kind: length.value},
-    }
 
 
 def _script(snapshot: Snapshot) -> str:

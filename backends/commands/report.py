@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from backends.pipeline.checkpoints.atomic import write_bytes
-from backends.pipeline.checkpoints.remote import local
+from backends.pipeline.checkpoints.remote import is_url, local
 from backends.pipeline.report import sections
 from backends.pipeline.report.figures import measured
 from backends.pipeline.report.history import History
@@ -29,7 +29,7 @@ class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """One or more run folders; several are shown side by side."""
     outdir: Path | None = None
-    """Folder of report.html and its pictures. Without it: 'report' in the run's folder; ./report for several."""
+    """Folder of report.html and pictures. Without it: 'report' in the run's folder; for several, or a URL, ./report."""
     sigma_rels: tuple[float, ...] = ()
     """Lengths to sample. Without it: from 0.02 to 0.25, if their predicted error is small, and the stored ones."""
     seeds: str = "0-9"
@@ -59,7 +59,8 @@ def run(options: Options) -> None:
         open_port=None if options.no_samples else lambda: open_port(options.port),
     )
     histories = {name: History.of(run) for name, run in _named(options.runs).items()}
-    outdir = options.outdir or (options.runs[0] / "report" if len(histories) == 1 else Path("report"))
+    alone = len(histories) == 1 and not is_url(options.runs[0])
+    outdir = options.outdir or (options.runs[0] / "report" if alone else Path("report"))
     canvas = sections.Canvas(outdir)
     content = [
         *sections.differences(histories),

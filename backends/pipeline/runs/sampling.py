@@ -11,6 +11,7 @@ from zlib import crc32
 import numpy as np
 
 from backends.pipeline.checkpoints.atomic import write_bytes
+from backends.pipeline.checkpoints.remote import is_url
 from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.data.arrays import arrays_in
 from backends.pipeline.data.labels import check_labels
@@ -130,7 +131,7 @@ def network_of(options: SamplingOptions, /, *, train: str) -> FoundNetwork:
     """The network that ``options`` name; ``train`` is the command to suggest. Raises InputError: there is none."""
     if options.net is not None and options.run is not None:
         raise InputError("--net and --run name the same thing, got both: give one of them")
-    if options.run is not None and not options.run.is_dir():
+    if options.run is not None and not is_url(options.run) and not options.run.is_dir():
         Run(options.run).config()  # raises
     path = options.run if options.net is None else options.net
     return find_network(path, sigma_rel=options.sigma_rel, train=train)
