@@ -18,6 +18,7 @@ from backends.pipeline.checkpoints.hub import Address, named
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, save_snapshot
 from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs.networks import open_network
+from edm2_core.codec import DataFormat
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
@@ -134,6 +135,51 @@ def test_every_command_takes_an_address_and_writes_nothing_into_the_cache(hub, r
     assert Path("report/report.html").is_file()
     (figures,) = Path("measured").glob("*/figures.jsonl")
     assert json.loads(figures.read_text())["nimg"] == 4096
+
+
+def test_a_network_of_torch_goes_to_the_hub_and_comes_back(hub, tmp_path):
+    torch = pytest.importorskip("torch")
+    from backends.torch.api import Network
+
+    network = Network(CONFIG)
+    network.format = DataFormat(classes=tuple("abcdefghij"))
+    assert network.push_to_hub("ada/mine", license="mit", private=True) == f"{hub.endpoint}/ada/mine"
+    network.save_pretrained(tmp_path / "saved")
+    assert (hub.repos["model", "ada/mine"].private, hub.repos["model", "ada/mine"].card()["license"]) == (True, "mit")
+    for name in ("ada/mine", "hf://ada/mine", tmp_path / "saved"):
+        got = Network.from_pretrained(name, device="cpu")
+        assert (got.config, got.format, got.training) == (CONFIG, network.format, False)
+        assert all(torch.equal(tensor, got.state_dict()[key]) for key, tensor in network.state_dict().items())
+    with torch.no_grad():
+        network.unet.out_gain.fill_(2.0)
+    first = hub.repos["model", "ada/mine"].history[-1][0]
+    network.push_to_hub("ada/mine")
+    gains = [
+        float(Network.from_pretrained("ada/mine", revision=r, device="cpu").unet.out_gain.detach())
+        for r in (first, None)
+    ]
+    assert gains == [0.0, 2.0]
+
+
+def test_a_folder_is_saved_and_loaded_without_the_package_of_the_hub(tmp_path):
+    program = (
+        "import sys; sys.modules['huggingface_hub'] = None\n"
+        "from backends.torch.api import Network\nfrom toy_port import CONFIG\n"
+        "Network(CONFIG).save_pretrained('saved'); print(Network.from_pretrained('saved', device='cpu').label_dim)\n"
+        "try: Network.from_pretrained('ada/digits')\nexcept ValueError as error: print(error)"
+    )
+    pytest.importorskip("torch")
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == "10", done.stderr
+    assert lines[1].endswith("give a local path, or pip install 'edm2[hub]'")
 
 
 def test_training_starts_from_an_address_and_takes_data_from_one(hub, tmp_path):

@@ -26,6 +26,7 @@ from edm2_core.network import NetworkConfig, plan
 DESCRIPTION, SCRIPT = "network.json", "make_pickle.py"
 _PIPELINE = "backends.torch.diffusers_pipeline"
 _DIFFUSERS = "0.30.0"  # the oldest version that reads these files
+_SCHEDULER = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "method": "heun"}
 _OFFICIAL = (  # arguments of the official network, which have the names of ours
     *("model_channels", "channel_mult", "channel_mult_noise", "channel_mult_emb", "num_blocks", "attn_resolutions"),
     *("channels_per_head", "label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act", "dropout"),
@@ -86,15 +87,21 @@ def _write_pipeline(options: Options, snapshot: Snapshot) -> None:
     """The files that diffusers' ``save_pretrained`` writes of a pipeline."""
     described = description(snapshot)
     model = {"_class_name": "EDM2Model", "_diffusers_version": _DIFFUSERS}
-    index = {"_class_name": "EDM2Pipeline", "_diffusers_version": _DIFFUSERS, "model": [_PIPELINE, "EDM2Model"]}
-    absent = {name: [None, None] for name in ("vae", "guide")}
+    index: dict[str, Any] = {
+        "_class_name": "EDM2Pipeline",
+        "_diffusers_version": _DIFFUSERS,
+        "model": [_PIPELINE, "EDM2Model"],
+    }
+    index |= {name: [None, None] for name in ("vae", "guide")} | {"scheduler": [_PIPELINE, "EDM2Scheduler"]}
+    scheduler = {"_class_name": "EDM2Scheduler", "_diffusers_version": _DIFFUSERS, **_SCHEDULER}
     params = ((f"net.{name}", np.asarray(array)) for name, array in snapshot.params.items())
     constants = [f"net.{name}" for name, p in plan(snapshot.required_config()).parameters.items() if not p.trained]
     arrays, _ = stored_arrays(params, kept=constants, dtype=options.dtype)
     folder = options.dest / "model"
     write_tensors(folder / "diffusion_pytorch_model.safetensors", arrays, {"format": "pt"})
     _write_json(folder / "config.json", {**model, "network": described["network"], "data": described["data"]})
-    _write_json(options.dest / "model_index.json", {**index, **absent})
+    _write_json(options.dest / "scheduler" / "scheduler_config.json", scheduler)
+    _write_json(options.dest / "model_index.json", index)
     print(f"wrote     {options.dest}")
     print(f"next      from {_PIPELINE} import EDM2Pipeline; EDM2Pipeline.from_pretrained({str(options.dest)!r})")
 
