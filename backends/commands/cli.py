@@ -23,6 +23,7 @@ COMMANDS = {  # name: (module in this package, description)
     "dataset decode": ("dataset_decode", "latents as images"),
     "evaluate": ("evaluate", "FID, FD-DINOv2 and other metrics of a network or of images"),
     "sweep": ("sweep", "the averaging length, or other settings, that make the best images by a metric"),
+    "doctor": ("doctor", "what is installed, whether each port computes rightly here, and what to do"),
     "report": ("report", "runs on one page: losses, magnitudes, a slider over the averaging length"),
 }
 
