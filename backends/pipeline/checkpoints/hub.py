@@ -210,8 +210,10 @@ def _explanation(error: Exception, repo: str, instead: str) -> InputError:
         return InputError(f"{repo} must not change while it is published to, got another commit: {instead}")
     why = " ".join(str(error).split()) or type(error).__name__
     if _unreachable(error):
-        return InputError(f"{repo} must be on the hub or in its cache, got no answer, '{why:.120}': {instead}")
-    return InputError(f"{repo} must be on the hub or in its cache, got '{why:.240}': {instead}")
+        return InputError(f"the hub must answer, or {repo} be in its cache, got '{why:.120}': {instead}")
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return InputError(f"{repo} must be on the hub or in its cache, got '{why:.240}': {instead}")
+    return InputError(f"the hub must do as it is asked with {repo}, got '{why:.240}': {instead}")
 
 
 def _refused_token(error: Exception) -> bool:

@@ -11,7 +11,7 @@ from zlib import crc32
 import numpy as np
 
 from backends.pipeline.checkpoints.atomic import write_bytes
-from backends.pipeline.checkpoints.remote import is_url
+from backends.pipeline.checkpoints.remote import is_url, url_of
 from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.data.arrays import arrays_in
 from backends.pipeline.data.labels import check_labels
@@ -68,7 +68,8 @@ def run_sampling(
         raise InputError(f"PNG images must be grey or RGB, got {channels} channels: use --format npz")
     say(f"network  {network.origin}: {_describe(snapshot)}")
     if job.guidance != 1:
-        say(f"guide    {options.guide or 'the same network without its label'}, weight {job.guidance:g}")
+        guide = "the same network without its label" if options.guide is None else url_of(options.guide)
+        say(f"guide    {guide}, weight {job.guidance:g}")
     if options.label is not None and job.labels.size and (job.labels == job.labels[0]).all():
         say(f"class    {job.labels[0]}{_class_name(job)}")
     outdir = options.outdir or _default_folder(options, network.folder)
