@@ -164,6 +164,7 @@ def test_a_network_of_torch_goes_to_the_hub_and_comes_back(hub, tmp_path):
 def test_a_folder_is_saved_and_loaded_without_the_package_of_the_hub(tmp_path):
     program = (
         "import sys; sys.modules['huggingface_hub'] = None\n"
+        "import backends.torch.ema; assert not {'tyro', 'PIL', 'matplotlib'} & sys.modules.keys()\n"
         "from backends.torch.api import Network\nfrom toy_port import CONFIG\n"
         "Network(CONFIG).save_pretrained('saved'); print(Network.from_pretrained('saved', device='cpu').label_dim)\n"
         "try: Network.from_pretrained('ada/digits')\nexcept ValueError as error: print(error)"

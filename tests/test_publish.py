@@ -19,6 +19,7 @@ from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.model_card import Card, card_text
 from backends.pipeline.runs.networks import open_network
 from backends.pipeline.runs.publishing import public_name
+from edm2_core.codec import Codec, DataFormat
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
 from edm2_core.network import initialize
@@ -142,6 +143,21 @@ def test_paths_of_this_machine_and_passwords_are_not_published(tmp_path, hub):
         "digits",
         None,
     )
+
+
+def test_the_folder_of_an_autoencoder_becomes_its_name_and_no_weight_changes(hub, run):
+    codec = Codec(stored="float32", mean=(0.0,), scale=(1.0,), vae="/home/ada/secret-folder/vae")
+    for path in run.snapshots_path.iterdir():
+        save_snapshot(path, replace(load_snapshot(path), data=DataFormat(codec=codec)))
+    before = load_snapshot(run.snapshots_path / "0000004-0.100.safetensors")
+    for words in ([], ["--sigma-rel", "0.07"]):
+        assert published(run.path, *words) == 0
+        assert not any(b"secret-folder" in content for content in files_of(hub).values())
+        got = open_network(ADDRESS).snapshot
+        assert got.data == DataFormat(codec=replace(codec, vae="vae"))
+        if not words:
+            assert all(np.array_equal(got.params[name], before.params[name]) for name in before.params)
+    assert b"| output | latents of 8x8, 1 channel, of the autoencoder vae |" in files_of(hub)["README.md"]
 
 
 def test_a_folder_in_the_layout_of_the_hub_is_written_and_read(run, tmp_path, hub):

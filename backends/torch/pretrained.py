@@ -1,26 +1,21 @@
 """``Network.from_pretrained``, ``save_pretrained`` and ``push_to_hub``, as networks on the Hugging Face hub have them.
 
-The hub's package is imported where the hub is asked: a folder needs none.
+All that they need is imported when they are called: a network alone needs PyTorch, and a folder no package of the hub.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from backends.pipeline.checkpoints.atomic import write_bytes
-from backends.pipeline.checkpoints.hub import SCHEME, named, publish
-from backends.pipeline.checkpoints.remote import is_url
-from backends.pipeline.checkpoints.snapshots import Snapshot, description, save_snapshot
-from backends.pipeline.runs.model_card import Card, card_text, check_licence
-from backends.pipeline.runs.networks import WEIGHTS
 from edm2_core.codec import DataFormat
 from edm2_core.network import NetworkConfig
 
 if TYPE_CHECKING:
+    from backends.pipeline.checkpoints.snapshots import Snapshot
+
     from .network import Network
 
 
@@ -50,7 +45,10 @@ class Pretrained:
         Raises:
             InputError: as :func:`backends.torch.api.load`, or the hub does not have it.
         """
-        from .api import load  # which imports the network
+        from backends.pipeline.checkpoints.hub import SCHEME
+        from backends.pipeline.checkpoints.remote import is_url
+
+        from .api import load
 
         place = str(name)
         if not is_url(place) and not Path(place).exists():
@@ -59,9 +57,14 @@ class Pretrained:
 
     def save_pretrained(self, folder: str | Path, /) -> None:
         """Write the weights, in float32, and config.json, which describes the network."""
+        from backends.pipeline.checkpoints.atomic import write_bytes
+        from backends.pipeline.checkpoints.snapshots import description, save_snapshot
+        from backends.pipeline.runs.networks import WEIGHTS
+
         snapshot = self._snapshot()
         save_snapshot(Path(folder) / WEIGHTS, snapshot, dtype="float32")
-        write_bytes(Path(folder) / "config.json", _described(snapshot))
+        described = json.dumps(description(snapshot), indent=1).encode() + b"\n"
+        write_bytes(Path(folder) / "config.json", described)
 
     def push_to_hub(
         self,
@@ -84,25 +87,22 @@ class Pretrained:
         Raises:
             InputError: as :func:`backends.pipeline.checkpoints.hub.publish`.
         """
-        snapshot, address = self._snapshot(), SCHEME + named(repo)
-        card = card_text(Card(address, license and check_licence(license), [snapshot]))
+        from backends.pipeline.checkpoints.hub import SCHEME, named, publish
+        from backends.pipeline.runs.model_card import Card, card_text, check_licence
+
+        address = SCHEME + named(repo)
+        card = Card(address, license and check_licence(license), [self._snapshot()])
         with TemporaryDirectory(prefix="edm2-push-") as folder:
-            weights = Path(folder) / WEIGHTS
-            save_snapshot(weights, snapshot, dtype="float32")
-            files: Mapping[str, Path | bytes] = {
-                "README.md": card.encode(),
-                "config.json": _described(snapshot),
-                WEIGHTS: weights,
-            }
+            self.save_pretrained(folder)
+            saved = {path.name: path for path in Path(folder).iterdir()}
+            files: dict[str, Path | bytes] = {"README.md": card_text(card).encode(), **saved}
             return publish(address, files, message=message, private=private, force=force, token=token)
 
-    def _snapshot(self) -> Snapshot:
-        from .weights import dump, tensors  # which imports the network
+    def _snapshot(self) -> "Snapshot":
+        from backends.pipeline.checkpoints.snapshots import Snapshot
+
+        from .weights import dump, tensors
 
         module: Any = self
         params = dump(tensors(module))
         return Snapshot(params=params, config=self.config, nimg=0, length=None, data=self.format)
-
-
-def _described(snapshot: Snapshot) -> bytes:
-    return json.dumps(description(snapshot), indent=1).encode() + b"\n"

@@ -96,10 +96,7 @@ def _number(count: int, what: str) -> str:
 
 
 def _of_vae(format: DataFormat) -> str:
-    vae = format.codec.vae
-    if vae is None:
-        return ""
-    return f", of the autoencoder {Path(vae).name if Path(vae).is_absolute() else vae}"
+    return f", of the autoencoder {format.codec.vae}" if format.codec.vae else ""
 
 
 def _classes(label_dim: int, format: DataFormat) -> str:

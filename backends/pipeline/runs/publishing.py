@@ -16,8 +16,16 @@ from typing import Any
 
 from backends.pipeline.checkpoints.atomic import write_bytes
 from backends.pipeline.checkpoints.remote import is_url, local
-from backends.pipeline.checkpoints.snapshots import Metadata, description, save_snapshot, snapshot_name
+from backends.pipeline.checkpoints.safetensors_io import read_array, write_tensors
+from backends.pipeline.checkpoints.snapshots import (
+    Metadata,
+    description,
+    metadata_text,
+    save_snapshot,
+    snapshot_name,
+)
 from backends.pipeline.checkpoints.sources import Source
+from edm2_core.codec import Codec, DataFormat
 from edm2_core.errors import InputError
 
 from .config import TrainConfig
@@ -87,8 +95,8 @@ def _run_of(source: Path) -> tuple[Run | None, Path | None]:
 def _of_network(publication: Publication, source: Path, folder: Path) -> Files:
     if publication.every:
         raise InputError(f"--all needs a run, got {publication.source}: leave it out")
-    found = open_network(source, sigma_rel=publication.sigma_rel)
-    metadata = found.snapshot
+    metadata = open_network(source, sigma_rel=publication.sigma_rel).snapshot
+    metadata = replace(metadata, data=metadata.data and public_format(metadata.data))
     save_snapshot(folder / WEIGHTS, metadata)
     pictures = _pictures(publication.pictures)
     card = Card(publication.address, publication.licence, [metadata], pictures=list(pictures))
@@ -121,6 +129,7 @@ def _chosen(
         snapshot, length, stored = average_of(sources, publication.sigma_rel)
         if not stored:
             path = folder / snapshot_name(snapshot.nimg, length)
+            snapshot = replace(snapshot, data=snapshot.data and public_format(snapshot.data))
             save_snapshot(path, snapshot)
             return {path: snapshot}
         sources = [source for source in sources if (source.time, source.length) == (sources[-1].time, length)]
@@ -128,7 +137,18 @@ def _chosen(
         sources = [source for source in sources if source.path.name == one.name]
     elif not publication.every:
         sources = [source for source in sources if source.time == sources[-1].time]
-    return {source.path: replace(source.metadata, length=source.length) for source in sources}
+    return dict(_public_file(one, folder) for one in sources)
+
+
+def _public_file(source: Source, folder: Path) -> tuple[Path, Metadata]:
+    """The file of an average and what it holds; of one that names a path of this machine, a copy that does not."""
+    stored, format = replace(source.metadata, length=source.length), source.metadata.data
+    if format is None or public_format(format) == format:
+        return source.path, stored
+    arrays = {name: read_array(source.reader, name, exactly=True) for name in source.reader.entries}
+    metadata = replace(stored, data=public_format(format))
+    write_tensors(folder / source.path.name, arrays, metadata_text(metadata))
+    return folder / source.path.name, metadata
 
 
 def _sampled(run: Run) -> list[Path]:
@@ -152,11 +172,24 @@ def _pictures(paths: Sequence[Path]) -> dict[str, Path]:
 def public(config: TrainConfig, /) -> TrainConfig:
     """``config`` with names for paths of this machine, and without passwords in URLs."""
     names: dict[str, Any] = {name: public_name(getattr(config, name)) for name in ("data", "condition", "init")}
+    if (summary := config.data_summary) is not None:
+        names["data_summary"] = replace(summary, format=public_format(summary.format))
     return replace(config, **names)
+
+
+def public_format(format: DataFormat, /) -> DataFormat:
+    """``format`` with the names of autoencoders for their paths."""
+
+    def named(codec: Codec) -> Codec:
+        return replace(codec, vae=public_name(codec.vae))
+
+    return replace(format, codec=named(format.codec), condition=format.condition and named(format.condition))
 
 
 def public_name(place: str | None, /) -> str | None:
     """What a path or URL may be called in public."""
     if place is None:
         return None
-    return re.sub(r"//[^/@]*@", "//", place) if is_url(place) else Path(place).name
+    if is_url(place):
+        return re.sub(r"//[^/@]*@", "//", place)
+    return Path(place).name if Path(place).is_absolute() else place
