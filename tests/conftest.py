@@ -53,3 +53,20 @@ def headers_read(monkeypatch):
     paths, read_header = [], safetensors_io.read_header
     monkeypatch.setattr(safetensors_io, "read_header", lambda path: paths.append(path) or read_header(path))
     return paths
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of this test's own, and nothing in the cache."""
+    constants = pytest.importorskip("huggingface_hub.constants", reason="huggingface_hub is not installed")
+    from hub_server import HubServer
+
+    server = HubServer()
+    known = {"ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": True}
+    known |= {"HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"}
+    known |= {"HF_TOKEN_PATH": str(tmp_path / "token"), "HF_HUB_OFFLINE": False}
+    for name, value in known.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_ada")
+    yield server
+    server.close()

@@ -113,7 +113,7 @@ def test_diffusers_loads_samples_and_saves_it(tmp_path):
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
     from backends.torch.api import load, sample
-    from backends.torch.diffusers_pipeline import EDM2Pipeline
+    from backends.torch.diffusers_pipeline import EDM2Pipeline, EDM2Scheduler
 
     store(tmp_path / "net.safetensors", data=DataFormat())
     assert main(["export", str(tmp_path / "net.safetensors"), str(tmp_path / "out"), "--to", "diffusers"]) == 0
@@ -148,6 +148,21 @@ def test_diffusers_loads_samples_and_saves_it(tmp_path):
     ended = pipeline(classes, num_inference_steps=2, output_type="latent", callback_on_step_end=zeroed).images
     assert [step for step, _ in seen] == [0, 1]
     assert not ended.any()
+    scheduler, x = again.scheduler, noise
+    scheduler.set_timesteps(4)
+    x = noise * scheduler.init_noise_sigma
+    assert len(scheduler) == len(scheduler.timesteps) == 7
+    with torch.no_grad():
+        for sigma in scheduler.timesteps:  # a loop of one's own
+            denoised, _ = again.model(x, sigma.expand(2, 1, 1, 1), torch.eye(10)[classes])
+            x = scheduler.step(denoised, sigma, x).prev_sample
+    assert torch.allclose(x, wanted, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="a trajectory must be of 7 steps, got one more"):
+        scheduler.step(denoised, sigma, x)
+    other = {"sigma_max": 20.0, "method": "euler"}
+    again.scheduler = EDM2Scheduler.from_config(scheduler.config, **other)
+    got = again(classes, latents=noise, num_inference_steps=4, output_type="latent").images
+    assert torch.allclose(got, sample(network, noise, torch.eye(10)[classes], num_steps=4, **other), atol=1e-5, rtol=0)
     for words, message in (
         ({"output_type": "tensor"}, "output_type must be one of"),
         ({"class_labels": [10]}, "class_labels must be from 0 to 9, got"),

@@ -196,7 +196,7 @@ def test_a_repository_of_the_hub_is_read_by_its_package(tmp_path, monkeypatch):
     _, _, run = train_toy("run", duration=1024)
     asked = []
 
-    def folder(repo, patterns, /, *, instead):
+    def folder(repo, patterns, /, **_):
         asked.append((repo, patterns))
         return run.path
 

@@ -12,6 +12,7 @@ COMMANDS = {  # name: (module in this package, description)
     "reconstruct": ("reconstruct", "averages of any length from stored ones, in one pass"),
     "plan": ("plan", "which averages to store when, within a budget of files"),
     "import": ("import_official", "an official EDM2 pickle as a snapshot, executing nothing in it"),
+    "publish": ("publish", "a run or a network on the Hugging Face hub, with a model card"),
     "export": ("export", "a network for other tools, without a pickle"),
     "convert-state": ("convert_state", "a run's training state to and from checkpoints of other engines"),
     "ema-plot": ("ema_plot", "profiles and reconstruction error of a folder of snapshots"),
@@ -22,6 +23,7 @@ COMMANDS = {  # name: (module in this package, description)
     "dataset decode": ("dataset_decode", "latents as images"),
     "evaluate": ("evaluate", "FID, FD-DINOv2 and other metrics of a network or of images"),
     "sweep": ("sweep", "the averaging length, or other settings, that make the best images by a metric"),
+    "doctor": ("doctor", "what is installed, whether each port computes rightly here, and what to do"),
     "report": ("report", "runs on one page: losses, magnitudes, a slider over the averaging length"),
 }
 

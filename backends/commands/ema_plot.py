@@ -37,7 +37,7 @@ def run(options: Options) -> None:
     draw_profiles(left, t, {s: (w, r) for s, w, r in zip(lengths, wanted, reconstructed, strict=True)})
     error = reconstruction_error(**combination.arguments(_CURVE), dtype=combination.stored_dtype)
     draw_lines(right, errors(_CURVE, {f"{len(combination.usable)} files": error}))
-    path = options.out or options.source / "ema.png"
+    path = options.out or options.beside("ema.png")
     save(picture, path)
     worst = int(np.argmax(error.total))
     print(f"worst     {error.total[worst]:.2e} at {_CURVE[worst]:.3f}, of lengths from {_CURVE[0]:g} to {_CURVE[-1]:g}")

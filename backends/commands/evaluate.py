@@ -88,7 +88,7 @@ def run(options: Options) -> None:
             say(f"note       {text}")
     if job is not None and found is not None and found.run is not None and team.rank == 0:
         known = described(options, job, reference)
-        append_figures(found.run.path / FIGURES, [line | known for line in records])
+        append_figures(found.run.notes_path / FIGURES, [line | known for line in records])
 
 
 def _check(options: Options) -> None:

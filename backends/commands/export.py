@@ -16,16 +16,17 @@ import tyro
 
 from backends.pipeline.checkpoints.atomic import write_bytes
 from backends.pipeline.checkpoints.safetensors_io import write_tensors
-from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot
+from backends.pipeline.checkpoints.snapshots import Snapshot, description, save_snapshot
 from backends.pipeline.checkpoints.storage import StorageDtype, stored_arrays
-from backends.pipeline.runs.networks import open_network
+from backends.pipeline.runs.networks import WEIGHTS, open_network
 from edm2_core.errors import InputError
 from edm2_core.ladder import LADDER
 from edm2_core.network import NetworkConfig, plan
 
-WEIGHTS, DESCRIPTION, SCRIPT = "model.safetensors", "network.json", "make_pickle.py"
+DESCRIPTION, SCRIPT = "network.json", "make_pickle.py"
 _PIPELINE = "backends.torch.diffusers_pipeline"
 _DIFFUSERS = "0.30.0"  # the oldest version that reads these files
+_SCHEDULER = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "method": "heun"}
 _OFFICIAL = (  # arguments of the official network, which have the names of ours
     *("model_channels", "channel_mult", "channel_mult_noise", "channel_mult_emb", "num_blocks", "attn_resolutions"),
     *("channels_per_head", "label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act", "dropout"),
@@ -75,7 +76,7 @@ def run(options: Options) -> None:
         return _write_pipeline(options, snapshot)
     script = _script(snapshot) if options.to == "official" else None
     save_snapshot(options.dest / WEIGHTS, snapshot, dtype=options.dtype)
-    _write_json(options.dest / DESCRIPTION, _described(snapshot))
+    _write_json(options.dest / DESCRIPTION, description(snapshot))
     print(f"wrote     {options.dest / WEIGHTS}, {DESCRIPTION}")
     if script is not None:
         write_bytes(options.dest / SCRIPT, script.encode())
@@ -84,34 +85,29 @@ def run(options: Options) -> None:
 
 def _write_pipeline(options: Options, snapshot: Snapshot) -> None:
     """The files that diffusers' ``save_pretrained`` writes of a pipeline."""
-    described = _described(snapshot)
+    described = description(snapshot)
     model = {"_class_name": "EDM2Model", "_diffusers_version": _DIFFUSERS}
-    index = {"_class_name": "EDM2Pipeline", "_diffusers_version": _DIFFUSERS, "model": [_PIPELINE, "EDM2Model"]}
-    absent = {name: [None, None] for name in ("vae", "guide")}
+    index: dict[str, Any] = {
+        "_class_name": "EDM2Pipeline",
+        "_diffusers_version": _DIFFUSERS,
+        "model": [_PIPELINE, "EDM2Model"],
+    }
+    index |= {name: [None, None] for name in ("vae", "guide")} | {"scheduler": [_PIPELINE, "EDM2Scheduler"]}
+    scheduler = {"_class_name": "EDM2Scheduler", "_diffusers_version": _DIFFUSERS, **_SCHEDULER}
     params = ((f"net.{name}", np.asarray(array)) for name, array in snapshot.params.items())
     constants = [f"net.{name}" for name, p in plan(snapshot.required_config()).parameters.items() if not p.trained]
     arrays, _ = stored_arrays(params, kept=constants, dtype=options.dtype)
     folder = options.dest / "model"
     write_tensors(folder / "diffusion_pytorch_model.safetensors", arrays, {"format": "pt"})
     _write_json(folder / "config.json", {**model, "network": described["network"], "data": described["data"]})
-    _write_json(options.dest / "model_index.json", {**index, **absent})
+    _write_json(options.dest / "scheduler" / "scheduler_config.json", scheduler)
+    _write_json(options.dest / "model_index.json", index)
     print(f"wrote     {options.dest}")
     print(f"next      from {_PIPELINE} import EDM2Pipeline; EDM2Pipeline.from_pretrained({str(options.dest)!r})")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     write_bytes(path, json.dumps(values, indent=1).encode() + b"\n")
-
-
-def _described(snapshot: Snapshot) -> dict[str, Any]:
-    length = snapshot.length
-    return {
-        "format": "edm2",
-        "network": snapshot.required_config().to_json(),
-        "data": None if snapshot.data is None else snapshot.data.to_json(),
-        "nimg": snapshot.nimg,
-        "length": None if length is None else {length.kind: length.value},
-    }
 
 
 def _script(snapshot: Snapshot) -> str:

@@ -43,7 +43,7 @@ class Options(SourceOptions):
     override: Overrides = ()
     """Other lengths for the arrays whose names match."""
     outdir: Path | None = None
-    """Folder of the averages. Without it: 'reconstructed' in the source's folder."""
+    """Folder of the averages. Without it: 'reconstructed' in the source's folder; ./reconstructed for a URL."""
     dtype: StorageDtype = "float16"
     """Dtype of the averages in the files; tensors that it cannot hold are stored in float32."""
     memory: int = GiB
@@ -79,7 +79,7 @@ def _reconstruct(options: Options, sources: list[Source]) -> int:
     _print_errors(combination, options.max_error)
     if options.dry_run:
         return 0
-    folder = options.outdir or options.source / OUTPUTS
+    folder = options.outdir or options.beside(OUTPUTS)
     todo, existing = plan_outputs(folder, combination, dtype=options.dtype)
     for output in existing:
         print(f"exists    {output.path}")

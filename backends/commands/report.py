@@ -11,7 +11,7 @@ import tyro
 import xxhash
 
 from backends.pipeline.checkpoints.atomic import write_bytes
-from backends.pipeline.checkpoints.remote import local
+from backends.pipeline.checkpoints.remote import is_url, local
 from backends.pipeline.report import sections
 from backends.pipeline.report.figures import measured
 from backends.pipeline.report.history import History
@@ -33,7 +33,7 @@ class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """One or more run folders; several are shown side by side."""
     outdir: Path | None = None
-    """Folder of report.html and its pictures. Without it: 'report' in the run's folder; ./report for several."""
+    """Folder of report.html and pictures. Without it: 'report' in the run's folder; for several, or a URL, ./report."""
     sigma_rels: tuple[float, ...] = ()
     """Lengths to sample. Without it: from 0.02 to 0.25, if their predicted error is small, and the stored ones."""
     seeds: str = "0-9"
@@ -61,9 +61,10 @@ def run(options: Options) -> None:
     for sigma_rel in options.sigma_rels:
         Length.of(sigma_rel)
     noise_levels(options.steps)
+    alone = len(options.runs) == 1 and not is_url(options.runs[0])
     report = Report(
         _named(options.runs),
-        options.outdir or (options.runs[0] / "report" if len(options.runs) == 1 else Path("report")),
+        options.outdir or (options.runs[0] / "report" if alone else Path("report")),
         sections.Sampling(
             sigma_rels=options.sigma_rels or None,
             seeds=parse_seeds(options.seeds),

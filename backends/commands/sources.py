@@ -6,6 +6,7 @@ from pathlib import Path
 import tyro
 
 from backends.pipeline.checkpoints.described import Described
+from backends.pipeline.checkpoints.remote import is_url
 from backends.pipeline.checkpoints.sources import Broken, Source, open_sources
 from edm2_core.ema import Length
 from edm2_core.errors import InputError
@@ -32,6 +33,10 @@ class SourceOptions:
     """For files that hold raw weights and do not record it: the duration of a step in their unit of time."""
     source_update_every: int = 1
     """Steps between updates of the tracker, if its updates ignore that number, as those of ema-pytorch do."""
+
+    def beside(self, name: str) -> Path:
+        """Where an output is written by default: in the source's folder; for a URL, in the current one."""
+        return Path(name) if is_url(self.source) else self.source / name
 
     def open(self) -> list[Source]:
         """Open the sources; print the broken files that are skipped. Raises InputError as :func:`open_sources`."""

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Annotated, Any, Literal
 
 from backends.pipeline.checkpoints.reconstruct import reconstruct
+from backends.pipeline.checkpoints.remote import is_url, local, url_of
 from backends.pipeline.checkpoints.sources import Source
 from backends.pipeline.report.lines import swept
 from backends.pipeline.report.plots import draw_lines, draw_map, figure, save
@@ -65,7 +66,7 @@ def run(options: Options) -> None:
     """
     sweep = Sweep.of(options)
     say = sweep.measure.team.say
-    say(f"run      {sweep.run.path}, {options.metric} of seeds {options.seeds}")
+    say(f"run      {sweep.run.address}, {options.metric} of seeds {options.seeds}")
     say("  ".join(f"{domain.name:>10}" for domain in options.vary) + f"  {options.metric:>12}")
     measured: dict[Point, float] = {}
     (metric,) = sweep.measure.metrics
@@ -83,7 +84,7 @@ def run(options: Options) -> None:
     say(f"best     {', '.join(f'{n} {x:g}' for n, x in zip(names, best, strict=True))}: {measured[best]:.6g}")
     say(f"next     {sweep.command(best)}")
     if sweep.measure.team.rank == 0:
-        path = sweep.run.path / f"sweep-{options.metric.replace(':', '-')}.png"
+        path = sweep.run.notes_path / f"sweep-{options.metric.replace(':', '-')}.png"
         drawn, (axes,) = figure(1)
         if len(names) == 1:
             draw_lines(axes, swept(names[0], measured, metric.main, best=best))
@@ -108,7 +109,9 @@ class Sweep:
         _check(options.vary)
         port = import_module(f"backends.{options.port}.sample")
         path = options.run or options.net
-        run = Run(newest(train=f"python -m backends.{options.port}.train") if path is None else path)
+        path = newest(train=f"python -m backends.{options.port}.train") if path is None else path
+        run = Run(local(path))
+        run.url = url_of(path) if is_url(path) else None
         config = run.config()
         sources = run.snapshots(config.network)
         if not sources:
@@ -130,7 +133,7 @@ class Sweep:
         known = described(options, job, self.options.reference or self.run.config().data)
         known |= {"metric": metric.name, **self.measure.conditions(metric)}
         known = json.loads(json.dumps(known))  # as it is read back
-        path = self.run.path / FIGURES
+        path = self.run.notes_path / FIGURES
         for line in read_figures(path):
             if all(line.get(name) == value for name, value in known.items()):
                 return float(line["figures"][metric.main]), True
@@ -162,7 +165,7 @@ class Sweep:
     def _network(self, options: SamplingOptions, lengths: Sequence[tuple[str, float]]) -> FoundNetwork:
         length = 0.10 if options.sigma_rel is None else options.sigma_rel
         (snapshot,) = reconstruct(self.sources, sigma_rels=[length], overrides=lengths)
-        return FoundNetwork(snapshot, str(self.run.path), self.run.samples_path, self.run)
+        return FoundNetwork(snapshot, self.run.address, self.run.samples_path, self.run)
 
     def command(self, best: Point, /) -> str:
         """The command that samples with the best setting."""
@@ -176,10 +179,9 @@ class Sweep:
         if lengths:
             groups = " ".join(f"'{name}={value:g}'" for name, value in lengths)
             length = 0.10 if options.sigma_rel is None else options.sigma_rel
-            return (
-                f"edm2 reconstruct {self.run.path} --sigma-rels {length:g} --override {groups}; sample with its --net"
-            )
-        return " ".join([f"python -m backends.{self.options.port}.sample --net {self.run.path}", *words])
+            made = f"edm2 reconstruct {self.run.address} --sigma-rels {length:g} --override {groups}"
+            return f"{made}; sample with its --net"
+        return " ".join([f"python -m backends.{self.options.port}.sample --net {self.run.address}", *words])
 
 
 def _check(vary: Sequence[Domain]) -> None:

@@ -56,6 +56,7 @@ def load(
     place = devices.choose(None if device is None else str(device))
     network = build(snapshot.required_config(), snapshot.params, device=place, dtype=dtype)
     made_ready(network, place, None)
+    network.format = snapshot.data
     return network
 
 

@@ -3,7 +3,8 @@
     pipeline = EDM2Pipeline.from_pretrained("exported")
     images = pipeline([3, 7], generator=torch.Generator().manual_seed(0)).images
 
-There is no scheduler to choose: the network is made for EDM's sampler, :func:`edm2_core.sampler.sample`.
+The network is made for EDM's sampler, :func:`edm2_core.sampler.sample`, whose settings are those of an
+:class:`~.diffusers_scheduler.EDM2Scheduler`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import SchedulerMixin as SchedulerMixin  # diffusers looks here for the bases of components
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -26,6 +28,7 @@ from edm2_core.network import NetworkConfig
 
 from .denoiser import SamplingDenoiser
 from .device import full_precision
+from .diffusers_scheduler import EDM2Scheduler as EDM2Scheduler  # found here by the folders that are exported
 from .network import Network
 
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -66,14 +69,21 @@ class EDM2Pipeline(DiffusionPipeline):
         model: the network.
         vae: diffusers' autoencoder, for a network of latents.
         guide: the network that guides; None: ``model`` itself without its label.
+        scheduler: noise levels and method; None: the paper's.
     """
 
     model_cpu_offload_seq = "guide->model->vae"
-    _optional_components = ["vae", "guide"]  # noqa: RUF012 (diffusers needs a list)
+    _optional_components = ["vae", "guide", "scheduler"]  # noqa: RUF012 (diffusers needs a list)
 
-    def __init__(self, model: EDM2Model, vae: Any = None, guide: EDM2Model | None = None):
+    def __init__(
+        self,
+        model: EDM2Model,
+        vae: Any = None,
+        guide: EDM2Model | None = None,
+        scheduler: EDM2Scheduler | None = None,
+    ):
         super().__init__()
-        self.register_modules(model=model, vae=vae, guide=guide)
+        self.register_modules(model=model, vae=vae, guide=guide, scheduler=scheduler or EDM2Scheduler())
 
     @torch.inference_mode()
     def __call__(
@@ -106,7 +116,7 @@ class EDM2Pipeline(DiffusionPipeline):
             callback_on_step_end: as in diffusers: ``(pipeline, step, sigma, {"latents": x})`` to a dict, whose
                 ``"latents"`` take the place of x.
             solver: ``guide_interval`` of :func:`backends.ports.sample`, and options of
-                :func:`edm2_core.sampler.sample`.
+                :func:`edm2_core.sampler.sample`, which come before those of the scheduler.
 
         Raises:
             InputError: an output type that is not one of these, a ``batch_size`` that contradicts the inputs, latents
@@ -143,7 +153,7 @@ class EDM2Pipeline(DiffusionPipeline):
                 guidance=guidance_scale,
                 num_steps=num_inference_steps,
                 callback=after,
-                **solver,
+                **self.scheduler.settings() | solver,
             )
         images = self._output(samples, output_type)
         self.maybe_free_model_hooks()

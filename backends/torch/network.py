@@ -5,8 +5,8 @@
 Fourier constants are buffers. Activations are computed in ``dtype``; noise conditioning, weights and norms in float32.
 
 Constant factors of magnitude-preserving functions (1/0.596 of mp_silu, the blend of mp_sum) are multiplied into the
-weight of the next or the previous convolution: it is cheap to scale, activations cost one more pass over memory. In
-training, :mod:`.working_weights` computes the weights that layers multiply with, once a step.
+weight of the next or the previous convolution: activations would cost one more pass over memory. In training,
+:mod:`.working_weights` computes the weights that layers multiply with, once a step.
 """
 
 from math import pi, prod, sqrt
@@ -21,13 +21,12 @@ from edm2_core.network import GROUP_NORM_EPS, Block, NetworkConfig, Parameter, p
 
 from .denoiser import Denoiser
 from .dropout import Dropout
+from .pretrained import Pretrained
 
 
 def normalize(x: Tensor, dims: tuple[int, ...], *, eps: float = 1e-4) -> Tensor:
-    """Scale to unit root mean square over ``dims``. Dtype: kept; norms in float32 or wider.
-
-    Source: :func:`edm2_core.mp.normalize`.
-    """
+    """Scale to unit root mean square over ``dims``. Dtype: kept; norms in float32 or wider. Source:
+    :func:`edm2_core.mp.normalize`."""
     return x * inverse_norm(x, dims, eps=eps).to(x.dtype)
 
 
@@ -315,7 +314,7 @@ class UNet(Planned):
         return torch.cat([x, skip], dim=1) if keep == add == 1 else torch.cat([x * keep, skip * add], dim=1)
 
 
-class Network(Denoiser):
+class Network(Denoiser, Pretrained):
     """The EDM2 denoiser D and its uncertainty u, with initial weights. See :func:`edm2_core.reference.denoise`.
 
     Args:

@@ -14,7 +14,7 @@ import numpy as np
 from edm2_core.errors import InputError
 from edm2_core.json_text import parse_json
 
-from .hub import hub_folder
+from .hub import SCHEME, Address, hub_folder
 from .safetensors_io import TensorFile, read_array
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
@@ -67,18 +67,23 @@ class Autoencoder:
 
 
 def local_folder(name: str, /, *, only_local: bool = False) -> Path:
-    """The folder of an autoencoder: a path, or an ID of the Hugging Face hub, which is downloaded if it is not cached.
+    """The folder of an autoencoder: a path; an ID of the Hugging Face hub, or hf://ID or hf://ID/FOLDER, which is
+    downloaded if it is not cached.
 
     Raises:
         InputError: neither a folder nor an ID; the hub's package is missing, or it does not answer.
     """
-    path = Path(name)
+    path, instead = Path(name), "give its folder with --vae"
+    if name.startswith(SCHEME):
+        at = Address.of(name)
+        files = [f"{at.path}/{file}".lstrip("/") for file in ("config.json", _WEIGHTS[0])]
+        return hub_folder(at.repo, files, instead=instead, only_local=only_local, revision=at.revision) / at.path
     if path.is_dir():
         inner = path / "vae"
         return inner if not (path / "config.json").exists() and inner.is_dir() else path
     if path.is_absolute() or name.count("/") != 1:
         raise InputError(f"an autoencoder must be a folder or an ID such as stabilityai/sd-vae-ft-mse, got {name!r}")
-    return hub_folder(name, ["config.json", _WEIGHTS[0]], instead="give its folder with --vae", only_local=only_local)
+    return hub_folder(name, ["config.json", _WEIGHTS[0]], instead=instead, only_local=only_local)
 
 
 def read_autoencoder(folder: Path, /) -> Autoencoder:

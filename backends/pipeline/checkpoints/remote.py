@@ -48,7 +48,7 @@ def local(path: str | os.PathLike[str], /) -> Path:
         return Path(path)
     url = url_of(path)
     if url.startswith(hub.SCHEME):
-        return _of_hub(url)
+        return hub.Address.of(url).local(instead="give a local path")
     folder = CACHE / "remote" / name_of(url)
     with errors_of(url):
         return fetch(url, folder)
@@ -58,15 +58,6 @@ def name_of(url: str, /) -> str:
     """The name of a local folder for ``url``: readable, and another for each."""
     last = PurePosixPath(url.rstrip("/")).name or "root"
     return f"{re.sub('[^A-Za-z0-9._-]', '_', last)}-{xxhash.xxh3_64_hexdigest(url.rstrip('/').encode())[:8]}"
-
-
-def _of_hub(url: str) -> Path:
-    user, _, rest = url.removeprefix(hub.SCHEME).strip("/").partition("/")
-    name, _, path = rest.partition("/")
-    if not name:
-        raise InputError(f"a repository of the hub must be {hub.SCHEME}user/name, got {url}: correct it")
-    folder = hub.hub_folder(f"{user}/{name}", [path, f"{path}/*"] if path else ["*"], instead="give a local path")
-    return folder / path
 
 
 def open_system(url: str, /) -> tuple[Any, str]:

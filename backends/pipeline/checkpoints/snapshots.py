@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -108,6 +109,18 @@ def metadata_text(snapshot: Metadata, /) -> dict[str, str]:
         "kept": json.dumps(sorted(snapshot.kept)),
         "complex": json.dumps(sorted(snapshot.pairs)),
         "data": json.dumps(snapshot.data and snapshot.data.to_json()),
+    }
+
+
+def description(metadata: Metadata, /) -> dict[str, Any]:
+    """What a file of one network beside its weights says about it, for other tools to read."""
+    length = metadata.length
+    return {
+        "format": "edm2",
+        "network": metadata.required_config().to_json(),
+        "data": None if metadata.data is None else metadata.data.to_json(),
+        "nimg": metadata.nimg,
+        "length": None if length is None else {length.kind: length.value},
     }
 
 

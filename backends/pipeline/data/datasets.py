@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol, get_args
 
 import numpy as np
 
-from backends.pipeline.checkpoints.remote import local
+from backends.pipeline.checkpoints.remote import is_url, local, url_of
 from edm2_core.codec import PIXELS, Codec, DataFormat
 from edm2_core.errors import InputError
 
@@ -172,6 +172,9 @@ def open_dataset(
     """
     codec = format.codec if format else None
     dataset = _open(local(spec), kind, codec) if os.fspath(spec) != DIGITS else digits()
+    if is_url(spec):  # of which the local copy may be another one, or elsewhere, next time
+        url = url_of(spec)
+        dataset = replace(dataset, name=PurePosixPath(url).stem, spec=url)
     if condition is None:
         return dataset
     pair = _open(local(condition), None, format.condition if format else None)

@@ -138,6 +138,7 @@ def described(options: SamplingOptions, job: Job, reference: str | None, /) -> d
 
 def append_figures(path: Path, records: Iterable[dict[str, Any]], /) -> None:
     """Add lines to a file of figures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in records)
 

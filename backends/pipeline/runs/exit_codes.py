@@ -17,7 +17,18 @@ from edm2_core.errors import InputError
 
 P = ParamSpec("P")
 _FRAMEWORKS = ("torch", "jax", "mlx")
-_OF_COMMANDS = ("tyro", "tqdm", "PIL", "threadpoolctl", "numkong", "xxhash", "filelock", "typeguard", "matplotlib")
+_OF_COMMANDS = (
+    "tyro",
+    "tqdm",
+    "PIL",
+    "threadpoolctl",
+    "numkong",
+    "xxhash",
+    "filelock",
+    "typeguard",
+    "matplotlib",
+    "packaging",
+)
 
 
 def command(main: Callable[P, int | None], /) -> Callable[P, int]:
@@ -38,7 +49,7 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
             return _fail(str(error))
         except ImportError as error:
             if (framework := missing_framework(error)) is not None:
-                return _fail(f"this command needs {framework}, which is not installed: {_to_install(framework)}")
+                return _fail(f"this command needs {framework}, which is not installed: {to_install(framework)}")
             if error.name not in _OF_COMMANDS:
                 raise
             extras = "pip install 'edm2[torch]', 'edm2[jax]' or 'edm2[mlx]', or 'edm2[run]' without a framework"
@@ -64,7 +75,8 @@ def missing_framework(error: ImportError, /) -> str | None:
     return "mlx" if "libmlx" in str(error) else None
 
 
-def _to_install(framework: str) -> str:
+def to_install(framework: str, /) -> str:
+    """What to do to have ``framework`` on this machine."""
     system, machine = platform.system(), platform.machine()
     if framework == "mlx" and system != "Linux" and (system, machine) != ("Darwin", "arm64"):
         return f"MLX does not support {system} on {machine}: use backends.torch or backends.jax"

@@ -16,6 +16,7 @@ from typing import Any
 from backends.pipeline.checkpoints import checksums
 from backends.pipeline.checkpoints.atomic import write_bytes, write_error
 from backends.pipeline.checkpoints.described import Undescribed
+from backends.pipeline.checkpoints.remote import name_of
 from backends.pipeline.checkpoints.sources import Source, open_sources
 from backends.pipeline.checkpoints.states import newest as newest_state
 from backends.pipeline.checkpoints.states import read_counters
@@ -70,13 +71,25 @@ def newest(*, train: str) -> Path:
     return configs[-1].parent
 
 
+def is_run(path: Path, /) -> bool:
+    """Whether the folder has a run's config.json, perhaps a damaged one; that of a single network says "edm2"."""
+    config = Run(path).config_path
+    if not config.is_file():
+        return False
+    try:
+        values = parse_json(config.read_bytes())
+    except (OSError, ValueError):
+        return True
+    return not isinstance(values, dict) or isinstance(values.get("format", 0), int)
+
+
 class Run:
     """The files of one run folder. Making a ``Run`` touches nothing."""
 
     def __init__(self, path: str | Path, /) -> None:
         self.path = Path(path)
         self.url: str | None = None
-        """Where its files are copied to."""
+        """Where its files are copied to, or were copied from."""
         self.config_path = self.path / "config.json"
         self.log_path = self.path / "log.jsonl"
         self.telemetry_path = self.path / "telemetry.jsonl"
@@ -88,6 +101,11 @@ class Run:
     def address(self) -> str:
         """What a command is given to find it."""
         return self.url or str(self.path)
+
+    @property
+    def notes_path(self) -> Path:
+        """Where what is measured of it is written: into it, or, as a copy of what is elsewhere is not, beside."""
+        return self.path if self.url is None else Path("measured") / name_of(self.url)
 
     @property
     def state_path(self) -> Path | None:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from backends.pipeline.checkpoints.atomic import write_atomically
 from backends.pipeline.checkpoints.hub import SCHEME, hub_folder
 from backends.pipeline.checkpoints.reconstruct import reconstruct
-from backends.pipeline.checkpoints.remote import CACHE, local
+from backends.pipeline.checkpoints.remote import CACHE, is_url, local, url_of
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, snapshot_name
 from backends.pipeline.checkpoints.sources import Source, open_sources
 from edm2_core.ema import Length
@@ -19,9 +19,10 @@ from edm2_core.errors import InputError
 from edm2_core.published import URL
 
 from . import shipped
-from .folder import Run, any_run, newest
+from .folder import Run, any_run, is_run, newest
 
-"""Where published networks are kept."""
+WEIGHTS = "model.safetensors"
+"""The file of a folder that holds one network, as ``edm2 export`` and ``edm2 publish`` write it."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,27 @@ def stored_network(path: str | Path, /, *, sigma_rel: float | None = None) -> Sn
 
 def open_network(path: str | Path, /, *, sigma_rel: float | None = None, train: str | None = None) -> FoundNetwork:
     """:func:`stored_network`, with its origin; ``train`` is the command to suggest."""
+    address, url = str(path), url_of(path) if is_url(path) else None
     path = local(path)
+    if [one.name for one in path.glob("*.safetensors")] == [WEIGHTS] and not is_run(path):
+        path = path / WEIGHTS
     if not path.is_dir():
         if sigma_rel is not None:
             raise InputError(f"a single snapshot has one length, got sigma_rel {sigma_rel} for {path}: give the run")
-        return FoundNetwork(_in_file(path), str(path), Path("samples"))
-    run = Run(path) if Run(path).config_path.is_file() else None
+        return FoundNetwork(_in_file(path), url or address, Path("samples"))
+    run = Run(path) if is_run(path) else None
     sources = open_sources(path) if run is None else run.snapshots(run.config().network)
     if not sources:
         how = f"continue it with {train} --outdir {path}" if train else "train it longer"
-        raise InputError(f"a run must have snapshots, got none in {path}: {how}")
+        raise InputError(f"a run must have snapshots, got none in {url or path}: {how}")
     snapshot, length, is_stored = average_of(sources, sigma_rel)
     snapshot.required_config()
-    origin = f"{path} ({'stored' if is_stored else f'reconstructed from {len(sources)} snapshots'})"
+    origin = f"{url or path} ({'stored' if is_stored else f'reconstructed from {len(sources)} snapshots'})"
     name = Path(snapshot_name(snapshot.nimg, length)).stem
-    return FoundNetwork(snapshot, origin, (Path("samples") if run is None else run.samples_path) / name, run)
+    if run is not None:
+        run.url = url
+    folder = Path("samples") if run is None or url is not None else run.samples_path
+    return FoundNetwork(snapshot, origin, folder / name, run)
 
 
 def _in_file(path: Path) -> Snapshot:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from backends.pipeline.checkpoints.remote import is_url
 from backends.pipeline.data.batches import prepared, stored_batch
 from backends.pipeline.data.datasets import DIGITS, RULE, Dataset, open_dataset
 from edm2_core.ema import SnapshotPlan, plan_from_json
@@ -97,13 +98,14 @@ def _size(shape: tuple[int, int, int]) -> str:
 
 
 def data_spec(options: TrainOptions, previous: TrainConfig | None = None) -> str:
-    """The data to open: 'digits', or an absolute path.
+    """The data to open: 'digits', an absolute path, or a URL.
 
     Raises:
         InputError: no data, with a preset for others than digits.
     """
     if options.data is not None:
-        return DIGITS if options.data == DIGITS else str(Path(options.data).absolute())
+        kept = options.data == DIGITS or is_url(options.data)
+        return options.data if kept else str(Path(options.data).absolute())
     if previous is not None:
         return previous.data
     if options.preset not in (AUTO, DIGITS):

@@ -11,6 +11,7 @@ from zlib import crc32
 import numpy as np
 
 from backends.pipeline.checkpoints.atomic import write_bytes
+from backends.pipeline.checkpoints.remote import is_url, url_of
 from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.data.arrays import arrays_in
 from backends.pipeline.data.labels import check_labels
@@ -67,7 +68,8 @@ def run_sampling(
         raise InputError(f"PNG images must be grey or RGB, got {channels} channels: use --format npz")
     say(f"network  {network.origin}: {_describe(snapshot)}")
     if job.guidance != 1:
-        say(f"guide    {options.guide or 'the same network without its label'}, weight {job.guidance:g}")
+        guide = "the same network without its label" if options.guide is None else url_of(options.guide)
+        say(f"guide    {guide}, weight {job.guidance:g}")
     if options.label is not None and job.labels.size and (job.labels == job.labels[0]).all():
         say(f"class    {job.labels[0]}{_class_name(job)}")
     outdir = options.outdir or _default_folder(options, network.folder)
@@ -130,7 +132,7 @@ def network_of(options: SamplingOptions, /, *, train: str) -> FoundNetwork:
     """The network that ``options`` name; ``train`` is the command to suggest. Raises InputError: there is none."""
     if options.net is not None and options.run is not None:
         raise InputError("--net and --run name the same thing, got both: give one of them")
-    if options.run is not None and not options.run.is_dir():
+    if options.run is not None and not is_url(options.run) and not options.run.is_dir():
         Run(options.run).config()  # raises
     path = options.run if options.net is None else options.net
     return find_network(path, sigma_rel=options.sigma_rel, train=train)
