@@ -3,8 +3,8 @@
 Each point is measured once and kept in the run's figures.jsonl, so an interrupted sweep goes on where it was, and
 another search uses what is known. Several processes, started by torchrun for example, divide the images of each point.
 
-With ``--metric MODULE:FUNCTION`` it is the length of averages of any model, in a folder of snapshots: the function gets the
-weights by name, NumPy arrays, and returns a number, the lower the better.
+With ``--metric MODULE:FUNCTION`` it is the length of averages of any model, in a folder of snapshots: the function gets
+the weights by name, NumPy arrays, and returns a number, the lower the better.
 """
 
 import json

@@ -34,6 +34,11 @@ class BestLength:
     value: float
     values: dict[float, float]
 
+    def __str__(self) -> str:
+        """A line for each length, the best one marked."""
+        marks = {self.sigma_rel: " *"}
+        return "\n".join(f"{x:<6.4f}  {value:10.6g}{marks.get(x, '')}" for x, value in self.values.items())
+
 
 def best_length(
     folder: str | Path,
