@@ -21,7 +21,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 
 
 def train(accelerator: Accelerator, model: nn.Module, windows: Tensor, steps: int, folder: Path | None = None) -> None:
-    model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=1e-2))
+    model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=2e-2))
     ema = PowerEMA(model, trainable_only=True)
     accelerator.register_for_checkpointing(ema)
     for step in range(1, steps + 1):

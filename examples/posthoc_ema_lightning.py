@@ -1,7 +1,7 @@
 """Post-hoc EMA in Lightning: one callback, then the averaging length is chosen after training.
 
-On several devices nothing changes (``Trainer(devices=8, strategy="ddp")``): DDP averages the gradients before each
-step, so all processes have the same weights and track the same averages; the first one writes the snapshots.
+With DDP nothing changes: it averages the gradients before each step, so all processes have the same weights and track
+the same averages; the first one writes the snapshots.
 """
 
 from pathlib import Path
@@ -28,8 +28,7 @@ class Classifier(lightning.LightningModule):
         self.layers = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        x, y = batch
-        return cross_entropy(self.layers(x + 0.5 * torch.randn_like(x)), y)
+        return cross_entropy(self.layers(batch[0] + 0.5 * torch.randn_like(batch[0])), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.01)
@@ -39,9 +38,9 @@ def main(*, epochs: int = 20, folder: Path | None = None) -> None:
     """Train for EPOCHS, with snapshots in FOLDER (empty; by default a temporary one); then choose a length."""
     lightning.seed_everything(0, verbose=False)
     data, order = open_dataset("digits"), np.random.default_rng(0).permutation(1797)
+    torch.set_num_threads(1)  # the network is too small to use more
     x, y = torch.from_numpy(data.format.codec.encode(data.read(order))).flatten(1), torch.from_numpy(data.labels(order))
-    loader = DataLoader(TensorDataset(x[:TRAINING], y[:TRAINING]), batch_size=BATCH, shuffle=True)
-    model = Classifier()
+    model, training = Classifier(), TensorDataset(x[:TRAINING], y[:TRAINING])
 
     @torch.no_grad()
     def held_out_loss(model: nn.Module) -> float:
@@ -50,7 +49,8 @@ def main(*, epochs: int = 20, folder: Path | None = None) -> None:
     with TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
         callbacks = [PosthocEMA(folder / "snapshots", save_every=50)]
-        lightning.Trainer(max_epochs=epochs, callbacks=callbacks, default_root_dir=folder).fit(model, loader)
+        trainer = lightning.Trainer(max_epochs=epochs, callbacks=callbacks, default_root_dir=folder)
+        trainer.fit(model, DataLoader(training, batch_size=BATCH, shuffle=True))
         best = best_length(folder / "snapshots", like=model, metric=held_out_loss)
     print(f"length  held-out loss\nraw     {held_out_loss(model):10.6g}\n{best}")
 

@@ -51,7 +51,7 @@ def test_posthoc_ema_is_short_enough_to_copy(framework):
 OTHERS = {  # the package that each needs, and a short run
     "lightning": ("lightning", "--epochs", 8),
     "transformers": ("accelerate", "--steps", 100),
-    "accelerate": ("peft", "--steps", 100),
+    "accelerate": ("peft", "--steps", 150),
     "nnx": ("flax", "--images", 16_000),
     "equinox": ("equinox", "--images", 16_000),
     "mlx_lora": ("mlx_lm", "--steps", 90),
@@ -76,6 +76,16 @@ def test_posthoc_ema_in_the_trainers_of_others_chooses_a_length_that_beats_the_r
     assert len(snapshots) >= 6
     stored = TensorFile(snapshots[-1]).entries
     assert all("lora" in name for name in stored) == (trainer in ("accelerate", "mlx_lora"))
+
+
+def test_the_comparison_of_averages_has_a_row_for_each_method():
+    pytest.importorskip("torch", reason="torch is not installed")
+    *rows, cost = printed("posthoc_ema_compare", "--epochs", 12, "--seeds", 2)
+    test_loss = {row[:18].strip(): float(row[18:].split()[0]) for row in rows}
+    assert list(test_loss)[:3] == ["raw weights", "fixed decay 0.99", "fixed decay 0.999"]
+    assert test_loss["post-hoc"] < 0.8 * test_loss["raw weights"]
+    assert test_loss["post-hoc"] < test_loss["fixed decay 0.999"]  # 600 steps are short for it
+    assert cost.startswith("a step ")
 
 
 def test_toy_2d_guidance_has_fewer_outliers_and_denser_points(tmp_path):
