@@ -41,7 +41,6 @@ def loss(model: nn.Module, data: Data) -> float:
 
 
 def train(seed: int, data: Data, epochs: int, after: Callable[[nn.Module], After]) -> nn.Module:
-    """A network after ``epochs``; the same weights and batches for a seed."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer, call, steps = torch.optim.Adam(model.parameters(), lr=0.01), after(model), 0
