@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import sys
+from importlib import import_module
 
 import pytest
 
@@ -76,6 +78,18 @@ def test_faults_are_refused_in_one_line(tmp_path, fault):
         module.weight.ds_id = 0  # as ZeRO-3 marks what it divides
         with pytest.raises(InputError, match="whole parameters"):
             IntervalEMA(tmp_path, save_every=1).begin(module, 0)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "hidden"),
+    [("lightning", ("lightning.pytorch", "pytorch_lightning")), ("transformers", ("transformers",))],
+)
+def test_a_trainer_that_is_not_installed_is_named_with_what_installs_it(monkeypatch, trainer, hidden):
+    monkeypatch.delitem(sys.modules, f"backends.torch.callbacks.{trainer}", raising=False)
+    for module in hidden:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=rf"needs {trainer}, .* pip install 'edm2\[trainers\]'"):
+        import_module(f"backends.torch.callbacks.{trainer}")
 
 
 def lightning_module(lightning):
