@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from backends.pipeline.checkpoints.safetensors_io import TensorFile
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,6 +46,46 @@ def test_posthoc_ema_is_short_enough_to_copy(framework):
     text = (ROOT / "examples" / f"posthoc_ema_{framework}.py").read_text()
     assert len(text.splitlines()) < 60
     assert not re.search(r"network|edm2_core", "".join(re.findall(r"^(?:from|import) .*", text, re.MULTILINE)))
+
+
+OTHERS = {  # the package that each needs, and a short run
+    "lightning": ("lightning", "--epochs", 8),
+    "transformers": ("accelerate", "--steps", 100),
+    "accelerate": ("peft", "--steps", 150),
+    "nnx": ("flax", "--images", 16_000),
+    "equinox": ("equinox", "--images", 16_000),
+    "mlx_lora": ("mlx_lm", "--steps", 90),
+}
+
+
+@pytest.mark.parametrize("trainer", OTHERS)
+def test_posthoc_ema_in_the_trainers_of_others_chooses_a_length_that_beats_the_raw_weights(tmp_path, trainer):
+    package, *options = OTHERS[trainer]
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    lines = printed(f"posthoc_ema_{trainer}", *options, "--folder", tmp_path)
+    values = {
+        words[0]: float(words[1]) for line in lines[-12:] if re.match(r"raw|0\.\d", line) for words in [line.split()]
+    }
+    (best,) = [line.split()[0] for line in lines if line.endswith("*")]
+    raw = values.pop("raw")
+    assert len(values) > 5
+    assert values[best] == min(values.values()) < raw
+    text = (ROOT / "examples" / f"posthoc_ema_{trainer}.py").read_text()
+    assert len(text.splitlines()) < 60
+    snapshots = sorted(tmp_path.rglob("*-0.050.safetensors"))
+    assert len(snapshots) >= 6
+    stored = TensorFile(snapshots[-1]).entries
+    assert all("lora" in name for name in stored) == (trainer in ("accelerate", "mlx_lora"))
+
+
+def test_the_comparison_of_averages_has_a_row_for_each_method():
+    pytest.importorskip("torch", reason="torch is not installed")
+    *rows, cost = printed("posthoc_ema_compare", "--epochs", 12, "--seeds", 2)
+    test_loss = {row[:18].strip(): float(row[18:].split()[0]) for row in rows}
+    assert list(test_loss)[:3] == ["raw weights", "fixed decay 0.99", "fixed decay 0.999"]
+    assert test_loss["post-hoc"] < 0.8 * test_loss["raw weights"]
+    assert test_loss["post-hoc"] < test_loss["fixed decay 0.999"]  # 600 steps are short for it
+    assert cost.startswith("a step ")
 
 
 def test_toy_2d_guidance_has_fewer_outliers_and_denser_points(tmp_path):

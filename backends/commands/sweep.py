@@ -2,6 +2,9 @@
 
 Each point is measured once and kept in the run's figures.jsonl, so an interrupted sweep goes on where it was, and
 another search uses what is known. Several processes, started by torchrun for example, divide the images of each point.
+
+With ``--metric MODULE:FUNCTION`` it is the length of averages of any model, in a folder of snapshots: the function gets
+the weights by name, NumPy arrays, and returns a number, the lower the better.
 """
 
 import json
@@ -12,9 +15,10 @@ from typing import Annotated, Any, Literal
 
 from backends.pipeline.checkpoints.reconstruct import reconstruct
 from backends.pipeline.checkpoints.remote import is_url, local, url_of
-from backends.pipeline.checkpoints.sources import Source
+from backends.pipeline.checkpoints.sources import Source, open_sources
 from backends.pipeline.report.lines import swept
 from backends.pipeline.report.plots import draw_lines, draw_map, figure, save
+from backends.pipeline.runs.best_length import checked, own_metric, reachable
 from backends.pipeline.runs.command_line import flag, reader
 from backends.pipeline.runs.evaluation import FIGURES, Measure, append_figures, described, generated, read_figures
 from backends.pipeline.runs.folder import Run, newest
@@ -47,7 +51,8 @@ class Options(SamplingOptions):
     grid: int = 9
     """Values of each range in a grid."""
     metric: str = "fid"
-    """The metric, as in edm2 evaluate; of precision-recall and is the highest is the best, else the lowest."""
+    """The metric, as in edm2 evaluate; of precision-recall and is the highest is the best, else the lowest. Or
+    MODULE:FUNCTION of the weights of any model, from arrays by name to a number; --run is then any folder of them."""
     reference: str | None = None
     """Data, or a file of statistics. Without it: the data of the run."""
     seeds: str = "0-9999"
@@ -62,8 +67,11 @@ def run(options: Options) -> None:
     """Print a line for each point, the best as a command, and draw the figures in the run.
 
     Raises:
-        InputError: no run, something else than a sampling option to vary, or as evaluating.
+        InputError: no run, something else than a sampling option to vary, or as evaluating or :func:`sweep_function`.
     """
+    if ":" in options.metric and "@" not in options.metric:
+        sweep_function(options)
+        return
     sweep = Sweep.of(options)
     say = sweep.measure.team.say
     say(f"run      {sweep.run.address}, {options.metric} of seeds {options.seeds}")
@@ -92,6 +100,46 @@ def run(options: Options) -> None:
             draw_map(axes, names, measured, metric.main, best=best)
         save(drawn, path)
         say(f"wrote    {path}")
+
+
+def sweep_function(options: Options) -> None:
+    """Print the value of each length of the averages in a folder by the user's own function, and the best as a command.
+
+    Raises:
+        InputError: no folder, something else than lengths to vary, or as :func:`own_metric`, :func:`reachable`.
+    """
+    folder = options.run or options.net
+    if folder is None:
+        raise InputError("sweep by a function of the weights needs a folder, got none: give --run FOLDER of snapshots")
+    _check(options.vary)
+    domains = [domain for domain in options.vary if domain.name == _LENGTH or _is_pattern(domain.name)]
+    if len(domains) < len(options.vary):
+        raise InputError(
+            f"--metric {options.metric} is of weights alone, got --vary {' '.join(map(str, options.vary))}: vary "
+            "sigma-rel or patterns of weights"
+        )
+    measure, sources, measured = own_metric(options.metric), open_sources(folder), dict[Point, float]()
+    names = [domain.name for domain in domains]
+    print("  ".join(f"{name:>10}" for name in names) + f"  {options.metric:>12}")
+
+    def lengths(point: Point) -> tuple[float, list[tuple[str, float]]]:
+        groups = dict(zip(names, point, strict=True))
+        return groups.pop(_LENGTH, options.sigma_rel or 0.10), list(groups.items())
+
+    def ask(point: Point) -> float:
+        length, groups = lengths(point)
+        reachable(sources, [length])
+        (snapshot,) = reconstruct(sources, sigma_rels=[length], overrides=groups)
+        measured[point] = checked(measure(snapshot), length)
+        print("  ".join(f"{x:10.4g}" for x in point) + f"  {measured[point]:12.6g}", flush=True)
+        return measured[point]
+
+    search(domains, ask, kind=options.search, points=options.points, grid=options.grid)
+    best = min(measured, key=lambda point: (measured[point], point))
+    length, groups = lengths(best)
+    override = "".join(f" '{name}={x:g}'" for name, x in groups)
+    print(f"best     {', '.join(f'{n} {x:g}' for n, x in zip(names, best, strict=True))}: {measured[best]:.6g}")
+    print(f"next     edm2 reconstruct {folder} --sigma-rels {length:g}{' --override' if groups else ''}{override}")
 
 
 @dataclass(frozen=True)

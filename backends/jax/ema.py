@@ -4,6 +4,7 @@
     ...
     save("snapshots", opt_state[-1])                                       # at intervals
     params = reconstruct("snapshots", sigma_rel=0.13, like=params)         # after training, any length
+    best_length("snapshots", like=params, metric=validation_loss)          # or the best by your own function
 
 or, in a loop without optax or every few steps:
 
@@ -15,7 +16,7 @@ of a few parts in 10^7 however small it is. Averages share no memory with the pa
 Source: arXiv 2312.02696 Section 3, Appendix C.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,10 @@ from jax.experimental import multihost_utils
 
 from backends.pipeline.checkpoints.averages import ALONE, Processes, save_gathered
 from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_arrays
+from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.checkpoints.sources import open_sources
+from backends.pipeline.runs.best_length import BestLength
+from backends.pipeline.runs.best_length import best_length as best_measured
 from edm2_core.ema import Length, LengthLike, StorageDtype, sigma_rel_to_gamma
 from edm2_core.ema.clock import LATEST, start_time
 from edm2_core.errors import InputError
@@ -181,6 +185,32 @@ def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None
             of ``like``.
     """
     (snapshot,) = reconstruct_arrays(open_sources(folder), time=time, sigma_rels=[sigma_rel])
+    return _as_tree(snapshot, like)
+
+
+def best_length(
+    folder: str | Path,
+    *,
+    like: Tree,
+    metric: Callable[[Tree], Any],
+    sigma_rels: Sequence[float] = (),
+    points: int = 9,
+    time: int | None = None,
+) -> BestLength:
+    """The length whose average has the lowest ``metric``, such as a validation loss, and the values of all measured.
+
+    ``metric`` is called with an average, a tree like ``like``, and returns a number or an array of one element; return
+    the negative of what should be high. Other arguments and InputError as
+    :func:`~backends.pipeline.runs.best_length.best_length`; and as :func:`reconstruct`.
+    """
+
+    def measure(snapshot: Snapshot) -> float:
+        return float(metric(_as_tree(snapshot, like)))
+
+    return best_measured(folder, measure, sigma_rels=sigma_rels, points=points, time=time)
+
+
+def _as_tree(snapshot: Snapshot, like: Tree) -> Tree:
     arrays = {name: jnp.asarray(array) for name, array in snapshot.params.items()}
     if like is None:
         return arrays

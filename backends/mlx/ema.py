@@ -4,11 +4,12 @@
     ema.update(time=images_seen, delta=batch)                 # after each optimizer step
     ema.save("snapshots")                                     # now and then
     model.load_weights(list(reconstruct("snapshots", sigma_rel=0.13).items()))   # after training, any length
+    best_length("snapshots", like=model, metric=validation_loss)                 # or the best by your own function
 
 Source: arXiv 2312.02696 Section 3, Appendix C.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from mlx.utils import tree_flatten
 from backends.pipeline.checkpoints.averages import save_averages
 from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_sources
 from backends.pipeline.checkpoints.safetensors_io import BFLOAT16
+from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.checkpoints.sources import open_sources
+from backends.pipeline.runs.best_length import BestLength
+from backends.pipeline.runs.best_length import best_length as best_measured
 from edm2_core.ema import Length, LengthLike, StorageDtype, tracking
 from edm2_core.ema.clock import start_time, tick
 from edm2_core.errors import InputError
@@ -181,6 +185,45 @@ def reconstruct(folder: str | Path, *, sigma_rel: float, time: int | None = None
     complex64, others as last stored. ``time`` is that of the last snapshot by default.
     """
     (snapshot,) = reconstruct_sources(open_sources(folder), time=time, sigma_rels=[sigma_rel])
+    return _arrays(snapshot)
+
+
+def best_length(
+    folder: str | Path,
+    *,
+    like: nn.Module,
+    metric: Callable[[nn.Module], Any],
+    sigma_rels: Sequence[float] = (),
+    points: int = 9,
+    time: int | None = None,
+) -> BestLength:
+    """The length whose average has the lowest ``metric``, such as a validation loss, and the values of all measured.
+
+    ``metric`` is called with ``like``, which then holds an average, and afterwards its own weights again. It returns a
+    number or an array of one element: the negative of what should be high. Other arguments and InputError as
+    :func:`~backends.pipeline.runs.best_length.best_length`, and arrays that ``like`` does not have.
+    """
+    own = _flat(like.parameters())
+
+    def measure(snapshot: Snapshot) -> float:
+        weights = _arrays(snapshot)
+        for name, array in weights.items():
+            if name not in own or own[name].shape != array.shape:
+                got = own[name].shape if name in own else "none"
+                raise InputError(
+                    f"like must have {name} of shape {array.shape}, got {got}: give the module that was averaged"
+                )
+        like.load_weights(list(weights.items()), strict=False)  # a LoRA's snapshots hold nothing else
+        value = metric(like)
+        return float(value.item() if hasattr(value, "item") else value)
+
+    try:
+        return best_measured(folder, measure, sigma_rels=sigma_rels, points=points, time=time)
+    finally:
+        like.load_weights(list(own.items()), strict=False)
+
+
+def _arrays(snapshot: Snapshot) -> dict[str, mx.array]:
     return {name: _device(array) for name, array in snapshot.params.items()}
 
 

@@ -5,6 +5,7 @@
     ema.save("snapshots")                                     # now and then
     with ema.applied(0.10, model): ...                        # evaluate an average; the live weights are restored
     model.load_state_dict(reconstruct("snapshots", sigma_rel=0.13, like=model))   # after training, any length
+    best_length("snapshots", like=model, metric=validation_loss).sigma_rel        # or the best by your own function
 
 A bfloat16 average has 8 significant bits, and an update is far smaller than the last of them: rounding to nearest
 would never change it. Stochastic rounding is used instead, which is unbiased. Compared with a float32 average it adds
@@ -14,7 +15,7 @@ there, 2^-8 to 2^-7 of the value. The random bits are a function of the clock, s
 Source: arXiv 2312.02696 Section 3, Appendix C.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from torch import Tensor, distributed, nn
 
 from backends.pipeline.checkpoints.averages import ALONE, Gathered, Processes, save_gathered
 from backends.pipeline.checkpoints.reconstruct import reconstruct as reconstruct_sources
+from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.checkpoints.sources import open_sources
+from backends.pipeline.runs.best_length import BestLength
+from backends.pipeline.runs.best_length import best_length as best_measured
 from edm2_core.ema import Length, StorageDtype
 from edm2_core.ema.clock import start_time, tick
 from edm2_core.errors import InputError
@@ -250,6 +254,37 @@ def reconstruct(
         InputError: no snapshots there, a broken one, a length out of range, or tensors that ``like`` does not have.
     """
     (snapshot,) = reconstruct_sources(open_sources(folder), time=time, sigma_rels=[sigma_rel])
+    return _for_module(snapshot, like)
+
+
+def best_length(
+    folder: str | Path,
+    *,
+    like: nn.Module,
+    metric: Callable[[nn.Module], float],
+    sigma_rels: Sequence[float] = (),
+    points: int = 9,
+    time: int | None = None,
+) -> BestLength:
+    """The length whose average has the lowest ``metric``, such as a validation loss, and the values of all measured.
+
+    ``metric`` is called with ``like``, which then holds an average, and afterwards its own weights again. Return the
+    negative of what should be high; choose the mode (``eval``) and recompute the statistics of BatchNorm in it. Other
+    arguments and InputError as :func:`~backends.pipeline.runs.best_length.best_length`; and as :func:`reconstruct`.
+    """
+    own = {name: value.detach().clone() for name, value in like.state_dict().items() if isinstance(value, Tensor)}
+
+    def measure(snapshot: Snapshot) -> float:
+        like.load_state_dict(_for_module(snapshot, like), strict=False)  # a LoRA's snapshots hold nothing else
+        return metric(like)
+
+    try:
+        return best_measured(folder, measure, sigma_rels=sigma_rels, points=points, time=time)
+    finally:
+        like.load_state_dict(own, strict=False)
+
+
+def _for_module(snapshot: Snapshot, like: nn.Module | None) -> dict[str, Tensor]:
     stored = {name: to_tensor(array) for name, array in snapshot.params.items()}
     if like is None:
         return stored
