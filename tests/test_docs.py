@@ -11,8 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from data_files import as_zip, write
 
 from backends.commands import cli
+from backends.pipeline.checkpoints import remote
+from backends.pipeline.runs import mirror
 from backends.pipeline.runs.command_line import parse
 from backends.pipeline.runs.options import SampleOptions, parse_train
 from conformance.__main__ import main as conformance
@@ -56,6 +59,8 @@ def test_links_lead_to_files_and_headings(name):
 
 # ---- Python
 
+SMALL = {"model_channels": 8, "channel_mult": (1,), "num_blocks": 1, "channels_per_head": 8}
+SHORT = {"duration": 2048, "batch": 1024, "snapshot": 1024, "network": SMALL}
 PREPARED = {  # what a page takes for granted
     "README.md": "import torch; noise, one_hot = torch.randn(10, 1, 8, 8), torch.eye(10)\n"
     "model, images_seen, batch, x = torch.nn.Linear(2, 2), 8, 8, torch.ones(2)",
@@ -63,7 +68,7 @@ PREPARED = {  # what a page takes for granted
     "assert main(['export', str(shipped.PATH), 'exported', '--to', 'diffusers']) == 0",
 }
 SHORTER = {  # the same calls, on less
-    "duration=16384), digits)": "duration=64, batch=32, snapshot=32), digits, picture=False)",
+    "lr=0.05, duration=16384), digits)": "**SHORT), digits, picture=False)",
     "each=60": "each=1",
     "num_steps=18": "num_steps=3",
     "num_inference_steps=32": "num_inference_steps=3",
@@ -91,7 +96,7 @@ def test_python_runs_in_order(name, tmp_path, monkeypatch):
     for framework in re.findall(r"backends\.(torch|jax|mlx)", "".join(codes)):
         pytest.importorskip(framework, reason=f"{framework} is not installed")
     monkeypatch.chdir(tmp_path)
-    scope = {}
+    scope = {"SHORT": SHORT}
     for code in [PREPARED.get(name, ""), *codes]:
         for text, shorter in SHORTER.items():
             code = code.replace(text, shorter)
@@ -138,11 +143,25 @@ def commands(text):
 
 COMMANDS = sorted({words for path in PAGES for words in commands(path.read_text(encoding="utf-8"))})
 
+DATA = {"data.zip", "images.zip", "photographs.zip"}  # what options are derived from, if no preset gives them
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs") / "pictures"
+    for i in range(4):
+        write(folder / f"{i}.png", size=(32, 32), seed=i)
+    return as_zip(folder)
+
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_commands_are_accepted_by_their_own_parser(words, tmp_path, monkeypatch, capsys):
+def test_commands_are_accepted_by_their_own_parser(words, photographs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    module, *options = words
+    module, *options = [word.replace("s3://bucket/data", "data").replace("s3:", "memory:") for word in words]
+    for cached in (mirror, remote):
+        monkeypatch.setattr(cached, "CACHE", tmp_path / "cache")
+    for name in DATA & set(options):
+        Path(name).symlink_to(photographs)
     if module.endswith(".train"):
         parse_train(options, prog=module, description="")
     elif module.endswith(".sample"):
