@@ -233,11 +233,11 @@ def test_a_folder_that_no_conversion_made_is_left_alone() -> None:
     source = open_source(pictures())
     for name in ("a", "b"):
         Path(f"{name}.zip.partial").mkdir()
-    Path("a.zip.partial", "thesis.txt").write_text("mine")
+    Path("a.zip.partial", "thesis.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(InputError, match=r"a\.zip\.partial, which must be new"):
         convert(source, Path("a.zip"), SQUARE)
-    assert Path("a.zip.partial", "thesis.txt").read_text() == "mine"
-    Path("c.zip.partial").write_text("mine")
+    assert Path("a.zip.partial", "thesis.txt").read_text(encoding="utf-8") == "mine"
+    Path("c.zip.partial").write_text("mine", encoding="utf-8")
     with pytest.raises(InputError, match="which must be new"):
         convert(source, Path("c.zip"), SQUARE)
     assert convert(source, Path("b.zip"), SQUARE).count == 5
