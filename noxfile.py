@@ -1,4 +1,4 @@
-"""The checks of the project: ``nox`` runs all except benchmarks, ``nox -s NAME`` runs one.
+"""The checks of the project: ``nox`` runs all but benchmarks, faults and bounds of dependencies, ``nox -s NAME`` one.
 
 Sessions that need the frameworks share the environment ``.nox/all``, which takes minutes to install. Arguments after
 ``--`` go to pytest: ``nox -s conformance -- --port torch``.
@@ -24,6 +24,14 @@ CHEAP_XLA = {
 }
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # one process per core: more threads would compete for the cores
 PARALLEL = ("-n", "auto", "--maxprocesses", "4")
+
+CHECKED = {  # schemas that check-jsonschema holds, and the files that they are for
+    "github-workflows": ".github/workflows/*.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
+    "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    "dependabot": ".github/dependabot.yml",
+    "citation-file-format": "CITATION.cff",
+}
 
 shared = functools.partial(nox.session, venv_backend="none")
 
@@ -57,12 +65,12 @@ def pytest(session: nox.Session, *arguments: str, module: str = "pytest") -> Non
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Formatting and lint, including the workflows."""
-    session.install("ruff>=0.6", "check-jsonschema>=0.29")
+    """Formatting and lint, including the workflows, the issue forms and CITATION.cff."""
+    session.install("ruff>=0.6", "check-jsonschema>=0.31")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
-    workflows = map(str, Path(".github/workflows").glob("*.yml"))
-    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    for schema, pattern in CHECKED.items():
+        session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, Path().glob(pattern)))
 
 
 @shared
@@ -85,6 +93,35 @@ def conformance(session: nox.Session) -> None:
     """
     options = ("--profile", "ci", "--report", "build/conformance")
     pytest(session, "--dist", "worksteal", *options, module="conformance")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation as a site, in site/, without the network; a dead link or an unknown name is an error."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+def bounded(session: nox.Session, resolution: str) -> None:
+    """The tests, on the versions that uv's ``resolution`` chooses within the bounds of pyproject.toml."""
+    session.install("uv")
+    python = ("--python", str(Path(session.bin, "python")))
+    everything = ("-e", ".[test,torch,jax,mlx]")
+    session.run("uv", "pip", "install", "--quiet", "--upgrade", *python, "--resolution", resolution, *everything)
+    session.run("uv", "pip", "list", *python)  # a failure belongs to these versions
+    session.run("python", "-m", "pytest", *PARALLEL, *(session.posargs or ["tests"]), env={**CHEAP_XLA, **ONE_THREAD})
+
+
+@nox.session(default=False)
+def lowest(session: nox.Session) -> None:
+    """The tests on the oldest versions of direct dependencies that pyproject.toml allows."""
+    bounded(session, "lowest-direct")
+
+
+@nox.session(default=False)
+def newest(session: nox.Session) -> None:
+    """The tests on the newest versions that pyproject.toml allows, in an environment of their own."""
+    bounded(session, "highest")
 
 
 @nox.session(default=False)

@@ -264,7 +264,7 @@ def machine() -> str:
 
 
 def _lines(path: str) -> Sequence[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def make_inputs() -> None:
         for dest in ("data", "data.zip"):
             words = f"dataset convert pictures {dest} --resolution 8x8 --transform center-crop"
             import_module("backends.commands.cli").main(words.split())
-        Path("pooled.py").write_text(POOLED)
+        Path("pooled.py").write_text(POOLED, encoding="utf-8")
         small_autoencoder().save_pretrained("vae")
 
 

@@ -163,7 +163,7 @@ def execute(module: str, words: str, folder: str) -> None:
     """Run a command in ``folder``; its output goes to said.txt there."""
     os.chdir(folder)
     sys.path.insert(0, folder)  # of the extractor of the sweep
-    with open("said.txt", "a") as said, redirect_stdout(said), redirect_stderr(said):
+    with open("said.txt", "a", encoding="utf-8") as said, redirect_stdout(said), redirect_stderr(said):
         sys.exit(import_module(module).main(words.split()))
 
 
@@ -307,7 +307,7 @@ def started(port: str, folder: Path, words: str) -> list[subprocess.Popen[bytes]
         }[port]
         environment = {**os.environ, **{name: str(value) for name, value in of_port.items()}}
         line = [sys.executable, "-m", f"backends.{port}.train", *words.split()]
-        with open(folder / f"said-{rank}.txt", "a") as said:
+        with open(folder / f"said-{rank}.txt", "a", encoding="utf-8") as said:
             commands.append(subprocess.Popen(line, cwd=folder, env=environment, stdout=said, stderr=said))
     return commands
 
@@ -369,8 +369,8 @@ def growth(port: str, steps: int) -> None:
     while process.poll() is None:
         time.sleep(0.5)
         try:
-            nimg = json.loads(log.read_text().splitlines()[-1])["nimg"]
-            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            nimg = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["nimg"]
+            pages = int(Path(f"/proc/{process.pid}/statm").read_text(encoding="utf-8").split()[1])
             files = len(os.listdir(f"/proc/{process.pid}/fd"))
             if pages:  # it has not ended
                 seen.append((nimg // 64, pages * 4096 / 2**20, files))

@@ -63,7 +63,7 @@ def _run_child(name: str, steps: int) -> None:
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    status = Path("/proc/self/status").read_text().splitlines()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     peak = next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
     print(json.dumps({"ms": 1000 * statistics.median(seconds[1:]), "first": first, "peak": peak}))
 

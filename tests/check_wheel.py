@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import tempfile
-from importlib import metadata, resources
+from importlib import import_module, metadata, resources
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -11,8 +11,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     import edm2_core.ema
-    import edm2_core.reference
-    import edm2_core.sampler
+
+    for name in ("reference", "sampler"):
+        import_module(f"edm2_core.{name}")
 
     loaded = {"torch", "jax", "mlx", "safetensors", "PIL", "tyro"} & set(sys.modules)
     check(not loaded, f"importing edm2_core loads {loaded}")

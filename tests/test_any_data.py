@@ -36,7 +36,7 @@ def test_float_fields_with_a_condition_and_a_label_vector(port: str, capsys: pyt
     said = capsys.readouterr().out
     assert "20 images of 9x6x5, label vectors of length 2" in said
     assert "condition of 2 channels" in said
-    record = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()][-1]
+    record = [json.loads(line) for line in Path("run/log.jsonl").read_text(encoding="utf-8").splitlines()][-1]
     assert len(record["holdout_by_sigma"]) == 5
     assert np.isfinite(record["holdout"])
     run(port, "sample", "--run run --seeds 0-2,20 --steps 3 --outdir out")
@@ -62,7 +62,7 @@ def test_latents_are_trained_on_and_decoded(port: str, capsys: pytest.CaptureFix
         moments = np.concatenate([rng.standard_normal((4, 8, 8)), rng.uniform(0.1, 0.2, (4, 8, 8))])
         np.save(f"data/{i}.npy", moments.astype(np.float32))
     manifest = {"encoder": str(Path("vae").absolute()), "moments": True, "mean": [0, 0, 0, 0], "std": [1, 1, 1, 1]}
-    Path("data/latents.json").write_text(json.dumps(manifest))
+    Path("data/latents.json").write_text(json.dumps(manifest), encoding="utf-8")
     run(port, "train", f"--data data --outdir run {TWICE}")
     for kind in ("latents", "png"):
         run(port, "sample", f"--run run --seeds 0-1 --steps 3 --format {kind} --outdir {kind}")
@@ -105,7 +105,7 @@ def test_the_report_samples_with_the_run_s_own_conditions(tmp_path: Path, monkey
     run("torch", "train", f"--data fields.npy --condition given.npy --outdir run {TWICE}")
     words = ["report", "run", "--port", "torch", "--steps", "2", "--seeds", "0-1", "--sigma-rels", "0.10"]
     assert edm2(words) == 0
-    assert "data:image" in Path("run/report/report.html").read_text()
+    assert "data:image" in Path("run/report/report.html").read_text(encoding="utf-8")
     Path("given.npy").unlink()
     assert edm2(words) == 0
-    assert "which does not exist" in Path("run/report/report.html").read_text()
+    assert "which does not exist" in Path("run/report/report.html").read_text(encoding="utf-8")

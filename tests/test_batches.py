@@ -210,7 +210,7 @@ def test_workers_end_with_the_process_that_they_serve() -> None:
         "    time.sleep(60)\n"
     )
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "script.py").write_text(code)
+        Path(folder, "script.py").write_text(code, encoding="utf-8")
         process = subprocess.Popen([sys.executable, "script.py"], cwd=folder, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         worker = Path("/proc", process.stdout.readline().strip())

@@ -294,7 +294,7 @@ def test_a_run_goes_on_by_the_command_that_began_it_wherever_its_files_are():
     np.save("given.npy", np.random.default_rng(0).standard_normal((4, 1, 16, 16)).astype(np.float32))
     np.save("x.npy", np.random.default_rng(1).standard_normal((4, 3, 16, 16)).astype(np.float32))
     Path("net.json").write_text(
-        '{"model_channels": 8, "channels_per_head": 8, "channel_mult": [1, 2], "num_blocks": 1}'
+        '{"model_channels": 8, "channels_per_head": 8, "channel_mult": [1, 2], "num_blocks": 1}', encoding="utf-8"
     )
     words = {"data": "x.npy", "condition": "given.npy", "config": "net.json", "channels": 16}
     pair = open_dataset("x.npy", condition="given.npy")
@@ -302,7 +302,9 @@ def test_a_run_goes_on_by_the_command_that_began_it_wherever_its_files_are():
     assert before.condition == str(Path("given.npy").absolute())
     Run("run").save_config(before)
     assert config_of(pair, previous=before, outdir="run", **words) == before
-    Path("net.json").write_text('{"model_channels": 8, "channels_per_head": 8, "channel_mult": [1], "num_blocks": 1}')
+    Path("net.json").write_text(
+        '{"model_channels": 8, "channels_per_head": 8, "channel_mult": [1], "num_blocks": 1}', encoding="utf-8"
+    )
     with pytest.raises(
         InputError, match="--config must stay the network of the run when a run is resumed, got another"
     ):

@@ -151,7 +151,7 @@ def test_of_precision_the_highest_is_the_best(digits_run, capsys):
     best = next(line for line in out.splitlines() if line.startswith("best"))
     assert best.endswith(f": {max(precisions.values()):.6g}")
     assert said(capsys, "report", "run", "--no-samples")
-    page = Path("run/report/report.html").read_text()
+    page = Path("run/report/report.html").read_text(encoding="utf-8")
     assert f"best {max(precisions.values()):.4g}" in page
 
 
@@ -212,7 +212,7 @@ def test_training_measures_its_averages(tmp_path, monkeypatch, capsys):
     shown = f"best so far {best['figures']['frechet@pixels']:.4g} by {best['length']} at {best['nimg']} images"
     assert shown in err.splitlines()[-1]
     assert said(capsys, "report", "run", "--no-samples")
-    page = Path("run/report/report.html").read_text()
+    page = Path("run/report/report.html").read_text(encoding="utf-8")
     assert "frechet@pixels" in page
 
 

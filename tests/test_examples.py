@@ -114,27 +114,6 @@ def test_a_backbone_of_one_s_own_trains_and_is_sampled(tmp_path, framework):
     assert len(text.splitlines()) < 80
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """The blocks under "From Python", on a shorter run."""
-    pytest.importorskip("torch", reason="torch is not installed")
-    section = (ROOT / "README.md").read_text().partition("## From Python\n")[2].partition("\n## ")[0]
-    lines = [line[4:] for line in section.splitlines() if line.startswith("    ")]
-    code = "\n".join(lines).replace("duration=16384", "duration=1536, batch=64, snapshot=1000")
-    monkeypatch.chdir(tmp_path)
-    scope = {}
-    exec(
-        code.replace(
-            "images = api.sample(network, noise",
-            "noise, one_hot = images, torch.eye(10)\nimages = api.sample(network, noise",
-        ),
-        scope,
-    )
-    assert scope["images"].shape == (10, 1, 8, 8)
-    assert float(scope["images"].abs().max()) <= 3
-    assert scope["network"].config.label_dim == 10
-    assert (tmp_path / "runs" / "00000-digits" / "samples" / "lengths.png").exists()
-
-
 STUDIES = {
     "ema_length": ("--rates", 0.05, "--durations", "2Ki"),
     "ema_tensors": ("--duration", "2Ki", "--tensors", "out_conv", "--seeds", 2),

@@ -243,7 +243,7 @@ def test_a_tracker_that_fails_is_told_once_and_gets_the_rest_when_the_run_is_res
 @pytest.mark.usefixtures("toy")
 def test_a_record_that_cannot_be_opened_does_not_keep_a_run_from_training(caplog):
     Path("run").mkdir()
-    Path("run/tensorboard").write_text("a file in its place")
+    Path("run/tensorboard").write_text("a file in its place", encoding="utf-8")
     status, _, run = train_toy(duration=128, log="tensorboard")
     assert (status, run.log()[-1]["nimg"], len(caplog.messages)) == (0, 128, 1)
 
@@ -266,7 +266,7 @@ def test_only_the_first_of_several_processes_logs(tmp_path):
 @pytest.mark.usefixtures("toy")
 def test_a_damaged_record_of_what_was_sent_is_refused():
     train_toy(duration=128, log="tensorboard")
-    Path("run/trackers.json").write_text("[]")
+    Path("run/trackers.json").write_text("[]", encoding="utf-8")
     with pytest.raises(InputError, match=r"trackers\.json must be as it was written"):
         train_toy(duration=256, log="tensorboard")
 

@@ -70,7 +70,7 @@ def test_maxima_are_over_blocks_and_means_too_and_noise_is_weighed_by_images(run
 def test_a_line_that_a_killed_run_left_torn_is_left_out(run):
     before = History.of(run)
     for path in (run.log_path, run.telemetry_path):
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write('{"nimg": 4160, "blo')
     after = History.of(run)
     assert np.array_equal(before.log["nimg"], after.log["nimg"])

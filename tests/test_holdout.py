@@ -73,7 +73,7 @@ def test_it_is_logged_and_held_out_images_are_never_trained_on():
     kept, _ = held_out(DIGITS, 0.5, seed=0)
     allowed = {image.tobytes() for image in kept.read(np.arange(len(kept)))}
     assert not {image.tobytes() for images in trainers for image in images} & (forbidden - allowed)
-    records = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in Path("run/log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(len(record["holdout_by_sigma"]) == 5 for record in records)
 
 

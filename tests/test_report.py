@@ -54,7 +54,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.elements, self.words = [], []
-        self.source = Path(path).read_text()
+        self.source = Path(path).read_text(encoding="utf-8")
         self.feed(self.source)
         self.text = " ".join(" ".join(self.words).split())
 
@@ -108,12 +108,12 @@ def test_who_cannot_see_is_told_and_nothing_is_wider_than_a_phone(page):
 
 
 def test_a_very_long_run_is_a_small_page(run):
-    with open(run.log_path, "w") as file:
+    with open(run.log_path, "w", encoding="utf-8") as file:
         for i in range(100_000):
             loss = 500.0 if i == 61_803 else 1 / (1 + i)
             file.write(f'{{"nimg": {64 * i}, "loss": {loss}, "lr": 0.01, "images_per_s": 9, "nonfinite": 0}}\n')
     line = json.dumps(measurement(-1))
-    with open(run.telemetry_path, "w") as file:
+    with open(run.telemetry_path, "w", encoding="utf-8") as file:
         file.writelines(line.replace('"nimg": -1', f'"nimg": {320 * i}') + "\n" for i in range(20_000))
     assert report(run.path, "--no-samples") == 0
     assert Path("run/report/report.html").stat().st_size < 1_000_000

@@ -111,7 +111,7 @@ def test_a_snapshot_that_is_not_of_the_run_is_refused_by_name(run, sigma_rel, co
 def test_the_log_is_kept_up_to_the_state_and_a_torn_line_is_dropped(run):
     for nimg in (64, 128, 192):
         run.append_log({"nimg": nimg, "loss": float("inf") if nimg == 64 else 0.1 + nimg})
-    with open(run.log_path, "a") as file:
+    with open(run.log_path, "a", encoding="utf-8") as file:
         file.write('{"nimg": 256, "lo')
     assert [record["nimg"] for record in run.log()] == [64, 128, 192]
     assert run.truncate_logs(128) == [{"nimg": 64, "loss": None}, {"nimg": 128, "loss": 128.1}]
@@ -122,7 +122,7 @@ def test_the_log_is_kept_up_to_the_state_and_a_torn_line_is_dropped(run):
 
 def test_damaged_lines_of_the_log_are_dropped(run):
     run.append_log({"nimg": 64, "loss": 1.0, "seconds": 2.0})
-    with open(run.log_path, "a") as file:
+    with open(run.log_path, "a", encoding="utf-8") as file:
         file.write('{"nimg": 65, "seconds": "x"}\n{"nimg": 66, "loss": {}}\n{"nimg": 67, "loss": [1]}\n{"loss": 1}\n')
         file.write("[" * 100_000 + "]" * 100_000 + '\n{"nimg": 68, "seconds": Infinity}\n')
     assert [record["nimg"] for record in run.log()] == [64]

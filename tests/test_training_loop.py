@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_from_its_last_state_and_its_log_has_no_line_twice(
     with pytest.raises(Killed):
         train("parts", status=64, checkpoint=1024, trainer=Killing)
     run = Run("parts")
-    with open(run.log_path, "a") as file:
+    with open(run.log_path, "a", encoding="utf-8") as file:
         file.write('{"nimg": 26')  # the line that was being written
     assert (run.state_nimg(), run.log()[-1]["nimg"]) == (2048, 2560)
     _, trainer, _ = train("parts")

@@ -95,7 +95,7 @@ def _check(name: str) -> dict[str, Any]:
     """What :mod:`.port_check` says of a port, or how it ended."""
     if name not in {point.name for point in metadata.entry_points(group=GROUP)}:
         return {"problem": "no port of this name is registered"}
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     settings = _QUICK | {"PYTHONPATH": paths}
     line = [sys.executable, "-m", "backends.commands.port_check", name]
     try:

@@ -279,7 +279,7 @@ def _files(path: Path) -> list[TensorFile]:
 def _index(path: Path) -> dict[str, str]:
     """The digits of the headers by name of the shard."""
     try:
-        index: dict[str, Any] = dict(parse_json(path.read_text()))
+        index: dict[str, Any] = dict(parse_json(path.read_text(encoding="utf-8")))
         headers = index["headers"]
         whole = index.pop(checksums.KEY) == _sum(index)
     except OSError as error:
