@@ -51,6 +51,8 @@ class Trainer(ABC):
     world: int = 1
     team: Team = Team()
     device: str
+    measures: bool = True
+    """Whether it can measure steps; where it cannot, none is."""
 
     def __init__(self) -> None:
         self._metrics: list[tuple[Any, Any]] = []

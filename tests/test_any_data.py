@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SMALL = "--channels 8 --channel-mult 1 2 --blocks 1 --attention 0 --channels-per-head 8 --batch 8 --duration 2Ki"
+NETWORK = "--channels 8 --channel-mult 1 2 --blocks 1 --attention 0 --channels-per-head 8"
+SMALL = f"{NETWORK} --batch 8 --duration 2Ki --telemetry 0"
 TWICE = f"{SMALL} --duration 16 --rampup 0 --snapshot 1Ki --no-picture"
 
 

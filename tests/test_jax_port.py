@@ -45,7 +45,8 @@ LADDER = {
     for rung in RUNGS
 }  # fmt: skip
 TRAIN = ("-m", "backends.jax.train")
-SMALL = ("--duration", "384", "--batch", "64", "--snapshot", "1000", "--status", "128", "--checkpoint", "1Ki")
+LENGTHS = ("--duration", "384", "--batch", "64", "--snapshot", "1000", "--status", "128", "--checkpoint", "1Ki")
+SMALL = (*LENGTHS, "--telemetry", "0")
 
 
 def arguments(config):

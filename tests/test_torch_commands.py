@@ -82,7 +82,7 @@ def test_a_run_leaves_what_it_promises(digits: Path) -> None:
     folder = digits / "runs" / "00000-digits"
     duration = preset("digits").hyper.duration
     names = {path.name for path in folder.iterdir()} - {".writer.lock"}
-    assert names == {"config.json", "log.jsonl", "snapshots", "state", "samples"}
+    assert names == {"config.json", "log.jsonl", "telemetry.jsonl", "snapshots", "state", "samples"}
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert log[-1]["nimg"] >= duration
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]

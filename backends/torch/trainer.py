@@ -15,7 +15,6 @@ from backends.ports import Machine
 from backends.trainer import Measurement, Trainer
 from edm2_core import loss as objective
 from edm2_core.ema import Length
-from edm2_core.errors import InputError
 from edm2_core.loss import noise_level
 from edm2_core.network import initialize
 from edm2_core.state import Arrays, State
@@ -51,8 +50,7 @@ class TorchTrainer(Trainer):
         network.unet.recomputes = machine.activation_checkpoint
         mode = compile_mode(machine.compile, self._device)
         shards = machine.shard and self.world > 1
-        if shards and config.telemetry:
-            raise InputError("--telemetry needs whole weights in each process, got --shard: leave out one of the two")
+        self.measures = not shards  # which needs whole weights in each process
         made_ready(network, self._device, mode, whole=not shards)
         self.learner = Learner(
             network,

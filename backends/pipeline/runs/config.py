@@ -86,7 +86,7 @@ class TrainConfig:
     """Number of states that are kept, the last ones."""
     status: int | None = None
     """Images between lines of the log. Without it: a 48th of the duration, at most 128Ki."""
-    telemetry: int = 0
+    telemetry: int = 50
     """Steps between measurements of magnitudes, losses by noise level and updates; 0 disables them."""
     snapshot_dtype: StorageDtype = "float16"
     """Dtype of the averages in snapshots; tensors that it cannot hold are stored in float32."""

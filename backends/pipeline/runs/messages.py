@@ -34,6 +34,8 @@ def say_begin(run: Run, config: TrainConfig, trainer: Trainer, *, resumed: bool)
         print(f"         {config.holdout:.3g} of them held out: the loss on these is logged")
     print(f"run      {run.path}: {count_text(hyper.duration)} images in batches of {hyper.batch}")
     say_epochs(config)
+    if config.telemetry and not trainer.measures:
+        print("note     no telemetry, which needs whole weights in each process: --shard divides them")
     if trainer.nimg:
         print(f"resumed  {run.state_path} at {trainer.nimg} images")
     elif resumed:

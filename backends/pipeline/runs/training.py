@@ -316,7 +316,7 @@ def _step(job: Training, batch: Any) -> tuple[Measurement | None, float]:
     """Take a step. Returns its telemetry, where it is due, and its learning rate."""
     config, trainer = job.config, job.trainer
     lr = _learning_rate(config, trainer.nimg)
-    if config.telemetry and trainer.nimg // config.hyper.batch % config.telemetry == 0:
+    if config.telemetry and trainer.measures and trainer.nimg // config.hyper.batch % config.telemetry == 0:
         return trainer.measured_step(batch, lr=lr), lr
     trainer.step(batch, lr=lr)
     return None, lr
