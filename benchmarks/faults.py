@@ -143,9 +143,13 @@ class Job:
         readable = all_whole(folder)
         process = self._start(folder)
         process.join()
-        equal = process.exitcode == 0 and contents(folder) == whole
+        left = contents(folder)  # killed after its last write, a command may refuse to write what is there
+        equal = left == whole
         if equal and readable:
             shutil.rmtree(folder)
+        else:
+            different = [name for name in left.keys() | whole.keys() if left.get(name) != whole.get(name)]
+            print(f"{folder}: {', '.join(sorted(different))} after {moment:.2f} s, then status {process.exitcode}")
         return stopped, equal, readable
 
     def _folder(self, name: str) -> Path:
