@@ -115,5 +115,6 @@ def _trajectory(
         return (jnp.where(now.ends, ahead, x), ahead, slope), None
 
     x = start.astype(schedule.sigma.dtype)
-    (x, *_), _ = lax.scan(evaluate, (x, x, jnp.zeros_like(x)), schedule)
+    first: Any = (x, x, jnp.zeros_like(x))
+    (x, *_), _ = lax.scan(evaluate, first, schedule)
     return x.astype(start.dtype)
