@@ -95,6 +95,28 @@ def sample(
         InputError: labels that are not one-hot rows; a condition that is missing, not taken, or for other images;
             guidance without a guide or labels; or as the sampler.
     """
+    check_sampling(net, noise, labels, condition=condition, guide=guide, guidance=guidance)
+    denoise = bound(net, labels, condition)
+    if guidance != 1:
+        if joint and guide is None:
+            denoise = _guided_by_itself(denoise, bound_twice(net, labels, condition), guidance, guide_interval)
+        else:
+            guiding = bound(net, None, condition) if guide is None else bound(guide, labels, condition)
+            denoise = sampler.guided(denoise, guiding, guidance=guidance, interval=guide_interval)
+    return sampler.sample(denoise, noise, **solver)
+
+
+def check_sampling(
+    net: LabelledDenoiser,
+    noise: Any,
+    labels: Any,
+    /,
+    *,
+    condition: Any,
+    guide: LabelledDenoiser | None,
+    guidance: float,
+) -> None:
+    """Raise InputError unless these arguments of :func:`sample` fit together."""
     if labels is not None and net.label_dim and (need := (len(noise), net.label_dim)) != tuple(labels.shape):
         raise InputError(f"labels must be one-hot rows of shape {need}, got {tuple(labels.shape)}: make them one-hot")
     takes = any(network.cond_channels for network in (net, guide) if network is not None)
@@ -102,43 +124,43 @@ def sample(
         shown = "None" if condition is None else f"one of shape {tuple(condition.shape)}"
         wanted = f"a condition for each of {len(noise)} images" if takes else "no condition"
         raise InputError(f"this network must be sampled with {wanted}, got {shown}")
+    if guidance != 1 and guide is None and (labels is None or not net.label_dim):
+        got = "None" if labels is None else "a network that takes none"
+        raise InputError(f"guidance without a guide needs labels, got {got}: give a guide or labels")
 
-    def bound(network: LabelledDenoiser, labels: Any) -> sampler.Denoiser[Any]:
-        given = labels if network.label_dim else None, condition if network.cond_channels else None
-        return lambda x, sigma: network(x, sigma, *given)
 
-    denoise = bound(net, labels)
-    if guidance != 1:
-        if guide is None and (labels is None or not net.label_dim):
-            got = "None" if labels is None else "a network that takes none"
-            raise InputError(f"guidance without a guide needs labels, got {got}: give a guide or labels")
-        if joint and guide is None:
-            denoise = _guided_by_itself(net, denoise, labels, condition, guidance, guide_interval)
-        else:
-            guiding = bound(net, None) if guide is None else bound(guide, labels)
-            denoise = sampler.guided(denoise, guiding, guidance=guidance, interval=guide_interval)
-    return sampler.sample(denoise, noise, **solver)
+def bound(network: LabelledDenoiser, labels: Any, condition: Any, /) -> sampler.Denoiser[Any]:
+    """``network`` with these labels and condition, as the sampler takes it."""
+    given = labels if network.label_dim else None, condition if network.cond_channels else None
+    return lambda x, sigma: network(x, sigma, *given)
+
+
+def bound_twice(net: LabelledDenoiser, labels: Any, condition: Any, /) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """The answers of ``net`` with its labels and without them, in one call of twice the batch."""
+    xp: Any = namespace(labels)
+    rows = xp.concat([labels, xp.zeros_like(labels)])
+    twice = None if condition is None else xp.concat([condition, condition])
+
+    def both(x: Any, sigma: Any) -> tuple[Any, Any]:
+        answers = net(xp.concat([x, x]), sigma, rows, twice)
+        return answers[: len(x)], answers[len(x) :]
+
+    return both
 
 
 def _guided_by_itself(
-    net: LabelledDenoiser,
     alone: sampler.Denoiser[Any],
-    labels: Any,
-    condition: Any,
+    both: Callable[[Any, Any], tuple[Any, Any]],
     guidance: float,
     interval: tuple[float, float],
     /,
 ) -> sampler.Denoiser[Any]:
     """:func:`edm2_core.sampler.guided` of a network by itself without its label, in one call of the network."""
-    xp: Any = namespace(labels)
-    rows = xp.concat([labels, xp.zeros_like(labels)])
-    twice = None if condition is None else xp.concat([condition, condition])
 
     def denoise(x: Any, sigma: float) -> Any:
         if not interval[0] <= sigma <= interval[1]:
             return alone(x, sigma)
-        answers = net(xp.concat([x, x]), sigma, rows, twice)
-        with_label, without = answers[: len(x)], answers[len(x) :]
+        with_label, without = both(x, sigma)
         return without + guidance * (with_label - without)
 
     return denoise
@@ -261,6 +283,10 @@ class Port(ABC):
     ) -> tuple[Callable[..., Any], Callable[[], State]]:
         """Training from ``state`` on: ``step(*native batch, lr=)``, which returns the mean loss, and the state now."""
 
+    def native_sample(self, net: Any, noise: Any, labels: Any, /, **options: Any) -> Any:
+        """:func:`sample`, of networks that :meth:`denoiser` made."""
+        return sample(net, noise, labels, **options)
+
     def train(
         self,
         config: NetworkConfig,
@@ -340,5 +366,7 @@ class NetworkSampler:
         with self.port.place():
             start, rows, image = self.port.batch(noise, labels, condition)
             options |= {} if churn_noise is None else {"churn_noise": map(self.port.to_native, churn_noise)}
-            samples = sample(self.net, start, rows, condition=image, guide=self.guide, joint=True, **options)
+            samples = self.port.native_sample(
+                self.net, start, rows, condition=image, guide=self.guide, joint=True, **options
+            )
             return self.port.to_numpy(samples)

@@ -32,6 +32,8 @@ each_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.name) fo
 FLOATS_ONLY = {  # no arrays in or out
     schedule.learning_rate,
     sampler.noise_levels,
+    sampler.step_sizes,
+    sampler.next_churn,  # an array as it comes
     mp.blend,
     ema.plan_from_json,
     ema.plan_snapshots,

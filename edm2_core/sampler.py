@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, sqrt
-from typing import Any, Generic, Literal, cast
+from typing import Any, Generic, Literal, TypedDict, Unpack, cast
 
 from .arrays import A
 from .errors import InputError
@@ -90,10 +90,38 @@ Callback = Callable[[Step[A]], A | None]
 """Called after each step. Returns None, or an array that takes the place of ``x``; may raise :class:`Stop`."""
 
 
-def sample(
-    denoise: Denoiser[A],
-    noise: A,
-    /,
+@dataclass(frozen=True)
+class StepSizes:
+    """One step as numbers, float64: where it begins and ends, and how it is taken. See :func:`step_sizes`."""
+
+    level: float
+    """The noise level of x before the step."""
+    churn: float | None
+    """The factor of the fresh noise that is added first; None: none is."""
+    sigma: float
+    """The noise level after that, at which the denoiser is evaluated."""
+    target: float
+    """The noise level that the step reaches."""
+    corrected: bool
+    """Whether a second evaluation, at the target, corrects the step (Heun)."""
+
+
+class StepOptions(TypedDict, total=False):
+    """The options of :func:`step_sizes`."""
+
+    num_steps: int
+    sigma_min: float
+    sigma_max: float
+    rho: float
+    sigmas: Sequence[float] | None
+    S_churn: float
+    S_min: float
+    S_max: float
+    S_noise: float
+    method: Literal["heun", "euler"]
+
+
+def step_sizes(
     *,
     num_steps: int = 32,
     sigma_min: float = 0.002,
@@ -104,38 +132,25 @@ def sample(
     S_min: float = 0.0,
     S_max: float = inf,
     S_noise: float = 1.0,
-    churn_noise: Iterable[A] | None = None,
     method: Literal["heun", "euler"] = "heun",
-    callback: Callback[A] | None = None,
-) -> A:
-    """Images from standard normal ``noise``, by Heun's or Euler's steps from the highest noise level to the lowest.
+) -> list[StepSizes]:
+    """The steps that :func:`sample` takes, in order, from the highest noise level to the lowest.
 
     Args:
-        denoise: ``(x, sigma) -> denoised``, sigma a float.
-        noise: standard normal, of any shape.
         num_steps, sigma_min, sigma_max, rho: as in :func:`noise_levels`; ignored where ``sigmas`` are given.
         sigmas: the noise levels themselves, decreasing. The last is usually 0; above 0 the result is still noisy.
             Sampling starts from ``noise * sigmas[0]``.
         S_churn: above 0, each step from a level within [S_min, S_max] first raises the noise level by the factor
-            1 + min(S_churn / steps, sqrt(2) - 1), with the next array of ``churn_noise`` times S_noise.
-        churn_noise: standard normal arrays of the shape of ``noise``, one for each step with churn.
+            1 + min(S_churn / steps, sqrt(2) - 1), with fresh noise times S_noise.
         method: ``"heun"`` is of second order, ``"euler"`` of first.
-        callback: called with a :class:`Step` after each step. Returns None, or an array that takes the place of ``x``;
-            may raise :class:`Stop` to end sampling.
 
-    Returns:
-        Images of the shape, library, dtype and device of ``noise``; after :class:`Stop`, the ``x`` of that step.
-
-    Source: arXiv 2206.00364 Algorithm 2. Departs from the paper: nothing. Step sizes are computed in float64.
+    Source: arXiv 2206.00364 Algorithm 2. Departs from the paper: nothing.
 
     Raises:
-        InputError: as :func:`noise_levels`; ``sigmas`` that do not decrease or are fewer than two; an unknown method;
-            or ``churn_noise`` ends before the steps that need it.
+        InputError: as :func:`noise_levels`; ``sigmas`` that do not decrease or are fewer than two; an unknown method.
 
-    >>> import numpy as np
-    >>> data = np.array([1.0, -1.0])  # a distribution of one point, which its denoiser knows
-    >>> sample(lambda x, sigma: data, np.array([0.3, 0.2]), num_steps=4)
-    array([ 1., -1.])
+    >>> [(step.sigma, step.target, step.corrected) for step in step_sizes(sigmas=[5, 1, 0])]
+    [(5.0, 1.0, True), (1.0, 0.0, False)]
     """
     if method not in ("heun", "euler"):
         raise InputError(f"method must be 'heun' or 'euler', got {method!r}")
@@ -143,24 +158,65 @@ def sample(
         levels = noise_levels(num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
     else:
         levels = _checked(sigmas)
-    churn = min(S_churn / (len(levels) - 1), sqrt(2) - 1)
+    factor = min(S_churn / (len(levels) - 1), sqrt(2) - 1)
+    steps = []
+    for level, target in pairwise(levels):
+        sigma, churn = level, None
+        if factor > 0 and S_min <= level <= S_max:
+            sigma = level * (1 + factor)
+            churn = S_noise * sqrt(sigma**2 - level**2)
+        steps.append(StepSizes(level, churn, sigma, target, method == "heun" and target > 0))
+    return steps
+
+
+def sample(
+    denoise: Denoiser[A],
+    noise: A,
+    /,
+    *,
+    churn_noise: Iterable[A] | None = None,
+    callback: Callback[A] | None = None,
+    **options: Unpack[StepOptions],
+) -> A:
+    """Images from standard normal ``noise``, by Heun's or Euler's steps from the highest noise level to the lowest.
+
+    Args:
+        denoise: ``(x, sigma) -> denoised``, sigma a float.
+        noise: standard normal, of any shape.
+        churn_noise: standard normal arrays of the shape of ``noise``, one for each step with churn.
+        callback: called with a :class:`Step` after each step. Returns None, or an array that takes the place of ``x``;
+            may raise :class:`Stop` to end sampling.
+        options: those of :func:`step_sizes`, such as ``num_steps``, ``sigmas``, ``S_churn`` and ``method``.
+
+    Returns:
+        Images of the shape, library, dtype and device of ``noise``; after :class:`Stop`, the ``x`` of that step.
+
+    Source: arXiv 2206.00364 Algorithm 2. Departs from the paper: nothing. Step sizes are computed in float64.
+
+    Raises:
+        InputError: as :func:`step_sizes`; or ``churn_noise`` ends before the steps that need it.
+
+    >>> import numpy as np
+    >>> data = np.array([1.0, -1.0])  # a distribution of one point, which its denoiser knows
+    >>> sample(lambda x, sigma: data, np.array([0.3, 0.2]), num_steps=4)
+    array([ 1., -1.])
+    """
+    steps = step_sizes(**options)
     fresh = iter(churn_noise if churn_noise is not None else ())
-    x: Any = noise * levels[0]
-    for index, (level, target) in enumerate(pairwise(levels)):
-        sigma = level
-        if churn > 0 and S_min <= level <= S_max:
-            sigma = level * (1 + churn)
-            x = x + _next(fresh) * (S_noise * sqrt(sigma**2 - level**2))
-        denoised = denoise(x, sigma)
-        slope = (x - denoised) / sigma
-        ahead = x + slope * (target - sigma)
-        if method == "heun" and target > 0:
-            slope = (slope + (ahead - denoise(ahead, target)) / target) / 2
-            ahead = x + slope * (target - sigma)
+    x: Any = noise * steps[0].level
+    for index, step in enumerate(steps):
+        if step.churn is not None:
+            x = x + next_churn(fresh) * step.churn
+        denoised = denoise(x, step.sigma)
+        slope = (x - denoised) / step.sigma
+        ahead = x + slope * (step.target - step.sigma)
+        if step.corrected:
+            slope = (slope + (ahead - denoise(ahead, step.target)) / step.target) / 2
+            ahead = x + slope * (step.target - step.sigma)
         x = ahead
         if callback is not None:
             try:
-                changed = callback(Step(index, target, x, denoised))
+                changed = callback(Step(index, step.target, x, denoised))
             except Stop:
                 break
             x = x if changed is None else changed
@@ -176,7 +232,8 @@ def _checked(sigmas: Sequence[float]) -> list[float]:
     return levels
 
 
-def _next(fresh: Iterator[A]) -> A:
+def next_churn(fresh: Iterator[A]) -> A:
+    """The next array of fresh noise. Raises InputError where there is none left."""
     try:
         return next(fresh)
     except StopIteration:

@@ -66,6 +66,33 @@ def test_any_backbone_and_optimizer_train_with_the_step():
     assert not np.array_equal(averages.averages["0.05"]["in"], state.params["in"])
 
 
+def test_parameters_are_prepared_once_a_step_where_a_batch_is_divided():
+    """A backbone whose weights are doubled, unless they are already: the same step, in parts or whole."""
+    calls = []
+
+    def doubled(params):
+        calls.append(1)
+        return {**{name: 2 * w for name, w in params.items()}, "doubled": jax.numpy.ones(())}
+
+    def backbone(params, *inputs, key):
+        scale = 1 if "doubled" in params else 2
+        return own_backbone({name: scale * w for name, w in params.items()}, *inputs, key=key)
+
+    def first(**options):
+        step = jax.jit(make_step(denoiser(backbone), optimizer, prepare=doubled, **options))
+        state, metrics = step(TrainState(params, optimizer.init(params)), batch)
+        return state.params, metrics.loss
+
+    params, optimizer, points = own_params(), optax.sgd(0.1), jax.random.normal(jax.random.key(1), (12, 2))
+    batch, _ = draw_batch(points, None, jax.random.key(2), P_mean=-0.5, P_std=1.0)
+    whole = first()
+    assert not calls
+    parts = first(microbatch=4)
+    assert len(calls) == 1
+    for got, wanted in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        assert tolerance.relative(got, wanted) < 1e-5
+
+
 def test_any_denoiser_is_sampled_from_with_levels_and_a_callback_of_ones_own():
     """A point mass at m: D is m, so one Euler step from any level to 0 is m. Guidance goes past it."""
     middle = jax.numpy.array([1.0, 2.0])

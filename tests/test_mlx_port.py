@@ -29,6 +29,7 @@ from mlx import nn  # noqa: E402
 
 from backends.mlx import convolution, step, weights  # noqa: E402
 from backends.mlx import device as devices  # noqa: E402
+from backends.mlx import network as networks  # noqa: E402
 from backends.mlx.port import PORT, Port  # noqa: E402
 from backends.mlx.trainer import MLXTrainer  # noqa: E402
 
@@ -167,6 +168,25 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     whole, parts = (trained(config, *arguments(config), microbatch=m)[0].state() for m in (None, 3))
     for name, array in whole.moments1.items():
         assert np.allclose(parts.moments1[name], array, rtol=1e-3, atol=1e-5 * np.abs(array).max() + 1e-7)
+
+
+def test_weights_are_normalized_once_for_all_parts_of_a_batch(monkeypatch):
+    """Parts of 1 and of 2 images call for the same number of normalizations of weights; afterwards all is as stored."""
+    config, counts = CONFIGS["attention, labels, filter"], []
+    whole = networks.normalize
+
+    def counted(x, axes, **options):
+        counts[-1] += axes in ((1,), (1, 2, 3))
+        return whole(x, axes, **options)
+
+    for module in (networks, step):
+        monkeypatch.setattr(module, "normalize", counted)
+    for size in (1, 2):
+        counts.append(0)
+        learner, _ = trained(config, *arguments(config), microbatch=size)
+    assert counts[0] == counts[1] > 0
+    layers = [layer for layer in learner.network.modules() if isinstance(layer, networks.Layer)]
+    assert all(layer.normalized for layer in layers)
 
 
 def test_loss_scaling_changes_nothing_in_float32():

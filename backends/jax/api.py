@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from backends import ports
 from backends.pipeline.data.datasets import Dataset
 from backends.pipeline.data.labels import check_labels
 from backends.pipeline.runs import networks, training
@@ -24,6 +23,7 @@ from backends.pipeline.runs.folder import Run
 from backends.ports import Machine
 
 from . import device as devices
+from . import trajectory
 from .denoiser import Network, SamplingDenoiser
 from .network import load_network
 from .port import Port
@@ -70,7 +70,8 @@ def sample(
         options: ``condition``, ``guidance`` and ``guide_interval`` of :func:`backends.ports.sample`; and those of
             :func:`edm2_core.sampler.sample`, such as ``num_steps``, ``sigmas``, ``callback`` and ``churn_noise``.
 
-    Matrix products are in :data:`~.device.SAMPLING_MATMUL`, as in the commands.
+    Without a callback, the trajectory is one program, compiled for each shape and number of steps. Matrix products are
+    in :data:`~.device.SAMPLING_MATMUL`, as in the commands.
 
     Raises:
         InputError: as :func:`~backends.pipeline.data.labels.check_labels`, :func:`backends.ports.sample` and
@@ -79,8 +80,7 @@ def sample(
     check_labels(network, guide, labels, options.get("guidance", 1.0))
     other = None if guide is None else SamplingDenoiser(guide)
     with jax.default_matmul_precision(devices.SAMPLING_MATMUL):
-        images: Array = ports.sample(SamplingDenoiser(network), noise, labels, guide=other, **options)
-    return images
+        return trajectory.sample(SamplingDenoiser(network), noise, labels, guide=other, **options)
 
 
 def train(

@@ -112,9 +112,10 @@ class Network:
         return self.apply(self.params, x, sigma, labels, condition)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("network",), meta_fields=())
 @dataclass(frozen=True)
 class SamplingDenoiser:
-    """A network as :func:`backends.ports.sample` takes it, compiled once for each shape."""
+    """A network as :func:`backends.ports.sample` takes it, compiled once for each shape; a pytree."""
 
     network: Network
 
@@ -126,7 +127,9 @@ class SamplingDenoiser:
     def cond_channels(self) -> int:
         return self.network.cond_channels
 
-    def __call__(self, x: Array, sigma: float, labels: Array | None, condition: Array | None = None, /) -> Array:
+    def __call__(
+        self, x: Array, sigma: float | Array, labels: Array | None, condition: Array | None = None, /
+    ) -> Array:
         given = (labels,) if condition is None else (labels, condition)  # a function of one's own may take none
         return _denoised(self.network.apply, self.network.params, x, sigma, *given)
 

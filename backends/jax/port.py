@@ -17,7 +17,7 @@ from edm2_core.ema import Length
 from edm2_core.network import NetworkConfig
 from edm2_core.state import State
 
-from . import weights
+from . import trajectory, weights
 from .denoiser import SamplingDenoiser
 from .device import SAMPLING_MATMUL
 from .network import folded, load_network, network_denoiser
@@ -80,6 +80,9 @@ class Port(ports.Port):
     def denoiser(self, config: NetworkConfig, params: Params) -> SamplingDenoiser:
         network = load_network(config, params, dtype=self.precision)
         return SamplingDenoiser(replace(network, params=folded(config, network.params, dtype=self.precision)))
+
+    def native_sample(self, net: SamplingDenoiser, noise: Array, labels: Array | None, /, **options: Any) -> Array:
+        return trajectory.sample(net, noise, labels, **options)
 
     def to_native(self, array: np.ndarray, /) -> Array:
         return jnp.asarray(to_nhwc(array) if array.ndim == 4 else array, jnp.float32)

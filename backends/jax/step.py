@@ -25,7 +25,7 @@ from . import weights
 from .clocks import words
 from .denoiser import Denoise, Tree
 from .ema import PowerEMAState, power_ema
-from .network import Params, fan_axes, network_denoiser, normalize
+from .network import Params, fan_axes, folded, network_denoiser, normalize
 
 
 class Batch(NamedTuple):
@@ -98,6 +98,7 @@ def make_step(
     *,
     sigma_data: float = 0.5,
     force: Callable[[Tree], Tree] = lambda params: params,
+    prepare: Callable[[Tree], Tree] = lambda params: params,
     loss_scaling: float = 1.0,
     microbatch: int | None = None,
     summarize: Callable[[Tree], Any] | None = None,
@@ -114,6 +115,8 @@ def make_step(
         optimizer: of optax; its ``update`` is also given ``extra`` and ``t_delta``, the images of the batch, by which
             :func:`~.ema.power_ema` advances its clock.
         force: applied to the trained parameters as the step begins.
+        prepare: turns the trained parameters into others that ``denoise`` takes as well and gives the same answers for.
+            Called once a step where a batch is divided: each part has less to compute, and so has its derivative.
         loss_scaling: the loss is multiplied and its gradients divided by it: keeps float16 gradients above underflow.
         microbatch: images per forward pass; larger batches accumulate gradients in a scan.
         frozen: keys of the parameters that are not trained: their gradients are 0.
@@ -135,13 +138,15 @@ def make_step(
         gradient = jax.grad(scaled, has_aux=True)
         if microbatch is None or microbatch >= total:
             return gradient(params, constants, batch, total, keys)
+        working, pull = jax.vjp(prepare, params)
 
         def add(sums: Any, part: tuple[Batch, Array | None]) -> tuple[Any, None]:
             images, own = part
-            return jax.tree.map(jnp.add, sums, gradient(params, constants, images, total, own)), None
+            return jax.tree.map(jnp.add, sums, gradient(working, constants, images, total, own)), None
 
-        zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
-        return lax.scan(add, zero, in_parts((batch, keys), microbatch))[0]
+        zero = (jax.tree.map(jnp.zeros_like, working), jnp.zeros(()))
+        (gradients, loss), _ = lax.scan(add, zero, in_parts((batch, keys), microbatch))
+        return pull(gradients)[0], loss
 
     def step(state: TrainState, batch: Batch, key: Array | None = None, **extra: Any) -> tuple[TrainState, Metrics]:
         params = force(state.params)
@@ -224,6 +229,7 @@ def make_network_step(
         adam_with_averages(sigma_rels, betas=betas),
         sigma_data=config.sigma_data,
         force=partial(force_weight_norm, config),
+        prepare=partial(folded, config),
         **options,
     )
 

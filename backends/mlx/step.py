@@ -11,7 +11,8 @@ On a GPU each part is compiled, with the state that it changes named. Nothing is
 except what gradient accumulation needs; then everything is, so that no graph outlives its step.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -83,6 +84,29 @@ def force_weight_norm(network: nn.Module) -> None:
             layer.weight = normalize(layer.weight, fan_axes(layer.weight))
 
 
+@contextmanager
+def normalized_once(network: nn.Module) -> Iterator[Callable[[Gradients], Gradients]]:
+    """Within it, EDM2 layers hold the weights that they multiply with, and normalize no more. It yields a function from
+    the gradients with respect to those to the gradients with respect to the stored ones."""
+    layers = {f"{name}.weight": m for name, m in network.named_modules() if isinstance(m, Layer) and m.normalized}
+    stored = {name: layer.weight for name, layer in layers.items()}
+
+    def unit(weight: mx.array) -> mx.array:
+        return normalize(weight, fan_axes(weight))
+
+    def pull(gradients: Gradients) -> Gradients:
+        found = {name: mx.vjp(unit, [weight], [gradients[name]])[1][0] for name, weight in stored.items()}
+        return gradients | found
+
+    try:
+        for layer in layers.values():
+            layer.weight, layer.normalized = unit(layer.weight), False
+        yield pull
+    finally:
+        for name, layer in layers.items():
+            layer.weight, layer.normalized = stored[name], True
+
+
 class Learner:
     """A denoiser with all that its training needs: Adam, averages of its weights, and the clock in images.
 
@@ -114,7 +138,8 @@ class Learner:
         self.ema = PowerEMA(network, sigma_rels=sigma_rels)
         self._state, self.updating = [network, self.optimizer.state], False
         self._force = compiled(partial(force_weight_norm, network), inputs=[network], outputs=[network])
-        self._part_gradients = compiled(self._gradients_of_part, inputs=[network])
+        self._whole_gradients = compiled(self._gradients_of_part, inputs=[network])
+        self._part_gradients = compiled(self._gradients_of_part, inputs=[network])  # within normalized_once
         self._finite = compiled(self._zero_nonfinite)
         self._adam = compiled(self._apply_adam, inputs=self._state, outputs=self._state)
 
@@ -138,11 +163,16 @@ class Learner:
         count, parts = len(batch.images), list(batch.split(self.microbatch))
         size = len(parts[0].images)
         keys = [None if dropout is None else dropout[i * size : (i + 1) * size] for i in range(len(parts))]
-        loss, gradients = self._part_gradients(count, keys[0], *parts[0])
-        for part, key in zip(parts[1:], keys[1:], strict=True):
-            mx.eval(loss, gradients)  # frees the activations of one part before the next
-            more, others = self._part_gradients(count, key, *part)
-            loss, gradients = loss + more, {name: g + others[name] for name, g in gradients.items()}
+        if len(parts) == 1:
+            loss, gradients = self._whole_gradients(count, keys[0], *batch)
+        else:
+            with normalized_once(self.network) as pull:
+                loss, gradients = self._part_gradients(count, keys[0], *parts[0])
+                for part, key in zip(parts[1:], keys[1:], strict=True):
+                    mx.eval(loss, gradients)  # frees the activations of one part before the next
+                    more, others = self._part_gradients(count, key, *part)
+                    loss, gradients = loss + more, {name: g + others[name] for name, g in gradients.items()}
+                gradients = pull(gradients)
         gradients, nonfinite = self._finite(self.processes.average(gradients))
         return (loss / batch.images.size, nonfinite), gradients
 
