@@ -36,8 +36,15 @@ def main(*, rounds: int = 5) -> None:
     page.write_text(f"{before}\n\n{START}\n{text}{END}\n", encoding="utf-8")
 
 
+def _model() -> torch.nn.Module:
+    model = module()
+    for index, parameter in enumerate(model.parameters()):
+        torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(index))
+    return model
+
+
 def _ours(folder: Path) -> Callable[[], dict[str, list[float]]]:
-    model, clock = module(), [0]
+    model, clock = _model(), [0]
     ema = PowerEMA(model, sigma_rels=LENGTHS)
 
     def update() -> None:
@@ -51,7 +58,7 @@ def _theirs(folder: Path) -> Callable[[], dict[str, list[float]]]:
     from ema_pytorch import PostHocEMA
 
     kept = {"checkpoint_folder": str(folder), "checkpoint_every_num_steps": "manual"}
-    ema = PostHocEMA(module(), sigma_rels=LENGTHS, update_every=1, **kept)
+    ema = PostHocEMA(_model(), sigma_rels=LENGTHS, update_every=1, **kept)
     return lambda: _job(ema.update, ema.checkpoint)
 
 
@@ -78,9 +85,10 @@ def _report(runs: list[dict[str, dict[str, list[float]]]]) -> str:
     table = "\n".join(rows)
     return f"""## Averages while a model trains
 
-`python -m benchmarks.ema_tracker` on {machine()}, PyTorch {torch.__version__} on one thread: two averages of a model of
-11M parameters, {UPDATES} updates and {SAVES} saves in float16, in turns with `PostHocEMA` of {version("ema_pytorch")}; medians of
-{len(runs)} rounds. Ours are flushed to the disk, with checksums; those of ema-pytorch are left to the system.
+`python -m benchmarks.ema_tracker` on {machine()}, PyTorch {torch.__version__},
+one thread: two averages of a model of 11M parameters, {UPDATES} updates and {SAVES} saves in float16, in turns
+with `PostHocEMA` of {version("ema_pytorch")}; medians of {len(runs)} rounds. Ours are flushed to the disk, with
+checksums; those of ema-pytorch are left to the system.
 
 | | | edm2 | ema-pytorch | x faster |
 |---|---|---|---|---|

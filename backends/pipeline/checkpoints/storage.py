@@ -36,7 +36,10 @@ def fitting_dtype(values: np.ndarray, dtype: StorageDtype, /) -> Literal[Storage
     float16 cannot hold values beyond its range, nor a tensor that its subnormal numbers would change by more than 1e-3
     (norm of the difference over norm). Gains (0-d) are stored in float32 at least.
     """
-    largest = _largest(values)
+    return _fitting(values, dtype, _largest(values))
+
+
+def _fitting(values: np.ndarray, dtype: StorageDtype, largest: float) -> Literal[StorageDtype, "float64"]:
     if LARGEST["float32"] < largest < np.inf:
         return "float64"
     if values.ndim == 0 or largest > LARGEST[dtype]:
@@ -45,7 +48,8 @@ def fitting_dtype(values: np.ndarray, dtype: StorageDtype, /) -> Literal[Storage
 
 
 def _largest(values: np.ndarray) -> float:
-    return float(np.abs(values).max(initial=0))
+    """The largest absolute value, or NaN, without a second array."""
+    return max(float(values.max(initial=0)), -float(values.min(initial=0)))
 
 
 def _lost_to_subnormals(values: np.ndarray) -> bool:
@@ -71,8 +75,7 @@ def stored_arrays(
             pairs.append(name)
             array = as_pairs(array)
         if name not in kept and np.issubdtype(array.dtype, np.floating):
-            _check_finite(name, array)
-            fitting = fitting_dtype(array, dtype)
+            fitting = _fitting(array, dtype, _finite_largest(name, array))
             if fitting != dtype and array.ndim:
                 wider.append(name)
             array = array if fitting == "float64" else narrowed(array.astype(np.float32, copy=False), fitting)
@@ -82,12 +85,13 @@ def stored_arrays(
     return arrays, pairs
 
 
-def _check_finite(name: str, values: np.ndarray) -> None:
+def _finite_largest(name: str, values: np.ndarray) -> float:
     if not (largest := _largest(values)) < np.inf:  # in this form it also catches NaN
         raise InputError(
             f"weights must be finite to be stored, got {largest:g} in {name}: training has diverged, begin again with "
             "a smaller learning rate"
         )
+    return largest
 
 
 @cache
