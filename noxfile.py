@@ -141,9 +141,11 @@ def faults(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench_ema(session: nox.Session) -> None:
-    """Reconstruction compared with ema-pytorch; writes docs/benchmarks.md. Needs an idle machine and 20 GB of disk."""
+    """Averages, tracked and reconstructed, compared with ema-pytorch; writes docs/benchmarks.md. Needs an idle machine
+    and 20 GB of disk."""
     session.install("-e", ".[test,torch]", "ema-pytorch>=0.8")
     session.run("python", "-m", "benchmarks.ema_reconstruct", *session.posargs)
+    session.run("python", "-m", "benchmarks.ema_tracker")
 
 
 @nox.session

@@ -28,7 +28,7 @@ Batch = Sequence[np.ndarray | None]
 one, a condition [N, cond_channels, H, W]; float32."""
 
 
-Compile = Literal["auto", "off", "max"]
+Compile = Literal["auto", "off", "max", "blocks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Machine:
     """Processes that read and decode the data; 0: threads. Give 2 or more where images are decoded for a GPU."""
     compile: Compile = "auto"
     """Compilation of PyTorch's network: auto on GPUs; max also searches for the fastest kernels, which takes minutes;
-    off. JAX and MLX always compile."""
+    blocks compiles each kind of block once, on any device, and starts soonest; off. JAX and MLX always compile."""
     shard: bool = False
     """Divide weights, moments and averages among the processes: large networks fit, and more is sent. JAX divides them
     always, MLX cannot."""

@@ -71,7 +71,7 @@ Measured by `nox -s bench_ema` on {machine()}; medians of {repeats} runs, times 
 `x reading` is the ratio to that.
 
 Averages in memory, from the page cache: `reconstruct` (`backends.pipeline.checkpoints`) and `synthesize_ema_model` of
-{_version("ema_pytorch")}, called once per output. The peak memory is that of ema-pytorch.
+{version("ema_pytorch")}, called once per output. The peak memory is that of ema-pytorch.
 
 | outputs | edm2 | ema-pytorch | x faster | peak |
 |---|---|---|---|---|
@@ -201,7 +201,7 @@ def _ours(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
 def _theirs(folder: Path, targets: list[float], out: Path) -> Callable[[], None]:
     from ema_pytorch import PostHocEMA
 
-    ema = PostHocEMA(_module(), sigma_rels=LENGTHS, checkpoint_folder=str(folder), checkpoint_every_num_steps="manual")
+    ema = PostHocEMA(module(), sigma_rels=LENGTHS, checkpoint_folder=str(folder), checkpoint_every_num_steps="manual")
 
     def work() -> None:
         for target in targets:
@@ -210,7 +210,7 @@ def _theirs(folder: Path, targets: list[float], out: Path) -> Callable[[], None]
     return work
 
 
-def _module() -> Any:
+def module() -> Any:
     import torch
 
     module = torch.nn.Module()
@@ -250,7 +250,7 @@ def _make_torch(folder: Path, files: int) -> Path:
     return folder
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     from importlib.metadata import version
 
     return f"{package.replace('_', '-')} {version(package)}"

@@ -11,19 +11,24 @@ Run = Callable[[], object]
 
 
 def in_turns(
-    candidates: Mapping[str, Run], *, rounds: int, settle: Run = lambda: None, warm: int = 1
+    candidates: Mapping[str, Run],
+    *,
+    rounds: int,
+    settle: Run = lambda: None,
+    warm: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each candidate over ``rounds``, after ``warm`` calls that do not count. The candidates
-    alternate, so that other work on the machine slows all; ``settle`` waits for the device."""
+    alternate, so that other work on the machine slows all; ``settle`` waits for the device; ``clock`` tells the seconds."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(warm + rounds):
         for name, run in candidates.items():
             settle()
-            start = time.perf_counter()
+            start = clock()
             run()
             settle()
             if index >= warm:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: median(values) for name, values in times.items()}
 
 

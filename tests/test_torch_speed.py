@@ -11,11 +11,15 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from backends.torch import compiling
-from backends.torch.compiling import FixedSizes, compile_mode, made_ready
+from backends.torch.compiling import FixedSizes, compile_blocks, compile_mode, eagerly, made_ready
 from backends.torch.denoiser import SamplingDenoiser
+from backends.torch.network import UNetBlock
 from backends.torch.step import batch_loss
+from backends.torch.telemetry import measured
 from edm2_core.errors import InputError
 
+# which the compiler looks at of a block's input, and hides unless warnings are errors
+quiet = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -72,8 +76,10 @@ def test_compilation_is_for_gpus_unless_it_is_asked_for(monkeypatch: pytest.Monk
     assert [compile_mode("auto", device) for device in (CPU, CUDA)] == [None, "default"]
     assert compile_mode("off", CUDA) is None
     assert compile_mode("max", CUDA) == "max-autotune-no-cudagraphs"
-    with pytest.raises(InputError, match=r"--compile max needs a C\+\+ compiler, got none: install it"):
-        compile_mode("max", CPU)
+    assert compile_mode("blocks", CUDA) == "default"
+    for asked in ("max", "blocks"):
+        with pytest.raises(InputError, match=rf"--compile {asked} needs a C\+\+ compiler, got none: install it"):
+            compile_mode(asked, CPU)
     monkeypatch.setattr(compiling, "has_triton", lambda: False)
     assert compile_mode("auto", CUDA) is None
 
@@ -85,6 +91,39 @@ def test_steps_at_any_noise_and_time_share_one_graph() -> None:
     network.compile(backend=graphs, fullgraph=True, dynamic=False)
     train(network, steps=3)
     assert graphs.frame_count == 1
+
+
+@quiet
+def test_equal_blocks_share_what_is_compiled_for_steps_of_all_sizes() -> None:
+    """Kinds of block by what the compiler sees of them: shapes and roles."""
+    graphs, network = CompileCounter(), make_network(channel_mult=(1,), num_blocks=3, dropout=0.1)
+    blocks = [module for module in network.modules() if isinstance(module, UNetBlock)]
+    kinds = {(b.block.role, b.block.resample, b.block.heads, b.conv_res0.weight.shape, b.conv_skip is None)
+             for b in blocks}  # fmt: skip
+    compile_blocks(network, backend=graphs)
+    learner = train(network, steps=3, microbatch=5)  # of 12: parts of 5, 5 and 2
+    for size in (9, 7):
+        learner.step(make_batch(size), lr=0.01)
+    assert graphs.frame_count == len(kinds) < len(blocks) - 3
+    with eagerly():
+        network(torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 1, 1), None)
+    assert graphs.frame_count == len(kinds)
+
+
+@quiet
+def test_blocks_that_are_compiled_change_no_step() -> None:
+    compiled = make_network()
+    compile_blocks(compiled, backend="aot_eager")
+    assert distance(train(make_network(), microbatch=7), train(compiled, microbatch=7)) < 1e-3
+
+
+@quiet
+def test_telemetry_sees_the_layers_of_compiled_blocks() -> None:
+    graphs, compiled = CompileCounter(), make_network()
+    compile_blocks(compiled, backend=graphs)
+    plain, seen = (measured(train(net, steps=0), make_batch(), lr=0.01)[1] for net in (make_network(), compiled))
+    for name, magnitudes in plain.activations.items():
+        assert seen.activations[name] == pytest.approx(magnitudes, rel=1e-5)
 
 
 @pytest.mark.skipif(not compiling.has_cpp(), reason="torch.compile writes C++")

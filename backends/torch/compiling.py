@@ -6,9 +6,11 @@ Kernels that PyTorch compiles are kept in ~/.cache/edm2/torch, unless TORCHINDUC
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib import import_module
 from shutil import which
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from backends.pipeline.runs.networks import CACHE
 from backends.ports import Compile
 from edm2_core.errors import InputError
 
-from .network import Network, UNetBlock
+from .network import Network, UNet, UNetBlock
 
 Mode = Literal["default", "max-autotune-no-cudagraphs"]
 Answer = Callable[..., Tensor]
@@ -32,7 +34,7 @@ def compile_mode(compile: Compile, device: torch.device, /) -> Mode | None:
     """How torch.compile is called for ``device``; None: not at all.
 
     Raises:
-        InputError: ``compile`` is max, and there is no compiler.
+        InputError: ``compile`` is max or blocks, and there is no compiler.
     """
     on_cuda = device.type == "cuda"
     if compile == "off" or (compile == "auto" and not on_cuda):
@@ -40,8 +42,9 @@ def compile_mode(compile: Compile, device: torch.device, /) -> Mode | None:
     if not (has_triton() if on_cuda else has_cpp()):
         if compile == "auto":
             return None
-        raise InputError(f"--compile max needs {'Triton' if on_cuda else 'a C++ compiler'}, got none: install it")
-    return "default" if compile == "auto" else "max-autotune-no-cudagraphs"
+        needed = "Triton" if on_cuda else "a C++ compiler"
+        raise InputError(f"--compile {compile} needs {needed}, got none: install it")
+    return "max-autotune-no-cudagraphs" if compile == "max" else "default"
 
 
 def has_cpp() -> bool:
@@ -49,14 +52,17 @@ def has_cpp() -> bool:
     return any(map(which, (os.environ.get("CXX", "g++"), "clang++", "cl")))
 
 
-def made_ready(network: nn.Module, device: torch.device, mode: Mode | None, /, *, whole: bool = True) -> None:
+def made_ready(
+    network: nn.Module, device: torch.device, mode: Mode | None, /, *, by_block: bool = False, sharded: bool = False
+) -> None:
     """Lay out the weights as the device's convolutions read them, and compile calls of ``network``, as one graph for
     each size of batch.
 
-    Not ``whole``: each block is compiled by itself, and activations alone are laid out so: the weights of a network
-    that will be sharded must be contiguous.
+    ``by_block``: each block is compiled by itself, for all batches of two or more; blocks of equal shape share what is
+    compiled. ``sharded``: so it is too, and activations alone are laid out: the weights of a network that will be
+    sharded must be contiguous.
     """
-    if device.type in ("cuda", "cpu") and whole:
+    if device.type in ("cuda", "cpu") and not sharded:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     elif isinstance(network, Network):
         network.unet.register_forward_pre_hook(_channels_last)
@@ -64,12 +70,29 @@ def made_ready(network: nn.Module, device: torch.device, mode: Mode | None, /, *
         for message in _NO_FAULT:
             warnings.filterwarnings("ignore", message)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "torch"))
-        for part in (network,) if whole else _blocks(network):
-            part.compile(fullgraph=True, dynamic=False, mode=mode)
+        if by_block or sharded:
+            compile_blocks(network, mode=mode)
+        else:
+            network.compile(fullgraph=True, dynamic=False, mode=mode)
 
 
-def _blocks(network: nn.Module) -> list[nn.Module]:
-    return [module for module in network.modules() if isinstance(module, UNetBlock)]
+def compile_blocks(network: nn.Module, /, **options: Any) -> None:
+    """Compile each block of the U-Nets in ``network`` by itself; ``options`` are those of torch.compile."""
+    unets = [module for module in network.modules() if isinstance(module, UNet)]
+    blocks = [module for unet in unets for module in unet.modules() if isinstance(module, UNetBlock)]
+    for unet in unets:
+        unet.batch_varies = True
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False, **options)
+    # all blocks count as one function: kinds of block, each in training and in evaluation, for one image and for more
+    limits: Any = import_module("torch._dynamo.config")  # importing it takes seconds
+    limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks))
+
+
+def eagerly() -> AbstractContextManager[None]:
+    """Within it, what is compiled runs as it was written: hooks are called, and no new batch costs a compilation."""
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _channels_last(unet: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

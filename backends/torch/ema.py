@@ -214,10 +214,11 @@ class PowerEMA:
         return save_gathered(folder, self._gathered(same), processes, time=self.time, kept=arrays, dtype=dtype)
 
     def _gathered(self, same: Mapping[str, str]) -> Gathered:
-        """(length, name, array) of all averages, in order; each tensor is copied to the host, whole, when asked for."""
+        """(length, name, array) of all averages, in order, to be read at once; each tensor is gathered, and copied to
+        the host, when it is asked for."""
         for length, average in self.averages.items():
             for name, tensor in average.items():
-                array = to_numpy(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)
+                array = to_numpy(tensor.float() if tensor.dtype == torch.bfloat16 else tensor, copy=False)
                 for known in (name, *(second for second, first in same.items() if first == name)):
                     yield length, known, array
 

@@ -266,7 +266,7 @@ class UNet(Planned):
         self.enc = nn.ModuleDict({short(block): module(config, block) for block in walk.encoder})
         self.dec = nn.ModuleDict({short(block): module(config, block) for block in walk.decoder})
         self.takes_skip = [block.takes_skip for block in walk.decoder]
-        self.recomputes = False
+        self.recomputes = self.batch_varies = False
         self.out_norm = GroupNorm(config, "unet.out_norm", width) if has.output_norm else None
         self.out_conv = Layer(config, "unet.out_conv", gain=after_silu if has.output_norm else 1.0)
 
@@ -292,11 +292,12 @@ class UNet(Planned):
         return x[:, :, above : above + height, left : left + width]  # (N, C, H, W)
 
     def run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        """A block; with ``recomputes``, only its input is kept for the backward pass."""
-        if self.recomputes and torch.is_grad_enabled():
-            recomputed: Tensor = checkpoint(block, x, emb, use_reentrant=False)
-            return recomputed
-        output: Tensor = block(x, emb)
+        """A block; with ``recomputes``, only its input is kept for the backward pass; with ``batch_varies``, what is
+        compiled of it is for batches of all sizes."""
+        for tensor in (x, emb) if self.batch_varies else ():
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        keeps_all = not (self.recomputes and torch.is_grad_enabled())
+        output: Tensor = block(x, emb) if keeps_all else checkpoint(block, x, emb, use_reentrant=False)
         return output
 
     def embedding(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:

@@ -25,12 +25,13 @@ from .weights import build, dump
 @dataclass(frozen=True)
 class Port(ports.Port):
     """Computes on ``device`` with activations in ``precision``. ``mode`` is that of torch.compile, None without it;
-    with ``graphs``, networks are sampled from by CUDA graphs."""
+    with ``by_block``, of each block by itself; with ``graphs``, networks are sampled from by CUDA graphs."""
 
     name: ClassVar[str] = "torch"
     device: str = "cpu"
     precision: str = "float32"
     mode: Mode | None = None
+    by_block: bool = False
     graphs: bool = False
 
     @property
@@ -70,10 +71,11 @@ class Port(ports.Port):
     def denoiser(self, config: NetworkConfig, params: Params) -> SamplingDenoiser:
         network = replace(self, mode=None).network(config, params)
         fold(network)  # before it is compiled, as a network whose weights are constants
-        made_ready(network, torch.device(self.device), self.mode)
+        made_ready(network, torch.device(self.device), self.mode, by_block=self.by_block)
         denoiser = SamplingDenoiser(network)
         answer = Graphs(denoiser.denoised) if self.graphs else denoiser.denoised
-        return SamplingDenoiser(network, FixedSizes(answer)) if self.graphs or self.mode else denoiser
+        fixed = self.graphs or (self.mode is not None and not self.by_block)
+        return SamplingDenoiser(network, FixedSizes(answer)) if fixed else denoiser
 
     def to_native(self, array: np.ndarray, /) -> Tensor:
         return torch.tensor(np.asarray(array), dtype=torch.float32, device=self.device)
@@ -84,7 +86,7 @@ class Port(ports.Port):
     def network(self, config: NetworkConfig, params: Params) -> Network:
         """With these parameters, in evaluation mode."""
         network = build(config, params, device=self.device, dtype=getattr(torch, self.precision))
-        made_ready(network, torch.device(self.device), self.mode)
+        made_ready(network, torch.device(self.device), self.mode, by_block=self.by_block)
         return network
 
 

@@ -50,9 +50,11 @@ def open_sampler(options: "SamplingOptions") -> "OpenSampler":
     from .port import Port
 
     place = device.choose(options.device)
-    mode = compile_mode(options.compile, place) if options.compile == "max" else None
+    mode = compile_mode(options.compile, place) if options.compile in ("max", "blocks") else None
     graphs = place.type == "cuda" and options.compile != "off"
-    port = Port(device=str(place), precision=options.precision, mode=mode, graphs=graphs)
+    port = Port(
+        device=str(place), precision=options.precision, mode=mode, by_block=options.compile == "blocks", graphs=graphs
+    )
     say_if_slow(port, options.precision)
     return port.sampler
 

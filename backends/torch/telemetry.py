@@ -14,6 +14,7 @@ from backends.pipeline.runs.telemetry import watched
 from backends.trainer import Measurement
 from edm2_core import loss as objective
 
+from .compiling import eagerly
 from .denoiser import evaluating
 from .network import Layer, Network
 from .step import Batch, Learner, forced
@@ -65,12 +66,10 @@ def layers_of(network: nn.Module) -> dict[str, Layer]:
 def measured_forward(network: Network, batch: Batch, names: list[str], *, size: int | None) -> Forward:
     """A forward pass in evaluation mode, ``size`` images at a time."""
     losses, uncertainties = [], []
-    with evaluating(network), recording(network, names) as activations:
+    with evaluating(network), eagerly(), recording(network, names) as activations:
         for part in batch.split(size):
             noisy = part.images + part.unit_noise * part.sigma
-            denoised, logvar = network.forward(
-                noisy, part.sigma, part.labels, part.condition
-            )  # a compiled call would run no hooks
+            denoised, logvar = network(noisy, part.sigma, part.labels, part.condition)
             weight = objective.weight(part.sigma, sigma_data=network.sigma_data)
             losses.append((weight * (denoised - part.images).square()).flatten(1).mean(dim=1))
             uncertainties.append(logvar.flatten())

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from backends.pipeline.data import batches as data
 from backends.pipeline.runs.config import TrainConfig
@@ -20,7 +19,7 @@ from edm2_core.network import initialize
 from edm2_core.state import Arrays, State
 
 from . import device as devices
-from .compiling import compile_mode, made_ready
+from .compiling import compile_mode, eagerly, made_ready
 from .denoiser import evaluating
 from .step import Batch, Learner
 from .telemetry import measured
@@ -51,7 +50,7 @@ class TorchTrainer(Trainer):
         mode = compile_mode(machine.compile, self._device)
         shards = machine.shard and self.world > 1
         self.measures = not shards  # which needs whole weights in each process
-        made_ready(network, self._device, mode, whole=not shards)
+        made_ready(network, self._device, mode, by_block=machine.compile == "blocks", sharded=shards)
         self.learner = Learner(
             network,
             **hyper.of_step,
@@ -91,12 +90,10 @@ class TorchTrainer(Trainer):
         noise, level = (torch.from_numpy(x).to(self._device) for x in (unit_noise, sigma.reshape(-1, 1, 1, 1)))
         whole = Batch(images, noise, level, labels, condition)
         losses, network = [], self.learner.network
-        denoise = network if isinstance(network, FSDPModule) else network.forward
-        with evaluating(network):
+        with evaluating(network), eagerly():  # a part of another size would be compiled
             for part in whole.split(self.learner.microbatch):
                 noisy = part.images + part.unit_noise * part.sigma
-                # not compiled as a whole: that would take a compilation for each size of a part
-                denoised, _ = denoise(noisy, part.sigma, part.labels, part.condition)
+                denoised, _ = network(noisy, part.sigma, part.labels, part.condition)
                 weight = objective.weight(part.sigma, sigma_data=self._config.network.sigma_data)
                 losses.append((weight * (denoised - part.images).square()).flatten(1).mean(dim=1))
         return torch.cat(losses).cpu().numpy()

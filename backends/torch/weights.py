@@ -47,10 +47,11 @@ def _host(value: Tensor) -> np.ndarray:
     return to_numpy(value.float() if value.is_floating_point() else value)
 
 
-def to_numpy(value: Tensor, /) -> np.ndarray:
-    """A NumPy copy in the dtype of ``value``. Of a DTensor the whole, which all its processes must ask for together."""
+def to_numpy(value: Tensor, /, *, copy: bool = True) -> np.ndarray:
+    """A NumPy copy in the dtype of ``value``; without ``copy``, its own memory where that is possible. Of a DTensor the
+    whole, which all its processes must ask for together."""
     whole = value.full_tensor() if is_sharded(value) else value
-    on_cpu = whole.detach().to("cpu", copy=True).contiguous()
+    on_cpu = whole.detach().to("cpu", copy=copy).contiguous()
     return on_cpu.view(torch.int16).numpy().view(BFLOAT16) if on_cpu.dtype == torch.bfloat16 else on_cpu.numpy()
 
 

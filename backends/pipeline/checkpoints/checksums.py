@@ -28,8 +28,8 @@ def digest(data: Any, /) -> str:
 
 def of_array(array: np.ndarray, /) -> str:
     """The digits of the pieces of a contiguous array, as it is stored."""
-    flat = array.reshape(-1)
-    return "".join(digest(flat[i : i + PIECE].view(np.uint8).data) for i in range(0, flat.size, PIECE))
+    whole, step = array.reshape(-1).view(np.uint8).data, PIECE * array.itemsize
+    return "".join(digest(whole[i : i + step]) for i in range(0, len(whole), step))
 
 
 def blank(size: int, /) -> str:

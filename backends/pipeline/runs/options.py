@@ -366,7 +366,8 @@ class SamplingOptions:
     """Dtype of the network's activations."""
     compile: Compile = "auto"
     """Of PyTorch's network: auto launches its kernels at once on GPUs, by CUDA graphs; max compiles it first, which
-    takes a minute or more; off. JAX and MLX always compile."""
+    takes a minute or more; blocks compiles each kind of block once, which takes less; off. JAX and MLX always
+    compile."""
     device: str | None = None
     """Device to sample on. Without it: the fastest available."""
 
