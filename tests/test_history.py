@@ -103,7 +103,7 @@ def test_what_was_not_finite_is_a_gap_and_is_counted(run):
 def test_a_logarithmic_axis_begins_at_a_number_of_one_digit():
     for values in ([1.9, 20.0], [0.3, 0.31], [0.00124, 5.0]):
         y = np.array(values)
-        low, high = limits([Curve(np.arange(2.0), y, y, y)])
+        low, high = limits([Curve(x=np.arange(2.0), mean=y, low=y, high=y)])
         assert low <= y.min()
         assert high >= y.max()
         assert low == pytest.approx(float(f"{low:.0e}"))
