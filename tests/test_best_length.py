@@ -4,6 +4,11 @@ A weight grows with the time t as t/T, so its average at T is (gamma + 1) / (gam
 that this has at 0.11 is lowest there.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -103,7 +108,7 @@ def test_mlx_measures_a_module_and_gives_it_back_its_weights(snapshots):
 
 def test_the_command_measures_a_folder_of_any_model(snapshots, tmp_path, monkeypatch, capsys):
     code = f"def distance(weights):\n    return abs(weights['w'][0] - {TARGET})\n\n\n"
-    (tmp_path / "measures_of_mine.py").write_text(code + "def text(weights):\n    return 'low'\n")
+    (tmp_path / "measures_of_mine.py").write_text(code + "def text(weights):\n    return 'low'\n\n\nNUMBER = 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     words = ["sweep", "--run", str(snapshots), "--metric", "measures_of_mine:distance"]
     assert main(words) == 0
@@ -115,8 +120,21 @@ def test_the_command_measures_a_folder_of_any_model(snapshots, tmp_path, monkeyp
     for wrong, message in (
         ([*words[:3], "--metric", "measures_of_mine:text"], "must return a number, got str"),
         ([*words[:3], "--metric", "measures_of_mine:nothing"], "that can be imported"),
+        ([*words[:3], "--metric", "measures_of_mine:NUMBER"], "a metric must be a function, got measures_of_mine:NUM"),
+        ([*words, "--points", "0"], "--points must be 2 or more, got 0"),
+        ([*words, "--search", "grid", "--grid", "0"], "--grid must be 2 or more, got 0"),
         ([*words, "--vary", "guidance=1:2"], "is of weights alone"),
         (["sweep", *words[3:]], "give --run FOLDER"),
     ):
         assert main(wrong) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_module_in_the_current_folder_is_found_as_by_python_m(snapshots, tmp_path):
+    (tmp_path / "measures_beside_me.py").write_text("def zero(weights):\n    return 0.0\n")
+    words = ["sweep", "--run", str(snapshots), "--metric", "measures_beside_me:zero", "--points", "2"]
+    line = [sys.executable, "-P", "-m", "backends.commands.cli", *words]  # -P: as where the script edm2 runs
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(line, env=where, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "best     sigma-rel" in done.stdout

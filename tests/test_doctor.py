@@ -116,6 +116,7 @@ def test_ports_that_are_absent_broken_or_hang_are_told_apart(registered, monkeyp
         ("nowhere", "no port of this name is registered"),
     ):
         assert any(f"port {name} must run, got '{why}" in line for line in problems)
+    assert any(line.endswith("is registered': correct the name") for line in problems)
     assert "lacks  not installed: pip install 'edm2[jax]'" in out
     assert "a port must be installed to train or sample, got none that works" in problems[-1]
     assert out.endswith("5 to mend\n")

@@ -108,11 +108,16 @@ def test_a_checkpoint_of_another_trainer_becomes_the_state_of_a_run(capsys):
 def test_what_cannot_be_converted_is_one_line(capsys):
     train_toy("run", duration=512)
     foreign()
+    edm2("run", "whole")
+    Path("file").touch()
     for words, says in (
         (("foreign", "run"), "must say how many images were seen"),
         (("foreign", "run", "--nimg", 512), "must be later than that of the run, after 512 images, got one after 512"),
         (("foreign", "elsewhere", "--nimg", 9), "must become the state of a run, got no run in elsewhere"),
-        (("run", "run"), "run must not exist"),
+        (("run", "run"), "a checkpoint must become a new folder, got run, which exists"),
+        (("run", "file/there"), "file/there must be writable, got 'Not a directory'"),
+        (("run", "file/there", "--to", "orbax"), "file/there must be writable, got 'Not a directory'"),
+        (("whole", "file/run"), "file/run must be writable, got 'Not a directory'"),
         (("nowhere", "there"), "a run must be a folder with a config.json"),
     ):
         edm2(*words, status=2)
@@ -127,7 +132,9 @@ def test_a_damaged_checkpoint_is_one_line(capsys):
         path.write_bytes(whole[: len(whole) // 2])
         capsys.readouterr()
         edm2("there", "back", status=2)
-        assert capsys.readouterr().err.startswith("error: there must be a whole checkpoint of dcp, got ")
+        err = capsys.readouterr().err
+        assert err.startswith("error: there must be a whole checkpoint of dcp, got ")
+        assert "Traceback" not in err
         path.write_bytes(whole)
 
 

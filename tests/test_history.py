@@ -6,7 +6,8 @@ from report_runs import COLUMNS, measurement
 from toy_port import config_of
 
 from backends.pipeline.report import sections
-from backends.pipeline.report.history import POINTS, History, thin
+from backends.pipeline.report.history import POINTS, Curve, History, thin
+from backends.pipeline.report.lines import limits
 from backends.pipeline.runs.folder import Run
 
 
@@ -97,3 +98,13 @@ def test_what_was_not_finite_is_a_gap_and_is_counted(run):
     history = History.of(run)
     assert "7 gradients were not finite, and taken as 0" in sections.summary({"run": history})
     assert np.isnan(history.log["loss"][-1])
+
+
+def test_a_logarithmic_axis_begins_at_a_number_of_one_digit():
+    for values in ([1.9, 20.0], [0.3, 0.31], [0.00124, 5.0]):
+        y = np.array(values)
+        low, high = limits([Curve(x=np.arange(2.0), mean=y, low=y, high=y)])
+        assert low <= y.min()
+        assert high >= y.max()
+        assert low == pytest.approx(float(f"{low:.0e}"))
+        assert high >= 2 * low

@@ -147,7 +147,7 @@ def test_pixels_are_averages_over_equal_areas():
     assert uneven.mean(axis=(2, 3)) == pytest.approx(IMAGES.mean(axis=(2, 3)) / 255, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["inceptio", "nowhere:f", "math:nothing"])
+@pytest.mark.parametrize("name", ["inceptio", "nowhere:f", "math:nothing", "math:pi"])
 def test_unknown_extractors_are_refused(name):
     with pytest.raises(InputError, match="an extractor must be"):
         open_extractor(name)

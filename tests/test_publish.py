@@ -203,7 +203,7 @@ def other(hub, **known):
         (
             "--license mit --repo ada/digits",
             "offline",
-            "the hub must answer, or ada/digits be in its cache, got 'Cannot reach",
+            "the hub must answer, or ada/digits be in its cache, got 'HF_HUB_OFFLINE is set': write",
         ),
         ("--license mit --repo ada/digits", "down", "the hub must answer, or ada/digits be in its cache, got '"),
         ("--license mit --repo ada/digits --all --sigma-rel 0.1", None, "--sigma-rel and --all exclude each other"),

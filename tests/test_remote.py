@@ -171,7 +171,7 @@ def test_what_is_unchanged_is_copied_once_and_what_is_gone_goes(memory, monkeypa
     ("url", "says"),
     [
         ("memory://bucket/nothing", "must be a file or folder, got nothing there"),
-        ("nosuch://bucket/x", "must be .*Protocol not known: nosuch"),
+        ("nosuch://bucket/x", "must begin with a scheme of fsspec, .*Protocol not known: nosuch': correct it"),
         ("hf://user", "a repository of the hub must be hf://user/name, got hf://user"),
     ],
 )

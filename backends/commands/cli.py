@@ -30,6 +30,8 @@ COMMANDS = {  # name: (module in this package, description)
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    if argv is None:
+        sys.path.append("")  # for MODULE:FUNCTION in the current folder; a script begins with its own
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(f"edm2 {__version__}\n")

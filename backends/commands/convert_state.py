@@ -13,7 +13,7 @@ from backends.pipeline.checkpoints import states
 from backends.pipeline.checkpoints.engines import Checkpoint, Engine, open_checkpoint, recognised, write_checkpoint
 from backends.pipeline.runs.agreement import stored_state
 from backends.pipeline.runs.config import TrainConfig
-from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.folder import Run, create
 from backends.pipeline.runs.writer import writing
 from edm2_core.errors import InputError
 
@@ -74,8 +74,7 @@ def _into_run(checkpoint: Checkpoint, run: Run, options: Options) -> None:
         steps=nimg // config.hyper.batch if steps is None else steps,
         missing_fresh=options.missing_fresh,
     )
-    run.path.mkdir(parents=True, exist_ok=True)
-    with writing(run.path):
+    with writing(create(run.path, run.path.name)):
         if not run.exists():
             run.save_config(config)
         path = states.store(run.states_path, state)

@@ -94,7 +94,7 @@ def _registered(problems: list[str]) -> list[str]:
 def _check(name: str) -> dict[str, Any]:
     """What :mod:`.port_check` says of a port, or how it ended."""
     if name not in {point.name for point in metadata.entry_points(group=GROUP)}:
-        return {"problem": "no port of this name is registered"}
+        return {"problem": "no port of this name is registered", "mend": "correct the name"}
     paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     settings = _QUICK | {"PYTHONPATH": paths}
     line = [sys.executable, "-m", "backends.commands.port_check", name]
@@ -116,7 +116,8 @@ def _rows(name: str, answer: dict[str, Any], problems: list[str]) -> Iterator[li
         yield [name, f"not installed: {answer['absent']}"]
     if "problem" in answer:
         yield [name, "fails"]
-        problems.append(f"port {name} must run, got '{answer['problem']}': install it anew, pip install 'edm2[{name}]'")
+        mend = answer.get("mend", f"install it anew, pip install 'edm2[{name}]'")
+        problems.append(f"port {name} must run, got '{answer['problem']}': {mend}")
     for row in answer.get("rows", ()):
         numbers = {"forward": f"{row['forward']:.2g}", "step": f"{row['step']:.2g}", "seconds": f"{row['seconds']:.1f}"}
         shown = {key: str(value) for key, value in row.items()} | numbers

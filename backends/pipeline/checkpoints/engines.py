@@ -22,6 +22,7 @@ from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig, check_parameters, plan
 from edm2_core.state import State
 
+from .atomic import write_error
 from .inert_pickle import check_memo
 
 Engine = Literal["dcp", "orbax"]
@@ -157,15 +158,22 @@ def _errors_of(engine: Engine, path: Path) -> Iterator[None]:
             f"checkpoints of {engine} need {error.name}, which is not installed: pip install 'edm2[{extra}]'"
         ) from error
     except BaseException as error:  # of many classes, and DCP's own is no Exception
-        why = " ".join(str(error).split())
+        why = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # DCP's first lines are a traceback
         raise InputError(f"{path} must be a whole checkpoint of {engine}, got '{why:.160}': copy it again") from error
 
 
 def write_checkpoint(path: Path, engine: Engine, state: State, /, *, config: str) -> None:
-    """Write ``state``, whole, and the text of its run's config.json. Raises InputError if the folder exists."""
+    """Write ``state``, whole, and the text of its run's config.json. Raises InputError if the folder exists, or
+    cannot be made."""
     if path.exists():
-        raise InputError(f"{path} must not exist: choose another folder")
+        raise InputError(f"a checkpoint must become a new folder, got {path}, which exists: choose another")
     flat = _flat(engine, state, config)
+    try:
+        path.mkdir(parents=True)
+        if engine == "orbax":
+            path.rmdir()  # it makes the folder itself, at the end
+    except OSError as error:
+        raise write_error(path, error) from error
     with _errors_of(engine, path):
         _write_dcp(path, flat) if engine == "dcp" else _write_orbax(path, flat)
 

@@ -209,8 +209,11 @@ def _explanation(error: Exception, repo: str, instead: str) -> InputError:
     if status == 412:
         return InputError(f"{repo} must not change while it is published to, got another commit: {instead}")
     why = " ".join(str(error).split()) or type(error).__name__
-    if _unreachable(error):
-        return InputError(f"the hub must answer, or {repo} be in its cache, got '{why:.120}': {instead}")
+    if (cause := _unreachable(error)) is not None:
+        told = " ".join(str(cause).split()) or type(cause).__name__
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            told = "HF_HUB_OFFLINE is set"
+        return InputError(f"the hub must answer, or {repo} be in its cache, got '{told:.120}': {instead}")
     if isinstance(error, errors.LocalEntryNotFoundError):
         return InputError(f"{repo} must be on the hub or in its cache, got '{why:.240}': {instead}")
     return InputError(f"the hub must do as it is asked with {repo}, got '{why:.240}': {instead}")
@@ -221,13 +224,13 @@ def _refused_token(error: Exception) -> bool:
     return "Invalid credentials" in headers.get("X-Error-Message", "")
 
 
-def _unreachable(error: BaseException | None) -> bool:
-    """Whether the hub was not reached: offline, no connection, or no answer in time."""
+def _unreachable(error: BaseException | None) -> BaseException | None:
+    """The error that says why the hub was not reached: offline, no connection, or no answer in time."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     while error is not None:
         names = {cls.__name__ for cls in type(error).__mro__}  # of httpx, or of requests in older versions
         if isinstance(error, OfflineModeIsEnabled) or names & {"TransportError", "ConnectionError", "Timeout"}:
-            return True
+            return error
         error = error.__cause__
-    return False
+    return None

@@ -79,9 +79,15 @@ def errors_of(url: str, /) -> Iterator[None]:
         raise InputError(f"{url} must be a file or folder, got nothing there: correct the address") from error
     except ImportError as error:
         why = str(error).splitlines()[0]
-        raise InputError(f"{url} must be in a file system that is installed, got '{why}'") from error
+        raise InputError(
+            f"{url} must be in a file system whose package is installed, got '{why}': install that package by pip"
+        ) from error
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
+        if why.startswith("Protocol not known"):
+            raise InputError(
+                f"{url} must begin with a scheme of fsspec, such as s3://, got '{why}': correct it"
+            ) from error
         raise InputError(f"{url} must be readable and writable, got '{why:.160}': see whether it answers") from error
 
 

@@ -82,12 +82,23 @@ def _areas(side: int) -> np.ndarray:
     return covered.clip(0) * (parts / side)
 
 
-def _own(name: str) -> Extractor:
-    module, _, function = name.partition(":")
+def own_function(name: str, /, *, what: str) -> Callable[..., Any]:
+    """The MODULE:FUNCTION called ``name``. Raises InputError, about ``what``, where it cannot be imported."""
+    module, _, attribute = name.partition(":")
     try:
-        extract = getattr(import_module(module), function)
+        function: Callable[..., Any] = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"an extractor must be a MODULE:FUNCTION that can be imported, got {name}: {error}") from error
+        raise InputError(
+            f"{what} must be a MODULE:FUNCTION that can be imported, got {name}, '{error}': correct the name, or set "
+            "PYTHONPATH to the folder of the module"
+        ) from error
+    if not callable(function):
+        raise InputError(f"{what} must be a function, got {name}, of type {type(function).__name__}: correct the name")
+    return function
+
+
+def _own(name: str) -> Extractor:
+    extract = own_function(name, what="an extractor")
 
     def checked(images: np.ndarray) -> Features:
         values = np.asarray(extract(images), np.float64)

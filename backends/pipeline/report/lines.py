@@ -129,14 +129,17 @@ def swept(name: str, figures: Mapping[tuple[float, ...], float], metric: str, *,
 
 
 def limits(curves: Iterable[Curve]) -> tuple[float, float]:
-    """The range of a logarithmic axis that shows all curves: at least a factor of 2."""
+    """The range of a logarithmic axis that shows all curves: at least a factor of 2. It begins at a number of one
+    digit, which labels the end of the axis."""
     values = np.concatenate([np.ravel((curve.low, curve.high)) for curve in curves])
     values = values[np.isfinite(values) & (values > 0)]
     if not len(values):
         return 0.1, 10.0
     low, high = values.min() / 1.1, values.max() * 1.1
     widen = max(np.sqrt(2 * low / high), 1.0)
-    return float(low / widen), float(high * widen)
+    low = low / widen
+    unit = 10.0 ** np.floor(np.log10(low))
+    return float(np.floor(low / unit) * unit), float(high * widen)
 
 
 _SEEN = "images seen"

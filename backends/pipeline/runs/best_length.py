@@ -6,7 +6,6 @@ For averages of any model, in a folder of snapshots. A port makes the weights in
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from math import isfinite
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from backends.pipeline.checkpoints.combination import Combination
 from backends.pipeline.checkpoints.reconstruct import reconstruct
 from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.checkpoints.sources import Source, open_sources
+from backends.pipeline.metrics.extractors import own_function
 from edm2_core.errors import InputError
 
 from .sweeping import Domain, Point, search
@@ -114,13 +114,7 @@ def own_metric(name: str, /) -> Callable[[Snapshot], float]:
     Raises:
         InputError: it cannot be imported; where it is called: it returns no number.
     """
-    module, _, function = name.partition(":")
-    try:
-        metric = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"a metric must be a MODULE:FUNCTION that can be imported, got {name}, '{error}': set PYTHONPATH"
-        ) from error
+    metric = own_function(name, what="a metric")
 
     def measure(snapshot: Snapshot) -> float:
         value = metric(dict(snapshot.params))

@@ -71,8 +71,12 @@ def search(domains: Sequence[Domain], ask: Ask, /, *, kind: Search = "auto", poi
         points: the most points of golden and gp.
 
     Raises:
-        InputError: a golden section of anything but one range, or optuna is not installed.
+        InputError: a golden section of anything but one range, fewer than two ``points`` or values in a ``grid``, or
+            optuna is not installed.
     """
+    for option, count in (("--points", points), ("--grid", grid)):
+        if count < 2:
+            raise InputError(f"{option} must be 2 or more, got {count}: leave it out for the usual number")
     ranges = [domain for domain in domains if domain.is_range]
     if kind == "auto":
         kind = "grid" if not ranges else "golden" if len(domains) == 1 else "gp"
