@@ -154,11 +154,11 @@ def test_the_ladder_ends_with_a_row_for_each_rung_and_a_page(tmp_path):
 
 def test_an_average_is_closer_to_real_digits_than_raw_weights_at_a_high_learning_rate(tmp_path):
     pytest.importorskip("torch", reason="torch is not installed")
-    options = ("--duration", "4Ki", "--samples", 66, "--folder", tmp_path / "runs", "--out", tmp_path / "out.png")
+    options = ("--duration", "10Ki", "--samples", 66, "--folder", tmp_path / "runs", "--out", tmp_path / "out.png")
     rows = [line.split() for line in printed("averaging", *options)[-11:]]
     distances = {row[0]: float(row[2]) for row in rows}
     assert len(distances) == 11
-    assert min(distances, key=distances.__getitem__) != "raw"
+    assert min(distances.values()) < 0.95 * distances["raw"]
     with Image.open(tmp_path / "out.png") as picture:
         assert 1300 < picture.width < 1500
     assert (tmp_path / "out.png").stat().st_size < 300_000
