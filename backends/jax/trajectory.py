@@ -114,7 +114,6 @@ def _trajectory(
         ahead = x + slope * now.size
         return (jnp.where(now.ends, ahead, x), ahead, slope), None
 
-    x = start.astype(schedule.sigma.dtype)
-    first: Any = (x, x, jnp.zeros_like(x))
+    first: Any = (start.astype(schedule.sigma.dtype),) * 3  # the third, a slope, is set before it is used
     (x, *_), _ = lax.scan(evaluate, first, schedule)
     return x.astype(start.dtype)
