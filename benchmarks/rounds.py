@@ -19,7 +19,7 @@ def in_turns(
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each candidate over ``rounds``, after ``warm`` calls that do not count. The candidates
-    alternate, so that other work on the machine slows all; ``settle`` waits for the device; ``clock`` tells the seconds."""
+    alternate, so that other work on the machine slows all; ``settle`` waits for the device."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(warm + rounds):
         for name, run in candidates.items():
