@@ -33,7 +33,7 @@ from edm2_core.network import initialize
 from edm2_core.presets import PRESETS
 
 Work = dict[str, Callable[[], object]]
-FLAT = "a batch of 256"  # costs the same from any dataset
+DIGITS, FLAT = PRESETS["digits"].network, "a batch of 256"  # costs the same from any dataset
 
 
 def main(*, rounds: int = 5) -> None:
@@ -58,8 +58,7 @@ def _rows(name: str, work: dict[int, Work], rounds: int) -> Iterator[str]:
 
 
 def batches(folder: Path, size: int) -> Work:
-    config = PRESETS["digits"].network
-    learner = Learner(build(config, initialize(config, seed=0)))
+    learner = Learner(build(DIGITS, initialize(DIGITS, seed=0)))
     x, noise = torch.randn((2, size, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     batch = Batch(x, noise, torch.ones(size, 1, 1, 1), torch.eye(10)[torch.arange(size) % 10])
     return {"a step": partial(learner.step, batch, lr=0.01)}
@@ -77,7 +76,7 @@ def images(folder: Path, count: int) -> Work:
 
 def files(folder: Path, count: int) -> Work:
     at, rng = folder / f"snapshots{count}", np.random.default_rng(0)
-    params = {f"w{i}": rng.standard_normal((256, 1024), np.float32) for i in range(4)}
+    params = {"w": rng.standard_normal((1024, 1024), np.float32)}
     for i in range(count):
         nimg, length = (i // 2 + 1) * 1000, Length.of(LENGTHS[i % 2])
         save_snapshot(at / tracked_name(nimg, length), Snapshot(params=params, config=None, nimg=nimg, length=length))
@@ -91,11 +90,10 @@ def files(folder: Path, count: int) -> Work:
 def parameters(folder: Path, count: int) -> Work:
     width = round((count / 32) ** 0.5)
     learner = Learner(Denoiser(torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(32)))))
-    state, ema = learner.state(), learner.ema
     return {
-        "update of two averages": lambda: ema.update(time=ema.time + 1, delta=1),
-        "saving a state": partial(save_state, folder / "state.safetensors", state),
-        "saving two snapshots": partial(ema.save, folder / "saved"),
+        "update of two averages": lambda: learner.ema.update(time=learner.nimg + 1, delta=1),
+        "saving a state": partial(save_state, folder / "state.safetensors", learner.state()),
+        "saving two snapshots": partial(learner.ema.save, folder / "saved"),
     }
 
 
