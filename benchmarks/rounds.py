@@ -18,13 +18,10 @@ def in_turns(
     warm: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-<<<<<<< HEAD
-    """Median seconds of each candidate over ``rounds``, as ``clock`` tells them, after ``warm`` calls that do not count.
-    The candidates alternate, so that other work on the machine slows all; ``settle`` waits for the device."""
-=======
-    """Median seconds of each candidate over ``rounds``, after ``warm`` calls that do not count. The candidates
-    alternate, so that other work on the machine slows all; ``settle`` waits for the device."""
->>>>>>> hi
+    """Median seconds of each candidate over ``rounds``, by ``clock``, after ``warm`` calls that do not count.
+
+    The candidates alternate, so that other work on the machine slows all; ``settle`` waits for the device.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(warm + rounds):
         for name, run in candidates.items():
