@@ -165,7 +165,7 @@ def test_torch_trains_config_a_resumes_samples_and_is_rebuilt_from(capsys):
     for path in (*whole.state_path.iterdir(), *(source.path for source in whole.snapshots(network))):
         assert (Path("parts") / path.relative_to(whole.path)).read_bytes() == path.read_bytes()
     sampler = import_module("backends.torch.port").Port(device="cpu").sampler
-    for sigma_rel, origin in ((None, "stored"), (0.2, "reconstructed from 2 snapshots")):
+    for sigma_rel, origin in ((None, "stored"), (0.2, "reconstructed from 2 snapshots, predicted error 10.2%")):
         capsys.readouterr()
         asked = {"run": whole.path, "seeds": "0-3", "steps": 2} | ({"sigma_rel": sigma_rel} if sigma_rel else {})
         run_sampling(options_of(SampleOptions, **asked), sampler, prog=PROG)

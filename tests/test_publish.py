@@ -207,7 +207,17 @@ def other(hub, **known):
         ),
         ("--license mit --repo ada/digits", "down", "the hub must answer, or ada/digits be in its cache, got '"),
         ("--license mit --repo ada/digits --all --sigma-rel 0.1", None, "--sigma-rel and --all exclude each other"),
-        ("--license mit --repo ada/digits --pictures x.jpg", None, "--pictures must be .png files, got x.jpg"),
+        (
+            "--license mit --repo ada/digits --pictures x.jpg",
+            None,
+            "--pictures must be .png files that can be read, got x",
+        ),
+        (
+            "--license mit --repo ada/digits --pictures run",
+            None,
+            "--pictures must be .png files that can be read, got run",
+        ),
+        ("--license mit --repo ada/digits --sigma-rel 0.001", None, "--sigma-rel must be a length that snapshots give"),
         ("--license mit --outdir run", None, "--outdir must be a new folder, got run, which exists: choose another"),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_length_that_is_stored_is_used_as_it_is(run):
 
 def test_a_length_that_is_not_stored_is_reconstructed_on_the_fly(run, capsys):
     sample(sigma_rel=0.07, seeds="0")
-    assert "(reconstructed from 6 snapshots)" in capsys.readouterr().out
+    assert "(reconstructed from 6 snapshots, predicted error " in capsys.readouterr().out
     assert (run.samples_path / "0000003-0.070/grid.png").exists()
 
 

@@ -21,7 +21,7 @@ from . import hub
 from .atomic import write_bytes
 
 CACHE = Path.home() / ".cache" / "edm2"
-_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+")  # one slash or two: Path makes one of two
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):(?:/+|$)")  # one slash or two: Path makes one of two, and none at the end
 _COPIED = ".copied.json"  # what was copied, by name
 # what file systems say of a file's version
 _VERSION = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified", "modify", "updated", "created")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from backends.pipeline.checkpoints.atomic import write_atomically
+from backends.pipeline.checkpoints.combination import Combination
 from backends.pipeline.checkpoints.hub import SCHEME, hub_folder
-from backends.pipeline.checkpoints.reconstruct import reconstruct
+from backends.pipeline.checkpoints.reconstruct import averages
 from backends.pipeline.checkpoints.remote import CACHE, is_url, local, url_of
 from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, snapshot_name
 from backends.pipeline.checkpoints.sources import Source, open_sources
@@ -64,9 +65,12 @@ def open_network(path: str | Path, /, *, sigma_rel: float | None = None, train: 
     if not sources:
         how = f"continue it with {train} --outdir {path}" if train else "train it longer"
         raise InputError(f"a run must have snapshots, got none in {url or path}: {how}")
-    snapshot, length, is_stored = average_of(sources, sigma_rel)
+    snapshot, length, error = average_of(sources, sigma_rel)
     snapshot.required_config()
-    origin = f"{url or path} ({'stored' if is_stored else f'reconstructed from {len(sources)} snapshots'})"
+    made = (
+        f"reconstructed from {len(sources)} snapshots, predicted error {error:.1%}" if error is not None else "stored"
+    )
+    origin = f"{url or path} ({made})"
     name = Path(snapshot_name(snapshot.nimg, length)).stem
     if run is not None:
         run.url = url
@@ -87,15 +91,17 @@ def _in_file(path: Path) -> Snapshot:
     return read_any(path)
 
 
-def average_of(sources: Sequence[Source], sigma_rel: float | None, /) -> tuple[Snapshot, Length, bool]:
-    """The latest average of a run: the snapshot, its length, and whether it was stored rather than reconstructed."""
+def average_of(sources: Sequence[Source], sigma_rel: float | None, /) -> tuple[Snapshot, Length, float | None]:
+    """The latest average of a run: the snapshot, its length, and the predicted error of its reconstruction; None of one
+    that was stored."""
     stored = {source.length: source for source in sources if source.time == sources[-1].time}
     default = Length.of(0.10) if Length.of(0.10) in stored else max(stored)
     length = default if sigma_rel is None else Length.of(sigma_rel)
     if length in stored:
-        return stored[length].load(), length, True
-    (snapshot,) = reconstruct(sources, sigma_rels=[length.value])
-    return snapshot, length, False
+        return stored[length].load(), length, None
+    combination = Combination.of(sources, sigma_rels=[length.value])
+    (snapshot,) = averages(combination)
+    return snapshot, length, float(combination.error.total[0])
 
 
 def find_network(path: Path | None, /, *, sigma_rel: float | None, train: str) -> FoundNetwork:

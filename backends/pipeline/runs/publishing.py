@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from PIL import Image
+
 from backends.pipeline.checkpoints.atomic import write_bytes
 from backends.pipeline.checkpoints.remote import is_url, local
 from backends.pipeline.checkpoints.safetensors_io import read_array, write_tensors
@@ -34,6 +36,7 @@ from .folder import Run, is_run
 from .model_card import Card, card_text
 from .networks import WEIGHTS, average_of, open_network
 
+_WORST_ERROR = 0.1  # of an average that is published
 CARD, CONFIG = "README.md", "config.json"
 Files = Mapping[str, Path | bytes]
 
@@ -63,8 +66,8 @@ def opened(publication: Publication, /) -> Iterator[Files]:
     if publication.sigma_rel is not None and publication.every:
         raise InputError("--sigma-rel and --all exclude each other, got both: give one of them")
     for picture in publication.pictures:
-        if picture.suffix != ".png" or not picture.is_file():
-            raise InputError(f"--pictures must be .png files, got {picture}: check the path")
+        if picture.suffix != ".png" or not _is_whole_picture(picture):
+            raise InputError(f"--pictures must be .png files that can be read, got {picture}: check it")
     source = local(publication.source)
     run, one = _run_of(source)
     with TemporaryDirectory(prefix="edm2-publish-") as folder:
@@ -126,8 +129,13 @@ def _chosen(
 ) -> dict[Path, Metadata]:
     """Files of averages, and what they hold."""
     if publication.sigma_rel is not None:
-        snapshot, length, stored = average_of(sources, publication.sigma_rel)
-        if not stored:
+        snapshot, length, error = average_of(sources, publication.sigma_rel)
+        if error is not None:
+            if error > _WORST_ERROR:
+                raise InputError(
+                    f"--sigma-rel must be a length that snapshots give, got {length}, with a predicted error of "
+                    f"{error:.0%}: choose another"
+                )
             path = folder / snapshot_name(snapshot.nimg, length)
             snapshot = replace(snapshot, data=snapshot.data and public_format(snapshot.data))
             save_snapshot(path, snapshot)
@@ -156,6 +164,15 @@ def _sampled(run: Run) -> list[Path]:
     grids = sorted(run.samples_path.glob("*/grid.png"), key=lambda path: (path.stat().st_mtime_ns, path))
     lengths = run.samples_path / "lengths.png"
     return [*grids[-1:], *([lengths] if lengths.is_file() else [])]
+
+
+def _is_whole_picture(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+        return True
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises for broken files
+        return False
 
 
 def _pictures(paths: Sequence[Path]) -> dict[str, Path]:
