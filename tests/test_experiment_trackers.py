@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 from toy_port import PROG, ToySampler, ToyTrainer, together, train_options, train_toy
 
+from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.report.history import History
 from backends.pipeline.runs.evaluation import read_figures
 from backends.pipeline.runs.folder import Run
+from backends.pipeline.runs.resolve import configure
 from backends.pipeline.runs.trackers import OPENED, TensorBoard, check_installed
-from backends.pipeline.runs.training import run_training
+from backends.pipeline.runs.training import run_training, train
 from edm2_core.errors import InputError
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
@@ -290,3 +292,13 @@ def test_a_folder_of_its_name_is_no_library(tmp_path, monkeypatch):
 def test_an_unknown_tracker_is_refused_by_name():
     with pytest.raises(InputError, match=r"--log must be one or more of tensorboard, wandb, .* got 'neptune'"):
         train_toy(log="neptune")
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_training_from_python_logs_too():
+    dataset = open_dataset("digits")
+    config = configure(dataset, preset_name="toy", duration=512, status=64)
+    run = train(config, dataset, ToyTrainer, ToySampler(), outdir="run", log=["tensorboard"], prog=PROG)
+    assert_holds_the_log(run)
+    with pytest.raises(InputError, match="--log nope needs nope"):
+        train(config, dataset, ToyTrainer, ToySampler(), outdir="other", log=["nope"], prog=PROG)

@@ -8,6 +8,7 @@
 Arrays are those of JAX: images [N, H, W, C] for our own network; for another one, data as its backbone takes them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def train(
     outdir: str | Path | None = None,
     machine: Machine = Machine(),
     picture: bool = True,
+    log: Sequence[str] = (),
 ) -> Run | None:
     """Train ``config`` on ``dataset``: see :func:`backends.pipeline.runs.training.train`.
 
@@ -105,5 +107,6 @@ def train(
         outdir=outdir,
         machine=machine,
         picture=picture,
+        log=log,
         prog="python -m backends.jax.train",
     )

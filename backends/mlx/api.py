@@ -7,6 +7,7 @@
 Arrays are MLX's own, images in its layout [N, H, W, C].
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def train(
     outdir: str | Path | None = None,
     machine: Machine = Machine(),
     picture: bool = True,
+    log: Sequence[str] = (),
 ) -> Run | None:
     """Train a network. See :func:`backends.pipeline.runs.training.train`, also for errors.
 
@@ -96,8 +98,9 @@ def train(
         outdir: the run folder; training continues from where a run in it stopped. Default: a new one under runs/.
         machine: the device, and how many images it takes at a time. Default: the fastest device, all at once.
         picture: draw averages of several lengths at the end.
+        log: names of experiment trackers, such as tensorboard.
     """
     open_sampler = Port(device=machine.device).sampler
     return training.train(
-        config, dataset, MLXTrainer, open_sampler, outdir=outdir, machine=machine, picture=picture, prog=PROG
+        config, dataset, MLXTrainer, open_sampler, outdir=outdir, machine=machine, picture=picture, log=log, prog=PROG
     )

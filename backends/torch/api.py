@@ -8,6 +8,7 @@
 :mod:`.step` trains either, :class:`.ema.PowerEMA` averages any module.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def train(
     outdir: str | Path | None = None,
     machine: Machine = Machine(),
     picture: bool = True,
+    log: Sequence[str] = (),
 ) -> Run | None:
     """Train as ``python -m backends.torch.train`` does. Returns the run; None in processes other than the first.
 
@@ -102,6 +104,7 @@ def train(
         outdir: the run folder; a run that stopped in it is resumed. None: a new one under ``runs/``.
         machine: device and images per device; by default the fastest device available.
         picture: draw averages of several lengths at the end.
+        log: names of experiment trackers, such as tensorboard.
 
     Raises:
         InputError, KeyboardInterrupt: as :func:`backends.pipeline.runs.training.train`.
@@ -115,5 +118,6 @@ def train(
         outdir=outdir,
         machine=machine,
         picture=picture,
+        log=log,
         prog="python -m backends.torch.train",
     )

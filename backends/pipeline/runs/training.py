@@ -4,6 +4,7 @@ Order of an iteration: learning rate, batch, step; then, whenever a multiple of 
 the log line and the state. The result depends only on the config: stopping and resuming do not change it.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ from .snapshots_due import DueSnapshots, crossed
 from .space import check_space
 from .storing import Stored, same_everywhere
 from .team import Team
-from .trackers import Trackers
+from .trackers import Trackers, check_installed
 from .writer import writing
 
 
@@ -103,6 +104,7 @@ def train(
     outdir: str | Path | None = None,
     machine: Machine = Machine(),
     picture: bool = True,
+    log: Sequence[str] = (),
     prog: str,
 ) -> Run | None:
     """Train ``config`` on ``dataset``. Returns the run; None in processes other than the first.
@@ -110,6 +112,7 @@ def train(
     Args:
         outdir: the run folder; a run that stopped in it is resumed. None: a new numbered folder under runs/.
         picture: draw averages of several lengths at the end.
+        log: names of experiment trackers, as of --log.
         prog: the train command, for messages that suggest the next one.
 
     Raises:
@@ -118,6 +121,7 @@ def train(
         KeyboardInterrupt: after SIGINT or SIGTERM; the state was saved, and the same call continues from it.
     """
     set_seconds(machine.timeout)
+    check_installed(log)
     config = replace(config, data_summary=DataSummary.of(dataset)).intervals_filled()
     run = None if outdir is None else Run(outdir)
     previous = run.config() if run is not None and run.exists() else None
@@ -129,7 +133,7 @@ def train(
     if run is not None and start >= config.hyper.duration:
         return run if trainer.rank == 0 else None
     folder = None if run is None else run.path
-    job = Training(config, dataset, trainer, machine)
+    job = Training(config, dataset, trainer, machine, log=tuple(log))
     finished, status = _train(job, open_sampler, folder, start=start, picture=picture, prog=prog)
     if status:
         raise KeyboardInterrupt
