@@ -11,6 +11,7 @@ from backends.pipeline.runs.resolve import open_data, resolve
 from backends.pipeline.runs.training import train as run_api
 from edm2_core.ema import OpenPlan, plan_snapshots
 from edm2_core.errors import InputError
+from edm2_core.network import plan as parameters_of
 
 pytestmark = pytest.mark.usefixtures("toy")
 
@@ -90,13 +91,13 @@ def test_every_process_asks_for_the_averages_that_are_due_and_for_nothing_else(t
     asked = {0: [], 1: []}
 
     class Asked(ToyTrainer):
-        def average(self, length):
-            asked[self.rank].append((self.nimg, length.value))
-            return super().average(length)
+        def average(self, length, names=None, /):
+            asked[self.rank].append((self.nimg, length.value, names))
+            return super().average(length, names)
 
-        def parameters(self):
-            asked[self.rank].append((self.nimg, "weights"))
-            return super().parameters()
+        def parameters(self, names=None, /):
+            asked[self.rank].append((self.nimg, "weights", names))
+            return super().parameters(names)
 
     plan, path = planned(tmp_path, 4096)
     words = (
@@ -123,6 +124,8 @@ def test_every_process_asks_for_the_averages_that_are_due_and_for_nothing_else(t
 
     together(work, 2)
     due = [(-(-t // 64) * 64, s) for s, times in zip(plan.sigma_rels, plan.times, strict=True) for t in times]
-    for of_process in asked.values():
-        assert sorted(of_process[:-1]) == sorted(due)
-        assert of_process[-1] == (4096, "weights")  # for the picture
+    assert asked[0] == asked[1]  # in one order, array by array
+    names = parameters_of(config.network).parameters
+    averages = [(nimg, length, name) for nimg, length, (name,) in asked[0][: -len(names)]]
+    assert sorted(averages) == sorted((*one, name) for one in due for name in names)
+    assert asked[0][-len(names) :] == [(4096, "weights", [name]) for name in names]  # for the picture
