@@ -21,7 +21,17 @@ def main() -> None:
     check(resources.files("edm2_core").joinpath("SPEC.md").is_file(), "SPEC.md is missing")
     for package in ("edm2_core", "backends", "conformance"):
         check(resources.files(package).joinpath("py.typed").is_file(), f"{package}/py.typed is missing")
-    check(resources.files("backends.pipeline.report").joinpath("page.html").is_file(), "page.html is missing")
+    web = resources.files("backends.pipeline.report").joinpath("web")
+    for name in (
+        "page.html",
+        "report.css",
+        "report.js",
+        "live.js",
+        "uPlot.iife.min.js",
+        "uPlot.min.css",
+        "uPlot.LICENSE",
+    ):
+        check(web.joinpath(name).is_file(), f"web/{name} is missing")
     check(any("LICENSE" in str(file) for file in metadata.files("edm2") or ()), "LICENSE is missing")
 
     import conformance
