@@ -1,6 +1,7 @@
 """The notebooks, run cell by cell on less: they end, show what they claim, and are stored without outputs."""
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -38,6 +39,24 @@ def test_notebooks_hold_no_outputs_and_one_cell_of_parameters(path):
     code = [cell for cell in cells(path.name) if cell["cell_type"] == "code"]
     assert [cell for cell in code if cell["outputs"] or cell["execution_count"] is not None] == []
     assert len([cell for cell in code if "parameters" in cell["metadata"].get("tags", ())]) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "extra"), [("digits_torch", "torch"), ("posthoc_ema", "torch"), ("mlx_on_a_mac", "mlx")]
+)
+def test_without_its_framework_a_notebook_says_in_a_line_what_installs_it(monkeypatch, tmp_path, path, extra):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=rf"this notebook needs .*: pip install -e '.\[{extra}\]'"):
+        run(f"{path}.ipynb", tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_links_of_notebooks_lead_somewhere(path):
+    text = "".join("".join(cell["source"]) for cell in cells(path.name) if cell["cell_type"] == "markdown")
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]+)#?([^)]*)\)", text):
+        page = (NOTEBOOKS / target).read_text(encoding="utf-8")
+        headings = [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", page, re.M)]
+        assert not anchor or anchor in headings
 
 
 def test_digits_in_torch(tmp_path, monkeypatch):

@@ -183,6 +183,16 @@ def test_evaluation_with_an_average_changes_what_is_computed_and_nothing_after()
     assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
 
 
+def test_a_parameter_that_is_added_is_refused_by_name() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    ema = PowerEMA(module)
+    ema.update(time=1, delta=1)
+    module.add_module("late", nn.Linear(2, 2, bias=False))
+    with pytest.raises(InputError, match=r"got another, late\.weight: construct it after parameters are added"):
+        ema.update(time=2, delta=1)
+    assert ema.time == 1
+
+
 def test_a_replaced_parameter_is_refused_by_name() -> None:
     module = make_module()
     ema = PowerEMA(module)

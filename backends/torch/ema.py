@@ -105,7 +105,7 @@ class PowerEMA:
 
         Raises:
             InputError: ``time - delta`` is not the time of the last update; or a parameter is no longer the tensor that
-                it was.
+                it was, or new.
         """
         now = tick(self.time, time=time, delta=delta)
         shares = [1 - length.beta(t_next=now, t_delta=now - self.time) for length in self.averages]
@@ -134,6 +134,11 @@ class PowerEMA:
                     f"parameters must stay the tensors that PowerEMA was given, got another for {name}: construct it "
                     "after parameters are replaced; its state can be loaded into the new one"
                 )
+        for name in _tracked(self._module, trainable_only=self._trainable_only).keys() - self._tracked.keys():
+            raise InputError(
+                f"parameters must be those that PowerEMA was given, got another, {name}: construct it after parameters "
+                "are added"
+            )
 
     def arrays(self, sigma_rel: float | Length) -> dict[str, Tensor]:
         """One average and the module's buffers as they are now, by name, for ``load_state_dict``.
