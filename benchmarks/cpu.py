@@ -3,7 +3,7 @@
 python -m benchmarks.cpu                                  # writes build/benchmarks/cpu.md after each case
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ class Options:
     """Timed repetitions of each candidate."""
     paper: bool = True
     """Also a forward pass of the paper's XS and S at 64x64x4."""
+    bfloat16: bool = False
+    """Also a step in bfloat16, beside the plain one in float32, for CPUs with hardware for it."""
     out: Path = Path("build/benchmarks/cpu")
     """Files to write, without suffix."""
 
@@ -41,6 +43,9 @@ def main(options: Options) -> None:
     bench = Bench("bench-32", BENCH_32, device)
     step = cases.step(bench, 16, rounds=rounds, peak=peak)
     table.add(step)
+    if options.bfloat16:
+        narrow = replace(bench, name="bench-32, ours in bfloat16", dtype=torch.bfloat16)
+        table.add(cases.step(narrow, 16, rounds=rounds, peak=peak))
     table.add(cases.averages(bench, rounds=rounds, step_seconds=step.seconds["ours"]))
     table.add(cases.forward(bench, 16, rounds=rounds, peak=peak))
     for row in cases.growth(bench, (4, 8, 16), rounds=rounds):

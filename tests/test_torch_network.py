@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_torch_step import CONFIG, Mlp, make_batch, make_network, points
 
+from backends.torch.attention import attended
 from backends.torch.denoiser import Denoiser, evaluating
 from backends.torch.network import Network
 from backends.torch.telemetry import layers_of, measured_forward
@@ -114,3 +115,13 @@ def test_one_hot_labels_may_be_of_any_dtype() -> None:
     assert batch.labels is not None
     one, other = (network(batch.images, batch.sigma, labels)[0] for labels in (batch.labels, batch.labels.long()))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("tokens", [16, 256])
+def test_attention_in_bfloat16_is_that_of_float32_within_its_rounding(tokens):
+    q, k, v = (torch.nn.functional.normalize(torch.randn(2, 3, tokens, 32), dim=-1) * 32**0.5 for _ in range(3))
+    wanted = attended(q, k, v)
+    got = attended(*(x.bfloat16() for x in (q, k, v)))
+    assert got.dtype == torch.bfloat16
+    # scores of at most sqrt(32), rounded to 8 bits, and so are weights and values
+    assert (got.float() - wanted).norm() < 8 * 2**-8 * wanted.norm()

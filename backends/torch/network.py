@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from edm2_core import ladder
 from edm2_core.network import GROUP_NORM_EPS, Block, NetworkConfig, Parameter, plan
 
+from .attention import attended
 from .denoiser import Denoiser
 from .dropout import Dropout
 from .pretrained import Pretrained
@@ -236,14 +237,13 @@ class UNetBlock(Planned):
 
     def attention(self, x: Tensor) -> Tensor:
         """Self-attention over pixels, as added to x. See :func:`edm2_core.reference.attention`."""
-        n, c, h, w = x.shape
-        heads = self.block.heads
+        (n, c, h, w), heads = x.shape, self.block.heads
         qkv = self.attn_qkv(x if self.norm_attn is None else self.norm_attn(x))  # (N, 3 * heads * D, H, W)
         qkv = qkv.reshape(n, 3 * heads, c // heads, h * w)  # (N, 3 * heads, D, HW)
         # where q and k are not normalized, their products may exceed float16
         qkv = normalize(qkv, (2,)) if self.norm_attn is None else qkv.to(torch.promote_types(x.dtype, torch.float32))
         q, k, v = qkv.transpose(2, 3).unflatten(1, (3, heads)).unbind(1)  # each (N, heads, HW, D)
-        y = F.scaled_dot_product_attention(q, k, v).to(x.dtype)  # (N, heads, HW, D)
+        y = attended(q, k, v).to(x.dtype)  # (N, heads, HW, D)
         return self.attn_proj(y.transpose(2, 3).reshape(n, c, h, w))  # (N, C, H, W)
 
 
