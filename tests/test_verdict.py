@@ -2,8 +2,12 @@
 
 import numpy as np
 import pytest
+from report_runs import measurement
+from toy_port import train_toy
 
-from backends.pipeline.report.verdict import Estimate, Measure
+from backends.pipeline.report.history import History
+from backends.pipeline.report.verdict import Estimate, Measure, verdict
+from backends.pipeline.runs.folder import Run
 
 
 def row(left, right, *, higher=False):
@@ -34,3 +38,15 @@ def test_the_error_is_that_of_the_mean():
     assert estimate.value == pytest.approx(values.mean())
     assert estimate.error == pytest.approx(0.1, rel=0.1)
     assert Estimate.of(np.array([np.nan])) is None
+
+
+def test_runs_of_different_losses_are_compared_by_the_unweighted_one(toy):
+    train_toy("one", status=64)
+    train_toy("two", status=64, P_mean=-0.8)
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        for nimg in range(0, 3600, 128):  # the last measurement is before the last tenth
+            Run(name).append_telemetry(measurement(nimg, value=value))
+    (section,) = verdict({name: History.of(Run(name)) for name in ("one", "two")})
+    assert "the training losses have different weights" in section.body.lower()
+    assert '<td class="good">0.7071 ± 0</td><td>1 ± 0</td><td>one, by 29.3%</td>' in section.body
+    assert '<th scope="row">training loss</th>' not in section.body

@@ -12,7 +12,7 @@ from . import page
 from .history import History
 from .page import Section
 
-_LAST = 0.9  # of the images that all have seen: a mean is over what follows
+_LAST, _LAST_MEASURED = 0.9, 0.75  # of the images that all have seen: means are over what follows, of telemetry too
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,14 @@ def verdict(histories: Mapping[str, History], /) -> list[Section]:
     rows = {measure.name: measure.row(names) for measure in _measures(histories) if measure.values.keys() >= set(names)}
     until = _until(histories)
     text = (
-        f"Means over the last tenth of the {until:,.0f} images that all runs have seen, with their standard errors; a "
-        "difference of less than two of them is called chance. A run is one seed: another seed may differ by more."
+        f"Means over the last tenth of the {until:,.0f} images that all runs have seen (unweighted loss: "
+        "the last quarter), with their standard errors. A difference of less than two of them is called chance. A run "
+        "is one seed: another seed may differ by more."
     )
     body = page.table(["measure", *names, "better"], rows) if rows else page.note("The runs have no measure in common.")
     if len(_losses(histories)) > 1:
         body += page.note(
-            "The training losses have different weights, so they are not compared: see the unweighted one."
+            "The training losses have different weights, so they are not compared: the unweighted loss is."
         )
     return [Section(title="Verdict", text=text, body=body)]
 
@@ -90,7 +91,7 @@ def _measures(histories: Mapping[str, History]) -> Iterator[Measure]:
     for name, telemetry in measured.items():
         with np.errstate(all="ignore"):
             level = np.exp(np.nanmean(np.log(telemetry.loss), axis=1))
-        if (value := _last(telemetry.nimg, level, until)) is not None:
+        if (value := _last(telemetry.nimg, level, until, since=_LAST_MEASURED)) is not None:
             unweighted[name] = value
     yield Measure("unweighted loss, geometric mean over noise levels", unweighted)
     yield Measure("images per second", logged("images_per_s"), higher=True)
@@ -123,5 +124,5 @@ def _until(histories: Mapping[str, History]) -> float:
     return min(float(history.log["nimg"].max(initial=0)) for history in histories.values())
 
 
-def _last(nimg: np.ndarray, values: np.ndarray, until: float) -> Estimate | None:
-    return Estimate.of(values[(nimg > _LAST * until) & (nimg <= until)])
+def _last(nimg: np.ndarray, values: np.ndarray, until: float, *, since: float = _LAST) -> Estimate | None:
+    return Estimate.of(values[(nimg > since * until) & (nimg <= until)])
