@@ -7,11 +7,12 @@ Names are those of snapshots, layouts canonical. In DCP they lie as ``get_state_
 """
 
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,7 +160,15 @@ def _errors_of(engine: Engine, path: Path) -> Iterator[None]:
         ) from error
     except BaseException as error:  # of many classes, and DCP's own is no Exception
         why = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # DCP's first lines are a traceback
+        if engine == "orbax":
+            sys.unraisablehook = partial(_without_closed_loops, sys.unraisablehook)
         raise InputError(f"{path} must be a whole checkpoint of {engine}, got '{why:.160}': copy it again") from error
+
+
+def _without_closed_loops(shown: Callable[..., object], unraisable: Any) -> None:
+    """A ``sys.unraisablehook``: tasks that orbax leaves behind when it fails would print a traceback each."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        shown(unraisable)
 
 
 def write_checkpoint(path: Path, engine: Engine, state: State, /, *, config: str) -> None:
