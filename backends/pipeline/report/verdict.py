@@ -47,8 +47,8 @@ class Measure:
         """HTML: a value for each run, and the verdict."""
         ranked = sorted(names, key=lambda name: self.values[name].value, reverse=self.higher)
         best, second = (self.values[name] for name in ranked[:2])
-        apart, chance = abs(best.value - second.value), np.hypot(best.error, second.error)
-        clear = not apart <= 2 * chance  # also where the chance is unknown
+        apart, chance = abs(best.value - second.value), np.hypot(*np.nan_to_num([best.error, second.error]))
+        clear = apart > 2 * chance  # an error that is unknown counts as none
         won = ranked[0] if clear and apart > 0 else None
         cells = [page.cell(str(self.values[name]), "good" if name == won else "") for name in names]
         by = f"{apart / abs(second.value):.1%}" if second.value else f"{apart:.3g}"

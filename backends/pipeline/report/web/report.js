@@ -4,6 +4,9 @@
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const UNITS = [[1e9, "G"], [1e6, "M"], [1e3, "k"]];
 
+// Whether a value is 1, 2 or 5 times a power of ten, as labels of a logarithmic axis are.
+const round = (value) => [1, 2, 5, 10].some((first) => Math.abs(value / 10 ** Math.floor(Math.log10(value)) - first) < 1e-6);
+
 function number(value, images) {
   if (value == null) return "–";
   const unit = images && UNITS.find(([size]) => Math.abs(value) >= size);
@@ -66,15 +69,15 @@ class LineChart {
       }
       return column;
     });
-    const axis = (label, whole) => ({
+    const axis = (label, whole, log) => ({
       label, labelSize: 18, labelFont: "12px system-ui", font: "12px system-ui", stroke: style("--dim"), size: whole ? 34 : 58,
       grid: { stroke: style("--line"), width: 1 }, ticks: { show: false },
-      values: (_, splits) => splits.map((value) => (value == null ? "" : number(value, whole && images))),
+      values: (_, splits) => splits.map((value) => (value == null || (log && !round(value)) ? "" : number(value, whole && images))),
     });
     const { x_log, x_end, y_span } = this.chart;
     this.plot = new uPlot({
       width: this.width, height: 260, legend: { show: false }, series, bands,
-      axes: [axis(this.chart.x, true), axis(this.chart.y || null, false)],
+      axes: [axis(this.chart.x, true, this.chart.x_log), axis(this.chart.y || null, false, this.log)],
       scales: {
         x: { time: false, distr: x_log ? 3 : 1, range: x_end ? [0, x_end] : (_, low, high) => [low, high] },
         y: { distr: this.log ? 3 : 1, ...(y_span && this.log ? { range: y_span } : {}) },
