@@ -245,6 +245,7 @@ def test_several_runs_lie_side_by_side_with_what_differs_first(run, trained, tmp
     ("words", "says"),
     [
         (["nowhere"], "a run must be a folder with a config.json, got nowhere"),
+        (["nowhere", "--serve"], "a run must be a folder with a config.json, got nowhere"),
         ([], "runs must be one or more run folders"),
         (["run", "./run"], "runs must differ, got"),
         (["run", "--sigma-rels", "0.3"], "within (0, 0.2887), got 0.3"),

@@ -75,6 +75,7 @@ def run(options: Options) -> None:
     if not options.serve:
         print(f"wrote     {report.write()}, and {report.pictures} pictures beside it")
         return
+    report.check()
     with open_server(Live(report.html, report.version), options.http_port) as server:
         print(f"serving   http://{HOST}:{server.server_address[1]}, which follows the runs; Ctrl-C ends it", flush=True)
         with suppress(KeyboardInterrupt):
@@ -88,6 +89,11 @@ class Report:
         self._runs, self._outdir, self._sampling = runs, outdir, sampling
         self._lengths: tuple[str, sections.Section] | None = None
         self.pictures = 0
+
+    def check(self) -> None:
+        """Raise InputError unless all are runs, which may have nothing yet but their config."""
+        for run in self._runs.values():
+            run.config()
 
     def write(self) -> Path:
         """Write it as report.html; returns the path."""
