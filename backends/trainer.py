@@ -152,6 +152,8 @@ class Trainer(ABC):
     def for_first(self, get: Callable[[Collection[str]], Arrays], names: Iterable[str], /) -> Arrays:
         """What ``get`` returns of all ``names``, in the first process, and nothing in the others, which help to gather
         one array after another and keep none."""
+        if self.world == 1:
+            return get(list(names))
         kept: dict[str, np.ndarray] = {}
         for name in names:
             part = get([name])

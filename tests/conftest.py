@@ -2,7 +2,7 @@
 
 import pytest
 from data_files import as_folder, as_zip
-from toy_port import PRESET
+from toy_port import PRESET, ToySampler
 from xdist.scheduler import LoadScopeScheduling
 
 from backends.pipeline.checkpoints import safetensors_io
@@ -31,6 +31,20 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setitem(PRESETS, "toy", PRESET)
     return tmp_path
+
+
+@pytest.fixture
+def toy_reports(toy, monkeypatch):
+    """:func:`toy`, where edm2 report samples with the toy's port."""
+    monkeypatch.setattr("backends.commands.report.open_port", lambda name: ("toy", ToySampler()))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run of the toy with telemetry, to be read alone."""
+    from report_runs import train
+
+    return train(tmp_path_factory.mktemp("runs") / "trained")
 
 
 @pytest.fixture

@@ -9,36 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_runs import ADDRESS, make_run, snapshot
 from hub_server import Repo
 from toy_port import CONFIG, train_toy
 
 from backends.commands.cli import main as edm2
 from backends.pipeline.checkpoints.autoencoder import local_folder
 from backends.pipeline.checkpoints.hub import Address, named
-from backends.pipeline.checkpoints.snapshots import Snapshot, load_snapshot, save_snapshot
 from backends.pipeline.data.datasets import open_dataset
 from backends.pipeline.runs.networks import open_network
 from edm2_core.codec import DataFormat
-from edm2_core.ema import Length
 from edm2_core.errors import InputError
-from edm2_core.network import initialize
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="huggingface_hub is not installed")
 pytestmark = pytest.mark.usefixtures("toy", "hub")
-ADDRESS = "hf://ada/digits"
 
 
 @pytest.fixture
-def run(tmp_path):
-    """A run with eight snapshots, at four times."""
-    _, _, run = train_toy("run", duration=4096, no_picture=True)
-    return run
-
-
-def snapshot(path, length=0.1, config=CONFIG, seed=1):
-    params = initialize(config, seed=seed)
-    save_snapshot(path, Snapshot(params=params, config=config, nimg=2048, length=Length.of(length)))
-    return load_snapshot(path).params
+def run():
+    return make_run()
 
 
 def published(source, *words):

@@ -182,3 +182,19 @@ def test_the_example_learns_two_moons(capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [name for name, *_ in rows] == ["raw", "averaged"]
     assert all(float(distance) < 0.12 for _, distance, _ in rows)
+
+
+def test_a_step_that_fails_while_it_changes_the_state_is_marked(monkeypatch):
+    learner = step.Learner(weights.build(CONFIG, initialize(CONFIG, seed=0)))
+    arrays = draw.random_batch(CONFIG, 3, size=2)
+    batch = step.Batch(*(None if array is None else weights.to_native(array) for array in arrays))
+    learner.step(batch, lr=0.01)
+    assert not learner.updating
+
+    def fails(**clock):
+        raise RuntimeError("[metal::malloc] cannot allocate")
+
+    monkeypatch.setattr(learner.ema, "update", fails)
+    with pytest.raises(RuntimeError):
+        learner.step(batch, lr=0.01)
+    assert learner.updating

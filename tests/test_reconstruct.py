@@ -166,3 +166,11 @@ def test_a_source_that_is_removed_while_it_is_read_is_named(folder):
     sources[1].path.unlink()
     with pytest.raises(InputError, match=f"{sources[1].path.name} must stay until it is read.*give the command again"):
         reconstruct(sources, sigma_rels=[0.07])
+
+
+def test_a_length_that_snapshots_cannot_give_is_warned_of(folder, caplog):
+    sources = open_sources(folder)
+    reconstruct(sources, sigma_rels=[0.07])
+    assert caplog.text == ""
+    reconstruct(sources[-2:], sigma_rels=[0.001])
+    assert "to give an average of sigma_rel 0.001, got a predicted error of " in caplog.text

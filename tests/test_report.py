@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from report_runs import edit_config, measurement, report, train
+from report_runs import edit_config, measurement, report
 from toy_port import PRESET, ToySampler
 
 from backends.pipeline.checkpoints.snapshots import Snapshot, save_snapshot, snapshot_name
@@ -23,14 +23,7 @@ from edm2_core.presets import PRESETS
 TENTH = Length.of(0.1)
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(toy, monkeypatch):
-    monkeypatch.setattr("backends.commands.report.open_port", lambda name: ("toy", ToySampler()))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("runs") / "trained")
+pytestmark = pytest.mark.usefixtures("toy_reports")
 
 
 @pytest.fixture

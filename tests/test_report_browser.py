@@ -5,8 +5,7 @@ import shutil
 from threading import Thread
 
 import pytest
-from report_runs import edit_config, report, train
-from toy_port import ToySampler
+from report_runs import edit_config, report
 
 from backends.commands.report import Report
 from backends.pipeline.report.sections import Sampling
@@ -17,14 +16,7 @@ NO_SAMPLES = Sampling(sigma_rels=None, seeds=[0], steps=2, open_port=None)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(toy, monkeypatch):
-    monkeypatch.setattr("backends.commands.report.open_port", lambda name: ("toy", ToySampler()))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("runs") / "trained")
+pytestmark = pytest.mark.usefixtures("toy_reports")
 
 
 @pytest.fixture

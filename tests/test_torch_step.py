@@ -9,6 +9,7 @@ from torch import nn
 
 from backends.pipeline.data import batches as data
 from backends.pipeline.runs.config import DataSummary, TrainConfig
+from backends.pipeline.runs.team import PeerLost
 from backends.ports import Machine
 from backends.torch import step, working_weights
 from backends.torch.denoiser import Denoiser
@@ -311,6 +312,44 @@ def test_exhausted_memory_names_the_batch_to_try() -> None:
         trainer.step(trainer.place(data.Batch(batch.images.numpy())), lr=0.01)
     assert trainer.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not trainer.is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_a_state_after_an_error_is_that_of_the_last_complete_step_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, batch = trainer_of(), make_batch()
+    assert batch.labels is not None
+    placed = trainer.place(data.Batch(batch.images.numpy(), batch.labels.numpy()))
+    trainer.step(placed, lr=0.01)
+    before, lost = trainer.state(), PeerLost("gone")
+
+    def fails(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(step, "batch_loss", fails)
+        with pytest.raises(InputError, match="must fit into memory"):
+            trainer.step(placed, lr=0.01)
+    after = trainer.state_alone(lost)
+    assert after is not None
+    assert (after.nimg, after.steps) == (12, 1)
+    assert all(np.array_equal(after.moments1[name], array) for name, array in before.moments1.items())
+    ends = []
+    for state in (before, after):  # whose weights the failed step has forced already
+        resumed = trainer_of()
+        resumed.load_state(state)
+        resumed.step(placed, lr=0.01)
+        ends.append(resumed.parameters())
+    for name, array in ends[0].items():
+        np.testing.assert_allclose(ends[1][name], array, rtol=1e-5, atol=1e-4)  # a hundredth of a step
+
+    with monkeypatch.context() as patched:  # messages between GPUs may have ended with anything
+        patched.setattr(trainer, "world", 2)
+        patched.setattr(trainer, "_device", torch.device("cuda"))
+        assert trainer.state_alone(lost) is None
+        assert trainer.state_alone(InputError("a full disk")) is not None
+    monkeypatch.setattr(trainer.learner.ema, "update", fails)
+    with pytest.raises(InputError, match="must fit into memory"):
+        trainer.step(placed, lr=0.01)
+    assert trainer.state_alone(InputError("memory")) is None
 
 
 def test_what_is_dropped_of_an_image_is_a_function_of_its_seed_alone() -> None:

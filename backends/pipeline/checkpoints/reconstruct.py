@@ -6,6 +6,7 @@ the number of averages. Several threads work on blocks, so that reading and comp
 matrix product on one thread, so the result does not depend on the number of threads.
 """
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,9 @@ GiB = 1 << 30
 THREADS = os.cpu_count() or 1
 # Least and most elements: blocks are of whole pieces, so that checksums cover them, and do not leave the cache.
 _BLOCKS = (PIECE, 1 << 17)
+WORST_ERROR = 0.5
+"""Beyond this predicted error, relative to the average, what is made is hardly an average of the length asked for."""
+_LOGGER = logging.getLogger("edm2")
 _AHEAD = 2  # blocks submitted per thread
 
 
@@ -55,7 +59,16 @@ def reconstruct(
 
 
 def averages(combination: Combination, /, *, memory: int = GiB) -> list[Snapshot]:
-    """The averages of a combination, in the order of its ``sigma_rels``; see :func:`reconstruct`."""
+    """The averages of a combination, in the order of its ``sigma_rels``; see :func:`reconstruct`.
+
+    A predicted error above :data:`WORST_ERROR` is logged as a warning.
+    """
+    for length, error in zip(combination.lengths, combination.error.profile, strict=True):
+        if error > WORST_ERROR:
+            _LOGGER.warning(
+                f"snapshots must be close enough to give an average of sigma_rel {length:g}, got a predicted error of "
+                f"{error:.0%}: choose another length, or store averages more often"
+            )
     entries = combination.entries.items()
     dtypes = {name: np.float32 if combination.averaged(name) else DTYPES[entry.dtype] for name, entry in entries}
     results = [{name: np.empty(entry.shape, dtypes[name]) for name, entry in entries} for _ in combination.sigma_rels]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from backends.pipeline.checkpoints.combination import Combination
-from backends.pipeline.checkpoints.reconstruct import reconstruct
+from backends.pipeline.checkpoints.reconstruct import WORST_ERROR, reconstruct
 from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.checkpoints.sources import Source, open_sources
 from backends.pipeline.metrics.extractors import own_function
@@ -22,7 +22,6 @@ from .sweeping import Domain, Point, search
 
 RANGE = (0.01, 0.25)
 """The lengths that are searched."""
-_WORST_ERROR = 0.5  # of an average, predicted: beyond it, what is measured is hardly an average of this length
 _CANDIDATES = 64
 
 
@@ -92,7 +91,7 @@ def reachable(sources: Sequence[Source], sigma_rels: Sequence[float], /, *, time
     """
     lengths = sorted(sigma_rels)
     error = Combination.of(sources, time=time, sigma_rels=lengths).error.profile
-    if usable := [length for length, e in zip(lengths, error, strict=True) if e <= _WORST_ERROR]:
+    if usable := [length for length, e in zip(lengths, error, strict=True) if e <= WORST_ERROR]:
         return usable
     raise InputError(
         f"snapshots must be close enough to give the lengths, got a predicted error of {min(error):.2f} at best: store "
