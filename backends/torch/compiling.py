@@ -4,10 +4,9 @@ Kernels that PyTorch compiles are kept in ~/.cache/edm2/torch, unless TORCHINDUC
 """
 
 import os
-import sys
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from shutil import which
@@ -92,8 +91,6 @@ def compile_blocks(network: nn.Module, /, **options: Any) -> None:
 
 def eagerly() -> AbstractContextManager[None]:
     """Within it, what is compiled runs as it was written: hooks are called, and no new batch costs a compilation."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled: importing it takes a second
-        return nullcontext()
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
 
