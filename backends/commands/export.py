@@ -26,7 +26,6 @@ from edm2_core.network import NetworkConfig, plan
 DESCRIPTION, SCRIPT = "network.json", "make_pickle.py"
 _PIPELINE = "backends.torch.diffusers_pipeline"
 _DIFFUSERS = "0.30.0"  # the oldest version that reads these files
-_SCHEDULER = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "method": "heun"}
 _OFFICIAL = (  # arguments of the official network, which have the names of ours
     *("model_channels", "channel_mult", "channel_mult_noise", "channel_mult_emb", "num_blocks", "attn_resolutions"),
     *("channels_per_head", "label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act", "dropout"),
@@ -93,7 +92,7 @@ def _write_pipeline(options: Options, snapshot: Snapshot) -> None:
         "model": [_PIPELINE, "EDM2Model"],
     }
     index |= {name: [None, None] for name in ("vae", "guide")} | {"scheduler": [_PIPELINE, "EDM2Scheduler"]}
-    scheduler = {"_class_name": "EDM2Scheduler", "_diffusers_version": _DIFFUSERS, **_SCHEDULER}
+    scheduler = {"_class_name": "EDM2Scheduler", "_diffusers_version": _DIFFUSERS}  # with its own defaults
     params = ((f"net.{name}", np.asarray(array)) for name, array in snapshot.params.items())
     constants = [f"net.{name}" for name, p in plan(snapshot.required_config()).parameters.items() if not p.trained]
     arrays, _ = stored_arrays(params, kept=constants, dtype=options.dtype)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from backends.pipeline.checkpoints.combination import Combination
+from backends.pipeline.checkpoints.reconstruct import WITHIN
 from backends.pipeline.runs.config import TrainConfig
 from backends.pipeline.runs.folder import Run
 from backends.pipeline.runs.pictures import save_rows
@@ -28,7 +29,7 @@ from .history import POINTS, Curve, History, thin
 from .lines import Lines, by_noise, by_place, errors, limits, over_images, palette
 from .page import Chart, Section
 from .plots import draw_lines, figure, save
-from .strips import WITHIN, Strip, combine, draw_strips, traditional, within_error
+from .strips import Strip, combine, draw_strips, traditional, within_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

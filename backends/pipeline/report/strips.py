@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from backends.pipeline.checkpoints.combination import Combination
-from backends.pipeline.checkpoints.reconstruct import averages
+from backends.pipeline.checkpoints.reconstruct import WITHIN, averages
 from backends.pipeline.checkpoints.snapshots import Snapshot
 from backends.pipeline.checkpoints.sources import Source
 from backends.pipeline.runs.exit_codes import missing_framework
@@ -25,7 +25,6 @@ from .history import History
 
 PORTS = ("torch", "jax", "mlx")
 LENGTHS = (0.02, 0.03, 0.05, 0.07, 0.10, 0.13, 0.18, 0.25)
-WITHIN = 0.1  # lengths that were not asked for are left out if their predicted error is larger
 _PIXELATED = 64  # images of at most so many pixels a side are kept exactly, larger ones shrunk to twice that
 _BATCH = 64
 

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from backends.pipeline.checkpoints.atomic import write_bytes
+from backends.pipeline.checkpoints.reconstruct import WITHIN
 from backends.pipeline.checkpoints.remote import is_url, local
 from backends.pipeline.checkpoints.safetensors_io import read_array, write_tensors
 from backends.pipeline.checkpoints.snapshots import (
@@ -36,7 +37,6 @@ from .folder import Run, is_run
 from .model_card import Card, card_text
 from .networks import WEIGHTS, average_of, open_network
 
-_WORST_ERROR = 0.1  # of an average that is published
 CARD, CONFIG = "README.md", "config.json"
 Files = Mapping[str, Path | bytes]
 
@@ -131,7 +131,7 @@ def _chosen(
     if publication.sigma_rel is not None:
         snapshot, length, error = average_of(sources, publication.sigma_rel)
         if error is not None:
-            if error > _WORST_ERROR:
+            if error > WITHIN:
                 raise InputError(
                     f"--sigma-rel must be a length that snapshots give, got {length}, with a predicted error of "
                     f"{error:.0%}: choose another"
