@@ -30,7 +30,7 @@ THREADS = os.cpu_count() or 1
 # Least and most elements: blocks are of whole pieces, so that checksums cover them, and do not leave the cache.
 _BLOCKS = (PIECE, 1 << 17)
 WITHIN = 0.1
-"""The largest predicted error, relative to the average, of averages that are published, or shown without being asked for."""
+"""The largest predicted error, relative to the average, of what is published, or shown without being asked for."""
 WORST_ERROR = 0.5
 """Beyond this predicted error, relative to the average, what is made is hardly an average of the length asked for."""
 _LOGGER = logging.getLogger("edm2")
