@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -57,6 +59,44 @@ def test_other_faults_keep_their_traceback():
 
 def test_ctrl_c_outside_the_loop_is_status_130():
     assert ends_with(KeyboardInterrupt())() == 130
+
+
+ENDING = """
+import atexit, sys
+from backends.pipeline.runs.exit_codes import command, end_at_once
+
+class Watched:
+    def __del__(self):
+        print("taken down")
+
+watched = Watched()
+
+@command
+def main():
+    {act}
+    atexit.register(print, "tidied")
+    print("returned")
+    return 143
+
+sys.exit(main())
+"""
+
+
+def test_a_process_of_several_ends_before_python_is_taken_down():
+    """Its last words are out, the handlers of the exit were called, and the status is the command's."""
+    for act, taken_down in (("end_at_once()", []), ("pass", ["taken down"])):
+        done = subprocess.run([sys.executable, "-c", ENDING.format(act=act)], capture_output=True, text=True)
+        assert (done.returncode, done.stdout.split("\n")[:-1]) == (143, ["returned", "tidied", *taken_down]), (
+            done.stderr
+        )
+
+
+def test_an_unexpected_error_is_told_before_the_end():
+    failing = ENDING.format(act="end_at_once()").replace("return 143", "raise ValueError('ours')")
+    done = subprocess.run([sys.executable, "-c", failing], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ValueError: ours" in done.stderr
+    assert done.stdout.startswith("returned\ntidied\n")
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT", "USR1", "USR2"])

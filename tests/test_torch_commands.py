@@ -15,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.svm import SVC
 
 from backends.pipeline.checkpoints.snapshots import load_snapshot
 from backends.pipeline.checkpoints.states import load_state, parts
 from backends.pipeline.data.datasets import open_dataset
+from backends.pipeline.runs import exit_codes
 from backends.pipeline.runs.folder import Run
+from backends.torch.device import Processes
 from edm2_core.presets import preset
 
 TRAIN, SAMPLE = ("-m", "backends.torch.train"), ("-m", "backends.torch.sample")
@@ -145,6 +148,14 @@ def twenty(short: Path) -> Path:
     """Twenty steps of one process, dropout included."""
     run_here(*TRAIN, *SMALL, *TWENTY, "--outdir", "twenty", cwd=short)
     return short / "twenty"
+
+
+def test_processes_that_have_met_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See :func:`backends.pipeline.runs.exit_codes.end_at_once`."""
+    monkeypatch.setattr(exit_codes, "_at_once", False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    Processes(rank=0, world=2).join(torch.device("cpu"))
+    assert exit_codes._at_once
 
 
 @pytest.mark.parametrize(

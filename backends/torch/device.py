@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed
 
+from backends.pipeline.runs.exit_codes import end_at_once
 from backends.pipeline.runs.fitting import Room, free_bytes
 from backends.pipeline.runs.team import Team, meeting
 from edm2_core.errors import InputError
@@ -102,6 +103,7 @@ class Processes:
     def join(self, device: torch.device) -> None:
         """Open the group of processes, once; afterwards collective operations work on ``device``."""
         if self.world > 1 and not torch.distributed.is_initialized():
+            end_at_once()
             with meeting():
                 torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 

@@ -1,5 +1,6 @@
 """Exit codes of commands: 0; 2, with a one-line message, for invalid input; 128 + the signal after a signal."""
 
+import atexit
 import errno
 import os
 import platform
@@ -29,6 +30,7 @@ _OF_COMMANDS = (
     "matplotlib",
     "packaging",
 )
+_at_once = False
 
 
 def command(main: Callable[P, int | None], /) -> Callable[P, int]:
@@ -36,6 +38,12 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        end = _End()
+        atexit.register(end)  # the first to be registered is the last to be called
+        end.status = status_of(*args, **kwargs)
+        return end.status
+
+    def status_of(*args: P.args, **kwargs: P.kwargs) -> int:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, TextIOWrapper):  # names of files need not be text
                 stream.reconfigure(errors="backslashreplace")
@@ -66,6 +74,24 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
             return 128 + signal.SIGINT
 
     return run
+
+
+def end_at_once() -> None:
+    """Let this process end after its command and what is registered for the exit, without taking Python down: meanwhile
+    a thread that frees an array of Python's aborts the process, as those of PyTorch's gloo do at times
+    (pytorch/pytorch#190489)."""
+    global _at_once
+    _at_once = True
+
+
+class _End:
+    status: int | None = None
+
+    def __call__(self) -> None:
+        if _at_once and self.status is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self.status)
 
 
 def missing_framework(error: ImportError, /) -> str | None:
