@@ -240,12 +240,13 @@ def test_resuming_is_not_stopping(toy):
 
 
 SCRIPT = """
-from toy_port import PRESET, PRESETS, train
+from toy_port import PRESET, PRESETS, train_only
 from backends.jax import device
 from backends.jax.trainer import JaxTrainer
 PRESETS["toy"] = PRESET
 device.join()
-train(JaxTrainer, "{name}", 1280, dropout=0.1, label_dropout=0.1, batch_per_device={parts})
+options = dict(preset="toy", data="digits", dropout=0.1, label_dropout=0.1, batch_per_device={parts})
+train_only(JaxTrainer, "{name}", 1280, **options)
 """
 
 

@@ -288,12 +288,13 @@ def launch(script, *, timeout=300, cwd):
 
 def test_two_processes_train_what_one_does(toy):
     script = """
-from toy_port import PRESET, PRESETS, train
+from toy_port import PRESET, PRESETS, train_only
 from backends.mlx import device as devices
 from backends.mlx.trainer import MLXTrainer
 PRESETS["toy"] = PRESET
 devices._BUCKET = 1000
-train(MLXTrainer, "two", 1280, batch_per_device=16, dropout=0.1, label_dropout=0.1)
+options = dict(preset="toy", data="digits", batch_per_device=16, dropout=0.1, label_dropout=0.1)
+train_only(MLXTrainer, "two", 1280, **options)
 """
     done = launch(script, cwd=toy)
     assert "2 processes" in done.stdout, done.stdout + done.stderr

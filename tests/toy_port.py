@@ -186,11 +186,16 @@ def run_toy(trainer, sampler, *, prog="python -m backends.toy.train", **options)
     return run_training(train_options(**options), trainer, sampler, prog=prog)
 
 
+def train_only(trainer, outdir, duration, **options):
+    """Of several processes, only the first may then read the run."""
+    assert run_toy(trainer, ToySampler(), outdir=outdir, duration=duration, **options) == 0
+
+
 def train(trainer, outdir, duration, **options):
     """The state that ``trainer`` leaves on the toy's network, in a run that is new or goes on."""
     if not Path(outdir).exists():
         options |= {"preset": "toy", "data": "digits"}
-    assert run_toy(trainer, ToySampler(), outdir=outdir, duration=duration, **options) == 0
+    train_only(trainer, outdir, duration, **options)
     lengths = (Length.of(0.05), Length.of(0.10))
     return load_state(Run(outdir).state_path, CONFIG, lengths)
 

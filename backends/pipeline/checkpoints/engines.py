@@ -6,13 +6,14 @@ Names are those of snapshots, layouts canonical. In DCP they lie as ``get_state_
 ``nimg``, ``steps``, ``config``. ``config`` is the text of a run's config.json, as bytes.
 """
 
+import logging
 import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,15 +161,24 @@ def _errors_of(engine: Engine, path: Path) -> Iterator[None]:
         ) from error
     except BaseException as error:  # of many classes, and DCP's own is no Exception
         why = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # DCP's first lines are a traceback
-        if engine == "orbax":
-            sys.unraisablehook = partial(_without_closed_loops, sys.unraisablehook)
         raise InputError(f"{path} must be a whole checkpoint of {engine}, got '{why:.160}': copy it again") from error
 
 
-def _without_closed_loops(shown: Callable[..., object], unraisable: Any) -> None:
-    """A ``sys.unraisablehook``: tasks that orbax leaves behind when it fails would print a traceback each."""
-    if "Event loop is closed" not in str(unraisable.exc_value):
-        shown(unraisable)
+@contextmanager
+def _unheard_tasks() -> Iterator[None]:
+    """Within it, and after an error, nothing is printed by tasks that orbax leaves to other threads when it fails: each
+    would print a traceback, at any time until the end of the process."""
+    log, hook, unraisable = logging.getLogger("asyncio"), sys.excepthook, sys.unraisablehook
+    heard = log.disabled
+    log.disabled = True
+    sys.excepthook = lambda kind, error, trace: None if _of_closed_loop(error) else hook(kind, error, trace)
+    sys.unraisablehook = lambda told: None if _of_closed_loop(told.exc_value) else unraisable(told)
+    yield
+    log.disabled, sys.excepthook, sys.unraisablehook = heard, hook, unraisable
+
+
+def _of_closed_loop(error: BaseException | None) -> bool:
+    return "Event loop is closed" in str(error)
 
 
 def write_checkpoint(path: Path, engine: Engine, state: State, /, *, config: str) -> None:
@@ -292,14 +302,14 @@ def _write_dcp(path: Path, flat: Mapping[tuple[str, ...], np.ndarray]) -> None:
 def _open_orbax(path: Path) -> tuple[Iterable[str], Read]:
     from orbax import checkpoint as ocp
 
-    with ocp.PyTreeCheckpointer() as opened:
+    with _unheard_tasks(), ocp.PyTreeCheckpointer() as opened:
         tree = opened.metadata(path.absolute()).item_metadata.tree
         entries = _leaves(tree)
 
     @cache  # at once: one after another takes orbax much longer
     def arrays() -> dict[str, Any]:
         how = _nested({keys: ocp.RestoreArgs(restore_type=np.ndarray) for keys in entries})
-        with ocp.PyTreeCheckpointer() as opened:
+        with _unheard_tasks(), ocp.PyTreeCheckpointer() as opened:
             restored = opened.restore(path.absolute(), restore_args=how)
         return {"/".join(keys): leaf for keys, leaf in _leaves(restored).items()}
 
