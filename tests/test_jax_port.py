@@ -25,7 +25,7 @@ from edm2_core.network import NetworkConfig, initialize, plan
 jax = pytest.importorskip("jax", reason="jax is not installed")
 pytest.importorskip("optax", reason="optax is not installed")
 
-from backends.jax import device, network, weights  # noqa: E402
+from backends.jax import convolution, device, network, weights  # noqa: E402
 from backends.jax.port import PORT  # noqa: E402
 from backends.jax.step import (  # noqa: E402
     Batch,
@@ -92,14 +92,14 @@ def test_the_kernels_gradient_is_that_of_a_convolution_however_it_is_computed(ke
     def plain(x, w):
         return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    def gradients(convolution):
-        return jax.grad(lambda x, w: (convolution(x, w) * g).sum(), argnums=(0, 1))(x, w)
+    def gradients(function):
+        return jax.grad(lambda x, w: (function(x, w) * g).sum(), argnums=(0, 1))(x, w)
 
-    for got, wanted in zip(gradients(network.convolution), gradients(plain), strict=True):
+    for got, wanted in zip(gradients(convolution.convolution), gradients(plain), strict=True):
         assert tolerance.relative(got, wanted) < 4 * tolerance.eps("float32") * tolerance.reduction(2 * 6 * 5 * 4)
-    each = jax.vmap(jax.grad(lambda x, w: network.convolution(x[None], w).sum(), argnums=1), (0, None))(x, w)
+    each = jax.vmap(jax.grad(lambda x, w: convolution.convolution(x[None], w).sum(), argnums=1), (0, None))(x, w)
     assert each.shape == (2, *w.shape)  # gradients of each image, too
-    assert tolerance.relative(network.by_products(x, w), plain(x, w)) < 1e-5
+    assert tolerance.relative(convolution.by_products(x, w), plain(x, w)) < 1e-5
 
 
 def test_layouts_go_there_and_back():

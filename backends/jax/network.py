@@ -21,12 +21,13 @@ from edm2_core.ladder import Attention, GroupNorm
 from edm2_core.network import GROUP_NORM_EPS, Block, NetworkConfig, plan
 
 from . import weights
+from .attention import Attend, by_products
+from .convolution import convolution
 from .denoiser import Denoise, Network, denoiser
 
 Params = Mapping[str, Array]
 Activations = dict[str, Array]  # outputs of layers, by name of the weight, bias and gain included
 PRODUCT = "product"  # the name of what is saved for the backward pass where all else is recomputed
-_CACHED = 1 << 17  # numbers of a part of x
 _EPS = 1e-4
 
 
@@ -40,6 +41,7 @@ class Scope(NamedTuple):
     config: NetworkConfig
     params: Params
     activations: Activations | None = None
+    attend: Attend = by_products
 
 
 def denoise(
@@ -63,20 +65,30 @@ def denoise(
 
 
 @lru_cache(maxsize=64)
-def network_denoiser(config: NetworkConfig, dtype: Any = jnp.float32, recomputes: bool = False, /) -> Denoise:
-    """:func:`denoise` of this config, with activations in ``dtype``; the same function each time. ``recomputes``: as in
-    :func:`unet`."""
+def network_denoiser(
+    config: NetworkConfig, dtype: Any = jnp.float32, recomputes: bool = False, attend: Attend = by_products, /
+) -> Denoise:
+    """:func:`denoise` of this config, with activations in ``dtype``; the same function each time. ``recomputes`` and
+    ``attend``: as in :func:`unet`."""
 
     def backbone(params: Params, x: Array, c_noise: Array, labels: Any, /, *, key: Array | None) -> Array:
-        output, _ = unet(config, params, x.astype(dtype), c_noise, labels, key=key, recomputes=recomputes)
+        how: Any = {"key": key, "recomputes": recomputes, "attend": attend}
+        output, _ = unet(config, params, x.astype(dtype), c_noise, labels, **how)
         return output.astype(x.dtype)
 
     return _preconditioned(config, backbone)
 
 
-def load_network(config: NetworkConfig, params: Mapping[str, np.ndarray], /, *, dtype: Any = jnp.float32) -> Network:
+def load_network(
+    config: NetworkConfig,
+    params: Mapping[str, np.ndarray],
+    /,
+    *,
+    dtype: Any = jnp.float32,
+    attend: Attend = by_products,
+) -> Network:
     """A network of canonical ``params``, on JAX's default device. Raises InputError unless they are the config's."""
-    denoise, loaded = network_denoiser(config, dtype), weights.load(config, params)
+    denoise, loaded = network_denoiser(config, dtype, False, attend), weights.load(config, params)
     return Network(denoise, loaded, config, config.label_dim, config.label_dropout, config.cond_channels)
 
 
@@ -126,10 +138,12 @@ def unet(
     key: Array | None = None,
     collect: bool = False,
     recomputes: bool = False,
+    attend: Attend = by_products,
 ) -> tuple[Array, Activations]:
     """The raw network F, and its activations, {} unless ``collect``. See :func:`edm2_core.reference.unet`.
 
     ``recomputes``: for the backward pass only the products of layers are saved; all else is computed again.
+    ``attend``: a function of :mod:`.attention`.
     Shapes: x [N, H, W, C + cond_channels]; c_noise [N]; labels [N, label_dim] or None; F [N, H, W, C].
     """
     activations: Activations = {}
@@ -144,7 +158,7 @@ def unet(
         if block.takes_skip:
             x = joined(config, x, skips.pop())
         run = _run_recomputed if recomputes else run_block
-        x, outputs = run(config, block, collect, params, x, emb, _fold(key, index))
+        x, outputs = run(config, block, attend, collect, params, x, emb, _fold(key, index))
         activations.update(outputs)
         if index < len(walk.encoder):
             skips.append(x)
@@ -169,16 +183,23 @@ def embedding(scope: Scope, c_noise: Array, labels: Array | None) -> Array:
 
 
 def run_block(
-    config: NetworkConfig, block: Block, collect: bool, params: Params, x: Array, emb: Array, key: Array | None
+    config: NetworkConfig,
+    block: Block,
+    attend: Attend,
+    collect: bool,
+    params: Params,
+    x: Array,
+    emb: Array,
+    key: Array | None,
 ) -> tuple[Array, Activations]:
     """One block, and its activations, {} unless ``collect``. See :func:`edm2_core.reference.run_block`."""
     activations: Activations = {}
-    x = _block(Scope(config, params, activations if collect else None), block, x, emb, key)
+    x = _block(Scope(config, params, activations if collect else None, attend), block, x, emb, key)
     return x, activations
 
 
 _run_recomputed = jax.checkpoint(
-    run_block, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT), static_argnums=(0, 1, 2)
+    run_block, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT), static_argnums=(0, 1, 2, 3)
 )
 
 
@@ -234,9 +255,7 @@ def attention(scope: Scope, block: Block, x: Array) -> Array:
     # dot products of unnormalized queries and keys are unbounded: float32
     qkv = normalize(qkv, (3,)) if cosine else widened(qkv)
     q, k, v = (qkv[..., i] for i in range(3))  # [N, h w, heads, C / heads]
-    scores = jnp.einsum("nqhc,nkhc->nhqk", q, k, preferred_element_type=jnp.float32) / sqrt(c // heads)
-    attended = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [N, heads, h w, h w]
-    y = checkpoint_name(jnp.einsum("nhqk,nkhc->nqhc", attended, v).astype(x.dtype), PRODUCT)
+    y = checkpoint_name(scope.attend(q, k, v).astype(x.dtype), PRODUCT)
     return layer(scope, f"{name}.attn_proj", y.reshape(n, h, w, c))
 
 
@@ -300,43 +319,6 @@ def normalize(x: Array, axes: tuple[int, ...]) -> Array:
 def fan_axes(weight: Array) -> tuple[int, ...]:
     """All axes of a native weight but the last, which is that of its outputs."""
     return tuple(range(weight.ndim - 1))
-
-
-@jax.custom_jvp
-def convolution(x: Array, w: Array) -> Array:
-    """[N, H, W, C] with a kernel [kh, kw, C, D] of odd sizes, keeping the size.
-
-    On CPUs the derivative along the kernel is computed as matrix products, and so is the kernel's gradient: as a
-    convolution with windows as large as images it takes longer there.
-    """
-    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-@convolution.defjvp
-def _convolution_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    (x, w), (dx, dw) = primals, tangents
-    along_w = lax.platform_dependent(x, dw, cpu=by_products, default=convolution)
-    return convolution(x, w), convolution(dx, w) + along_w
-
-
-def by_products(x: Array, w: Array) -> Array:
-    """:func:`convolution` as a matrix product for each tap of the kernel, on as many images at a time as caches hold.
-    Its transpose, the kernel's gradient, is a product for each tap too, summed over those parts."""
-    (n, height, width, channels), (kh, kw) = x.shape, w.shape[:2]
-    taps, size = w.reshape(-1, *w.shape[2:]), height * width * channels
-    some = max(c for c in range(1, n + 1) if n % c == 0 and (c == 1 or c * size <= _CACHED))
-
-    @jax.checkpoint  # saves x for the backward pass, not all its shifted copies
-    def convolved(images: Array) -> Array:
-        padded = jnp.pad(images, ((0, 0), (kh // 2,) * 2, (kw // 2,) * 2, (0, 0)))
-        shifted = (padded[:, i : i + height, j : j + width] for i in range(kh) for j in range(kw))
-        rows = (pixels.reshape(-1, channels) for pixels in shifted)
-        total: Array = sum(pixels @ tap for pixels, tap in zip(rows, taps, strict=True))
-        return total.reshape(*images.shape[:3], -1)
-
-    if some == n:
-        return convolved(x)
-    return lax.map(convolved, x.reshape(-1, some, height, width, channels)).reshape(n, height, width, -1)
 
 
 def group_norm(scope: Scope, name: str, x: Array) -> Array:

@@ -17,7 +17,7 @@ from edm2_core.ema import Length
 from edm2_core.network import NetworkConfig
 from edm2_core.state import State
 
-from . import trajectory, weights
+from . import attention, trajectory, weights
 from .denoiser import SamplingDenoiser
 from .device import SAMPLING_MATMUL
 from .network import folded, load_network, network_denoiser
@@ -78,7 +78,8 @@ class Port(ports.Port):
             yield
 
     def denoiser(self, config: NetworkConfig, params: Params) -> SamplingDenoiser:
-        network = load_network(config, params, dtype=self.precision)
+        attend = attention.fastest(self.device or jax.devices()[0])
+        network = load_network(config, params, dtype=self.precision, attend=attend)
         return SamplingDenoiser(replace(network, params=folded(config, network.params, dtype=self.precision)))
 
     def native_sample(self, net: SamplingDenoiser, noise: Array, labels: Array | None, /, **options: Any) -> Array:

@@ -22,6 +22,7 @@ from edm2_core.network import NetworkConfig, plan
 from edm2_core.state import State
 
 from . import weights
+from .attention import Attend, by_products
 from .clocks import words
 from .denoiser import Denoise, Tree
 from .ema import PowerEMAState, power_ema
@@ -217,15 +218,16 @@ def make_network_step(
     betas: tuple[float, float] = (0.9, 0.99),
     dtype: Any = jnp.float32,
     recomputes: bool = False,
+    attend: Attend = by_products,
     **options: Any,
 ) -> Step:
     """:func:`make_step` of the EDM2 network; activations in ``dtype``, parameters float32. Called with ``lr=``.
-    ``recomputes``: as in :func:`~.network.unet`.
+    ``recomputes`` and ``attend``: as in :func:`~.network.unet`.
 
     ``options``: ``loss_scaling``, ``microbatch``, ``frozen`` and ``summarize``.
     """
     return make_step(
-        network_denoiser(config, dtype, recomputes),
+        network_denoiser(config, dtype, recomputes, attend),
         adam_with_averages(sigma_rels, betas=betas),
         sigma_data=config.sigma_data,
         force=partial(force_weight_norm, config),

@@ -24,8 +24,8 @@ from edm2_core.errors import InputError
 from edm2_core.network import initialize
 from edm2_core.state import Arrays, State
 
+from . import attention, weights
 from . import device as devices
-from . import weights
 from .network import network_denoiser
 from .step import (
     Batch,
@@ -62,6 +62,7 @@ class JaxTrainer(Trainer):
         count, batch = self._mesh.size, config.hyper.batch
         self._microbatch = batch // microbatches(batch, machine.batch_per_device, world=count)
         self._recomputes = machine.activation_checkpoint
+        self._attend = attention.fastest(self._mesh.devices.flat[0])
         with self._memory(batch // self.world):
             self._step = self._compiled_step()  # before there is a state: compiling needs memory as well
             params = initialize(config.network, seed=config.seed)
@@ -119,6 +120,7 @@ class JaxTrainer(Trainer):
             frozen=self._config.frozen,
             dtype=self._dtype,
             recomputes=self._recomputes,
+            attend=self._attend,
             summarize=partial(summarize_rows, network) if self._config.telemetry else None,
         )
         draw = self._draw
@@ -179,7 +181,7 @@ class JaxTrainer(Trainer):
     def _evaluation(self) -> Any:
         """The losses of a whole batch, whole on every device."""
         network, microbatch = self._config.network, self._microbatch
-        denoise = network_denoiser(network, self._dtype)
+        denoise = network_denoiser(network, self._dtype, False, self._attend)
 
         def of_part(params: Any, part: Batch) -> Array:
             noisy = part.images + part.unit_noise * part.sigma

@@ -20,7 +20,7 @@ from backends.pipeline.checkpoints.autoencoder import (
 )
 
 from . import device as devices
-from .network import convolution
+from .convolution import convolution
 from .weights import to_device, to_nchw, to_nhwc
 
 
