@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from backends.pipeline.runs import freed_memory
 from benchmarks.ema_reconstruct import machine
 from benchmarks.networks import BENCH_32
 from edm2_core.network import initialize
@@ -55,6 +56,7 @@ def _child(name: str, steps: int) -> dict[str, float]:
 
 
 def _run_child(name: str, steps: int) -> None:
+    freed_memory.keep()  # as the commands do
     start = time.perf_counter()
     step = {"torch": _torch, "jax": _jax, "mlx": _mlx}[name]()
     step()
@@ -88,9 +90,11 @@ def _torch() -> Callable[[], Any]:
 def _jax() -> Callable[[], Any]:
     import jax
 
+    from backends.jax import device
     from backends.jax.step import Batch, compiled, init, make_network_step, state_shapes
     from backends.jax.weights import to_nhwc
 
+    device.choose("cpu")
     images, noise, sigma = _arrays()
     batch = Batch(*map(jax.device_put, (to_nhwc(images), to_nhwc(noise), sigma)))
     rest, lengths = (batch, jax.random.key(0), jax.numpy.float32(0.01)), (0.05, 0.10)

@@ -16,7 +16,7 @@ from backends.torch.denoiser import Denoiser
 from backends.torch.dropout import Dropout, dropping
 from backends.torch.network import Layer, Network
 from backends.torch.port import PORT
-from backends.torch.step import Batch, Learner, batch_loss, force_weight_norm, zero_nonfinite
+from backends.torch.step import Batch, Learner, all_fit, batch_loss, force_weight_norm, zero_nonfinite
 from backends.torch.trainer import TorchTrainer
 from backends.torch.weights import build, dump, tensors
 from conformance import oracle, tolerance
@@ -107,6 +107,16 @@ def test_nonfinite_gradients_are_zeroed_and_counted() -> None:
     assert gradients[0].tolist() == [1, 0, 0]
     assert gradients[1].item() == 0
     assert gradients[2].sum() == 4
+
+
+def test_gradients_pass_unread_only_where_none_would_be_zeroed() -> None:
+    """Whatever their number: the square of the largest that stays is near float32's limit."""
+    fits = float(np.nextafter(np.float32(2.0**63), np.float32(0)))
+    for values in ([fits], [fits] * 1000, [2.0**63], [-(2.0**63), 1.0], [float("inf")], [float("nan"), 1.0]):
+        gradients = [torch.ones(3), torch.tensor(values)]
+        passes = all_fit(gradients)
+        assert not (passes and sum(int(zero_nonfinite(gradient).sum()) for gradient in gradients))
+    assert all_fit([torch.zeros(3), torch.full((1000,), 1e15)])
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e16])  # the second's gradients are finite, and their squares are not

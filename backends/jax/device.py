@@ -92,6 +92,7 @@ def choose(name: str | None, /) -> list[Any]:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a program's arrays are another thread's memory
     if name is None:
         return list(jax.devices())
     kind, _, index = name.partition(":")

@@ -4,8 +4,6 @@ The order matters (SPEC STEP): force the stored weights onto their spheres; loss
 normalization; gradients made finite; Adam; averages of the stored weights, after Adam and before the next forcing.
 """
 
-import ctypes
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +14,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
+from backends.pipeline.runs import freed_memory
 from edm2_core import loss as objective
 from edm2_core.ema import Length, LengthLike
 from edm2_core.network import NetworkConfig, plan
@@ -179,16 +178,10 @@ def compiled(step: Step, *example: Any, platform: str) -> Step:
 
     Compiling takes most of a small run's memory: what is free is returned before and after.
     """
-    _trim_memory()
+    freed_memory.give_back()
     executable = jax.jit(step, donate_argnums=0, compiler_options=_COMPILER.get(platform)).lower(*example).compile()
-    _trim_memory()
+    freed_memory.give_back()
     return executable
-
-
-def _trim_memory() -> None:
-    """Return freed memory to the system, where the C library keeps it."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
 
 
 # ---- the EDM2 network

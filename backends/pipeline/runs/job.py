@@ -20,6 +20,7 @@ from edm2_core.codec import PIXELS, DataFormat
 from edm2_core.errors import InputError
 from edm2_core.network import NetworkConfig
 
+from . import freed_memory
 from .folder import Run
 from .outputs import Finish
 from .pictures import visible
@@ -150,6 +151,7 @@ def batches(
     ``finish`` makes an output of float32 samples of the network; None: pictures, uint8 with 1 or 3 channels. Batches
     for whose seeds ``skip`` is true are not made.
     """
+    freed_memory.keep()
     config, shape = job.snapshot.required_config(), job.shape
     draw = torch_noise if job.noise == "torch" else noise
     sampler = open_sampler(config, job.snapshot.params, guide=job.guide)

@@ -23,7 +23,7 @@ from edm2_core.presets import AUTO
 from edm2_core.schedule import learning_rate
 from edm2_core.state import Arrays
 
-from . import telemetry
+from . import freed_memory, telemetry
 from .agreement import check_same_config, hold, load_into, resumed_by_first, stored_images, stored_state
 from .config import DataSummary, TrainConfig
 from .exit_codes import Interrupts
@@ -185,6 +185,7 @@ def _train(
 ) -> tuple[Run | None, int]:
     """The run, None in processes that do not write, and the exit status."""
     config, dataset, trainer = job.config, job.dataset, job.trainer
+    freed_memory.keep()
     microbatches(config.hyper.batch, None, world=trainer.world)
     with ExitStack() as held:
         resumed = outdir is not None and trainer.rank == 0 and Run(outdir).exists()
