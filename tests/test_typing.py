@@ -90,7 +90,8 @@ def errors(tmp_path_factory):
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert out.stderr == ""
     lines = [line.split(":") for line in out.stdout.splitlines() if ": error: " in line]
-    assert all(Path(path).parent == folder for path, *_ in lines), out.stdout
+    # not by folder: mypy keeps the lines of a file of equal name and text, with the folder of the run before
+    assert {Path(path).stem for path, *_ in lines} <= {f"of_{name}" for name in snippets}, out.stdout
     return {name: [int(number) for path, number, *_ in lines if Path(path).stem == f"of_{name}"] for name in snippets}
 
 
