@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import tyro
 
-from backends.pipeline.runs import freed_memory
 from backends.torch import device as devices
 from benchmarks import torch_cases as cases
 from benchmarks.ema_reconstruct import machine
@@ -44,8 +43,8 @@ def main(options: Options) -> None:
     bench = Bench("bench-32", BENCH_32, device)
     step = cases.step(bench, 16, rounds=rounds, peak=peak)
     table.add(step)
-    narrow = replace(bench, name="bench-32, ours in bfloat16", dtype=torch.bfloat16)
     if options.bfloat16:
+        narrow = replace(bench, name="bench-32, ours in bfloat16", dtype=torch.bfloat16)
         table.add(cases.step(narrow, 16, rounds=rounds, peak=peak))
     table.add(cases.averages(bench, rounds=rounds, step_seconds=step.seconds["ours"]))
     table.add(cases.forward(bench, 16, rounds=rounds, peak=peak))
@@ -59,11 +58,6 @@ def main(options: Options) -> None:
     for name in ("xs", "s") if options.paper else ():
         paper = Bench(f"{name.upper()} 64x64x4", preset(f"img512-{name}").network, device)
         table.add(cases.forward(paper, 2, rounds=rounds, peak=peak))
-    freed_memory.keep()  # as the commands do, for both from here on
-    for candidate in (bench, *((narrow,) if options.bfloat16 else ())):
-        table.add(
-            cases.step(replace(candidate, name=f"{candidate.name}, freed memory kept"), 16, rounds=rounds, peak=peak)
-        )
 
 
 if __name__ == "__main__":
