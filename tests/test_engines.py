@@ -1,5 +1,6 @@
 """States as checkpoints of DCP and orbax, by the real libraries: there and back bit by bit; and from other trainers."""
 
+import logging
 import os
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from toy_port import CONFIG, PRESET, train_toy
 
 from backends.commands.cli import main
+from backends.pipeline.checkpoints import engines
 from backends.pipeline.checkpoints.states import arrays_of, load_state
 from backends.pipeline.runs.folder import Run
 from backends.torch.step import Learner
@@ -150,6 +152,26 @@ def test_a_damaged_checkpoint_of_orbax_is_one_line_at_the_end():
     assert done.returncode == 2
     assert done.stderr.startswith("error: there must be a whole checkpoint of orbax")
     assert done.stderr.count("\n") == 1
+
+
+def test_tasks_that_fail_after_an_error_are_unheard_and_other_errors_heard(monkeypatch, capsys):
+    """Those that orbax leaves behind when it fails, in other threads, at any time until the process ends."""
+
+    def tell():
+        sys.excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
+        sys.excepthook(ValueError, ValueError("ours"), None)
+        logging.getLogger("asyncio").error("Task exception was never retrieved")
+        return capsys.readouterr().err
+
+    for name in ("excepthook", "unraisablehook"):
+        monkeypatch.setattr(sys, name, getattr(sys, f"__{name}__"))
+    monkeypatch.setattr(logging.getLogger("asyncio"), "disabled", False)
+    with engines._unheard_tasks():
+        assert tell() == "ValueError: ours\n"
+    assert "Event loop is closed" in tell()  # nothing failed
+    with pytest.raises(ZeroDivisionError), engines._unheard_tasks():
+        1 / 0  # noqa: B018
+    assert tell() == "ValueError: ours\n"
 
 
 class Harm:

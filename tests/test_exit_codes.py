@@ -63,7 +63,7 @@ def test_ctrl_c_outside_the_loop_is_status_130():
 
 ENDING = """
 import atexit, sys
-from backends.pipeline.runs.exit_codes import command, end_at_once
+from backends.pipeline.runs.exit_codes import command, end_at_once, leave
 
 class Watched:
     def __del__(self):
@@ -78,11 +78,11 @@ def main():
     print("returned")
     return 143
 
-sys.exit(main())
+leave(main())
 """
 
 
-def test_a_process_of_several_ends_before_python_is_taken_down():
+def test_a_process_of_several_ends_before_the_interpreter_is_finalized():
     """Its last words are out, the handlers of the exit were called, and the status is the command's."""
     for act, taken_down in (("end_at_once()", []), ("pass", ["taken down"])):
         done = subprocess.run([sys.executable, "-c", ENDING.format(act=act)], capture_output=True, text=True)
@@ -97,6 +97,12 @@ def test_an_unexpected_error_is_told_before_the_end():
     assert done.returncode == 1
     assert "ValueError: ours" in done.stderr
     assert done.stdout.startswith("returned\ntidied\n")
+
+
+@pytest.mark.parametrize(("then", "status"), [("raise ValueError('ours')", 1), ("sys.exit(3)", 3), ("pass", 0)])
+def test_what_a_script_does_after_a_command_decides_its_status(then, status):
+    script = ENDING.format(act="end_at_once()").replace("leave(main())", f"main()\n{then}")
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == status
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT", "USR1", "USR2"])

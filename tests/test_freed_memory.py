@@ -36,6 +36,8 @@ def test_freed_memory_is_used_again():
 
 def test_other_libraries_are_left_as_they_are(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(freed_memory.ctypes, "CDLL", None)
+    opened = []
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", opened.append)
     freed_memory.keep()
     freed_memory.give_back()
+    assert opened == []

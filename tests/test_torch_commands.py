@@ -12,6 +12,7 @@ from contextlib import chdir, redirect_stderr, redirect_stdout
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
+from runpy import run_module
 
 import numpy as np
 import pytest
@@ -156,6 +157,25 @@ def test_processes_that_have_met_end_at_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
     Processes(rank=0, world=2).join(torch.device("cpu"))
     assert exit_codes._at_once
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("backends.torch.train", ["--data", "nowhere"]),
+        ("backends.torch.sample", ["--run", "nowhere"]),
+        ("backends.commands.cli", ["evaluate", "--net", "nowhere"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_what_torchrun_starts_leaves_by_its_status(
+    module: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(exit_codes, "leave", left.append)
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    run_module(module, run_name="__main__")
+    assert left == [2]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from backends.pipeline.runs.exit_codes import command
+from backends.pipeline.runs.exit_codes import command, leave
 from edm2_core import __version__
 from edm2_core.errors import InputError
 
@@ -55,4 +55,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

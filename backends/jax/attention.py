@@ -22,24 +22,26 @@ def by_products(q: Array, k: Array, v: Array, /) -> Array:
 
 
 def fused(q: Array, k: Array, v: Array, /) -> Array:
-    """By cuDNN, which keeps no weights of attention for the backward pass, in programs for an NVIDIA GPU. It has no
+    """By cuDNN's flash attention, which stores no attention weights for the backward pass; for NVIDIA GPUs, without a
     forward-mode derivative.
 
-    By products where cuDNN does not take such arrays, as in float32, or gave other numbers when it was tried.
+    Falls back to :func:`by_products` where cuDNN does not support such arrays, as in float32, or gave other numbers
+    when it was tried (:func:`cudnn_agrees`).
     """
     return _by_cudnn(q, k, v) if cudnn_agrees(q.shape[1:], q.dtype.name) else by_products(q, k, v)
 
 
 def fastest(device: Any, /) -> Attend:
-    """The means on a device, for programs that are not differentiated forwards."""
+    """The fastest function of this module on ``device``, for programs without forward-mode derivatives."""
     return fused if device.platform == "gpu" else by_products
 
 
 @cache
 def cudnn_agrees(shape: tuple[int, ...], dtype: str) -> bool:
-    """Whether cuDNN attends to tokens of this shape and dtype, forward and backward, to the rounding of that dtype.
+    """Whether cuDNN's attention agrees with :func:`by_products`, forward and backward, to the rounding of ``dtype``.
 
-    It is tried, on two images: what it takes depends on its version and on the GPU.
+    It is run once for each ``shape``, [tokens, heads, D], on two images: what cuDNN supports depends on its version and
+    on the GPU.
     """
     if dtype not in ("bfloat16", "float16"):
         return False

@@ -83,7 +83,8 @@ def team() -> Team:
 def choose(name: str | None, /) -> list[Any]:
     """The devices of a kind: ``name`` is cpu, gpu or tpu, or one of them as in gpu:1. None: JAX's default devices.
 
-    Compiled programs are kept in ~/.cache/edm2/jax, unless ``JAX_COMPILATION_CACHE_DIR`` names another folder.
+    Compiled programs are kept in ~/.cache/edm2/jax, unless ``JAX_COMPILATION_CACHE_DIR`` names another folder. From the
+    first use of JAX on, programs for the CPU run on the thread that calls them.
 
     Raises:
         InputError: this machine has no such device.
@@ -92,7 +93,7 @@ def choose(name: str | None, /) -> list[Any]:
         jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # else a program's arrays are another thread's memory
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # freed_memory.keep works on the main thread only
     if name is None:
         return list(jax.devices())
     kind, _, index = name.partition(":")

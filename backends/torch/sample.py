@@ -1,10 +1,9 @@
 """python -m backends.torch.sample: images from a trained network, of any averaging length, with any guide."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from backends.pipeline.runs.exit_codes import command
+from backends.pipeline.runs.exit_codes import command, leave
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,4 +59,4 @@ def open_sampler(options: "SamplingOptions") -> "OpenSampler":
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

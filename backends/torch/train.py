@@ -3,10 +3,9 @@
 Several GPUs: torchrun --nproc-per-node=8 -m backends.torch.train ... Each batch is divided among the processes.
 """
 
-import sys
 from collections.abc import Sequence
 
-from backends.pipeline.runs.exit_codes import command
+from backends.pipeline.runs.exit_codes import command, leave
 
 PROG = "python -m backends.torch.train"
 
@@ -32,4 +31,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import wraps
 from io import TextIOWrapper
 from types import FrameType, TracebackType
-from typing import Any, ParamSpec, Self
+from typing import Any, NoReturn, ParamSpec, Self
 
 from backends.pipeline.data.patience import Unanswered
 from edm2_core.errors import InputError
@@ -31,19 +31,15 @@ _OF_COMMANDS = (
     "packaging",
 )
 _at_once = False
+_status: int | None = None  # with which the process ends without finalization
 
 
 def command(main: Callable[P, int | None], /) -> Callable[P, int]:
-    """Decorator: ``main`` returns an exit status, for ``sys.exit(main())``. Unexpected errors keep their traceback."""
+    """Decorator: ``main`` returns an exit status, for ``leave(main())``. Unexpected errors keep their traceback."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
-        end = _End()
-        atexit.register(end)  # the first to be registered is the last to be called
-        end.status = status_of(*args, **kwargs)
-        return end.status
-
-    def status_of(*args: P.args, **kwargs: P.kwargs) -> int:
+        atexit.register(_end)  # the first to be registered is the last to be called
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, TextIOWrapper):  # names of files need not be text
                 stream.reconfigure(errors="backslashreplace")
@@ -77,21 +73,25 @@ def command(main: Callable[P, int | None], /) -> Callable[P, int]:
 
 
 def end_at_once() -> None:
-    """Let this process end after its command and what is registered for the exit, without taking Python down: meanwhile
-    a thread that frees an array of Python's aborts the process, as those of PyTorch's gloo do at times
-    (pytorch/pytorch#190489)."""
+    """Make :func:`leave` end this process without finalizing the interpreter. During finalization, a thread of gloo's
+    that frees a tensor of PyTorch's aborts the process (pytorch/pytorch#190489)."""
     global _at_once
     _at_once = True
 
 
-class _End:
-    status: int | None = None
+def leave(status: int, /) -> NoReturn:
+    """End this process with ``status``, as ``sys.exit`` does: the last act of a command that has the process to
+    itself. See :func:`end_at_once`."""
+    global _status
+    _status = status if _at_once else None
+    sys.exit(status)
 
-    def __call__(self) -> None:
-        if _at_once and self.status is not None:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(self.status)
+
+def _end() -> None:
+    if _status is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_status)
 
 
 def missing_framework(error: ImportError, /) -> str | None:

@@ -1,4 +1,4 @@
-"""What becomes of memory that this process frees: glibc's part of it; other C libraries are left as they are."""
+"""Whether memory that this process frees goes back to the system. For glibc; other C libraries are left as they are."""
 
 import ctypes
 import platform
@@ -8,11 +8,11 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt, in malloc.h
 
 
 def keep() -> None:
-    """From now on, keep it for what is allocated next.
+    """Keep freed memory for the next allocations, from now on: of the main thread, until the process ends.
 
-    By default glibc maps every large array anew and gives it back to the system, which fills its pages with zeros each
-    time: in training, those of all activations at every step. The peak is no higher; between peaks the process holds
-    what it needed at the last. It is so for what the main thread allocates, until the process ends.
+    By default glibc asks the system for each large array and gives it back when it is freed, and the system fills new
+    pages with zeros: in training, those of all activations at every step. Peak memory stays the same; between peaks the
+    process holds more.
     """
     if (library := _glibc()) is not None:
         library.mallopt(_MMAP_MAX, 0)
@@ -20,7 +20,7 @@ def keep() -> None:
 
 
 def give_back() -> None:
-    """Give what is free now to the system."""
+    """Give memory that is free now back to the system."""
     if (library := _glibc()) is not None:
         library.malloc_trim(0)
 

@@ -109,6 +109,8 @@ def train(
 ) -> Run | None:
     """Train ``config`` on ``dataset``. Returns the run; None in processes other than the first.
 
+    From then on this process keeps memory that it frees (:func:`.freed_memory.keep`).
+
     Args:
         outdir: the run folder; a run that stopped in it is resumed. None: a new numbered folder under runs/.
         picture: draw averages of several lengths at the end.
